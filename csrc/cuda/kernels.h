@@ -1,0 +1,69 @@
+// The phases of the CUDA ops, one launcher each, and the scratch that passes between them. attention.cu strings them
+// together; each kernel family implements its own. Host code, torch-free.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../params.h"
+
+namespace rat::cuda {
+
+// Float32 scratch of one forward, all contiguous.
+struct FwdScratch {
+  float* s_self;  // (B, H, T): s_tt = scale * q_t . k~_t
+};
+
+// Scratch of one backward. dchunk_{k,v} use the element offsets of ChunkStates.
+struct BwdScratch {
+  float* p_self;    // (B, H, T): p_tt
+  float* ds_self;   // (B, H, T): ds_tt, scale not included
+  float* delta;     // (B, H, T): Delta_t
+  float* dq;        // (B, T, q_groups, D): the attention part of dq, rotated back, scale included, summed over a group
+  float* dchunk_k;  // gradient of the rotated chunk keys from attention alone, scale included
+  float* dchunk_v;  // gradient of the chunk values from attention alone
+  Rows dout;        // do_t = sigmoid(out_gate_t) * dy_t in T: stored in dv's memory until the reverse scan overwrites it
+                    // with dv, or dy itself when there is no out_gate
+};
+
+// Phase 0, only when cu_seqlens or lengths are given: one block checks them, the cache rows and the rotary rows, prints the
+// argument and traps on a bad value. Writes lengths_out where wanted (also for dense calls).
+void check_sequences(const Sizes&, int64_t chunk_rows, int64_t rotary_rows, int64_t initial_rows, int32_t* lengths_out,
+                     cudaStream_t);
+
+// Forward phase 1 (chunk_recurrence.cu): scans k and v; writes v~ into y, s_self, closed chunk states (rotated), running
+// states; copies the initial chunk states to the front.
+size_t chunk_prepare_fwd_workspace(const AttentionFwdParams&);
+void chunk_prepare_fwd(const AttentionFwdParams&, const FwdScratch&, void* workspace, cudaStream_t);
+
+// Forward phase 2 (chunk_attention_fwd_*.cu): softmax over earlier chunks and self; overwrites v~ in y by y, writes lse.
+size_t chunk_attention_fwd_workspace(const AttentionFwdParams&);
+void chunk_attention_fwd(const AttentionFwdParams&, const FwdScratch&, void* workspace, cudaStream_t);
+
+// Backward phase 1 (chunk_recurrence.cu): do, dout_gate, Delta, p_self, ds_self.
+size_t chunk_prepare_bwd_workspace(const AttentionBwdParams&);
+void chunk_prepare_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
+
+// Backward phase 2 (chunk_attention_bwd_*.cu): scratch.dq, scratch.dchunk_k, scratch.dchunk_v; every element of dq and
+// every valid chunk row is written (zeros where nothing attends).
+size_t chunk_attention_bwd_workspace(const AttentionBwdParams&);
+void chunk_attention_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
+
+// Backward phase 3 (chunk_recurrence.cu): reverse scan; dq, dk, dv, dgate, dgate_bias, dinitial.
+size_t chunk_scan_bwd_workspace(const AttentionBwdParams&);
+void chunk_scan_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
+
+// A kernel as build_info() lists it. Each family registers its kernels (all instantiations that it may launch).
+struct KernelEntry {
+  const char* name;      // "chunk_attention_fwd_sm80<bf16, 128>"
+  const void* function;  // for cudaFuncGetAttributes
+};
+struct KernelList {
+  const KernelEntry* entries;
+  int count;
+};
+KernelList chunk_recurrence_kernels();
+KernelList chunk_attention_fwd_sm80_kernels();
+KernelList chunk_attention_bwd_sm80_kernels();
+KernelList decode_kernels();
+
+}  // namespace rat::cuda

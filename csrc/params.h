@@ -1,0 +1,199 @@
+// What ops.cpp hands to the CPU and CUDA launchers: plain structs of pointers, strides and sizes. No torch, no CUDA.
+//
+// Conventions, for every struct below:
+// - All sizes and strides count elements, never bytes, and are int64_t.
+// - "T" is the storage dtype of the op (Sizes::dtype); "acc" is float, or double where T is double.
+// - N is the number of sequences. Dense: N = batch, sequence n is row n of the token tensors, tokens [0, tokens).
+//   Packed (cu_seqlens given): batch = 1, and sequence n is tokens [cu_seqlens[n], cu_seqlens[n + 1]) of row 0.
+// - A token has a position inside its sequence: position = (lengths ? lengths[n] : 0) + (t - first token of n).
+//   Its chunk is c = position / chunk_size. Three facts follow from it and are kept apart in the code: the recurrence
+//   resets where position % chunk_size == 0; the keys of a query are the states of chunks 0 ... c - 1; rotation is by c.
+// - Head h of H reads query group h / (H / q_groups) and key group h / (H / k_groups).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace rat {
+
+enum class DType : int32_t { f64, f32, bf16, f16 };
+
+// A (batch, token, head, D) tensor of T: row (b, t, h) starts at ptr + b*batch + t*token + h*head; its D elements are
+// contiguous. Null when the argument is absent.
+struct Rows {
+  void* ptr = nullptr;
+  int64_t batch = 0;
+  int64_t token = 0;
+  int64_t head = 0;
+};
+
+struct Sizes {
+  DType dtype = DType::f32;
+  int64_t batch = 0;        // B
+  int64_t tokens = 0;       // T, per row
+  int64_t sequences = 0;    // N
+  int64_t heads = 0;        // H
+  int64_t q_groups = 0;     // groups of q; divides H
+  int64_t k_groups = 0;     // groups of k; divides H. H itself where k holds per-head states (chunk_attention)
+  int64_t head_dim = 0;     // D, a multiple of 8, 8 ... 256
+  int64_t chunk_size = 0;   // L >= 1, may exceed T
+  const int32_t* cu_seqlens = nullptr;  // (N + 1), or null when dense
+  const int32_t* lengths = nullptr;     // (N) tokens that each sequence had before this call, or null: all 0
+  bool aligned16 = false;   // every pointer and every row stride below is a multiple of 16 bytes: vector access is legal
+};
+
+// Where chunk states live. State c of head h of sequence n is the D contiguous elements of T at
+//   base + n*sequence + h*head + (first_row(n) + c)*D
+// first_row(n) = cu_seqlens[n] / chunk_size + n if compact, else 0. Rows [0, closed chunks of n) are valid, the rest is
+// uninitialised and must not be read into a result. A compact layout (packed, no state in or out) has sequence == 0.
+struct ChunkStates {
+  void* k = nullptr;      // rotated by c, T
+  void* v = nullptr;      // T
+  int64_t sequence = 0;
+  int64_t head = 0;
+  int64_t rows = 0;       // rows for each head: capacity of a sequence, or of the whole packed row if compact
+  bool compact = false;
+};
+
+// State that a sequence brings along, or leaves behind, beside its length. Chunk states are (N, H, rows, D) of T,
+// contiguous, with rows [0, length / L) valid; running states are (N, H, D) of acc, contiguous: k~ and v~ of the last token.
+struct CarriedState {
+  void* k = nullptr;
+  void* v = nullptr;
+  int64_t rows = 0;
+  void* running_k = nullptr;
+  void* running_v = nullptr;
+};
+
+// Rotation by chunk index, rotate-half: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 = x[:D/2], x2 = x[D/2:].
+struct Rotary {
+  const void* cos = nullptr;  // (rows, D / 2) of acc, contiguous, or null: no rotation
+  const void* sin = nullptr;
+  int64_t rows = 0;
+};
+
+// ---- rat_attention and chunk_attention --------------------------------------------------------------------------------
+
+// Forward. gate.ptr == null means chunk_attention: k and v already are per-token states k~, v~ (k_groups == H then), which
+// is the same as f = 0 everywhere. The caller has checked shapes; device-resident facts (cu_seqlens, lengths, capacity,
+// rotary rows) are checked by the launcher: CPU throws std::invalid_argument, CUDA prints the argument and traps.
+struct AttentionFwdParams {
+  Sizes size;
+  Rows q;                        // (B, T, q_groups, D)
+  Rows k;                        // (B, T, k_groups, D)
+  Rows v, gate, out_gate;        // (B, T, H, D); gate and out_gate are logits; out_gate may be null
+  const void* gate_bias = nullptr;  // (H, D) acc, contiguous, or null
+  Rotary rotary;
+  double scale = 1.0;
+  CarriedState initial;          // all pointers null when every sequence starts fresh
+  // outputs
+  Rows y;                        // (B, T, H, D). On CUDA it holds v~ between the two kernels
+  void* lse = nullptr;           // (B, H, T) acc, contiguous: logsumexp over earlier chunks and self
+  ChunkStates chunks;            // closed chunks of every sequence, those of `initial` copied to the front
+  void* running_k = nullptr;     // (N, H, D) acc, or null when no state is returned; an empty sequence keeps its initial
+  void* running_v = nullptr;     // state (zeros if none)
+  int32_t* lengths_out = nullptr;   // (N), or null
+  void* workspace = nullptr;     // at least *_workspace(params) bytes, 256-byte aligned, uninitialised
+};
+
+// Backward of the same. All input fields as in the forward (y, lse and chunks are inputs now).
+struct AttentionBwdParams {
+  AttentionFwdParams fwd;
+  Rows dy;                       // (B, T, H, D) of T
+  // Gradients of the returned state, or null (zero): chunk states as (N, H, chunks.rows, D) of T contiguous (never with a
+  // compact layout; rows that are not valid are to be ignored), running states (N, H, D) acc.
+  const void* dchunk_k = nullptr;
+  const void* dchunk_v = nullptr;
+  const void* drunning_k = nullptr;
+  const void* drunning_v = nullptr;
+  // outputs
+  Rows dq, dk, dv, dgate, dout_gate;   // shapes of their inputs, own strides; dgate/dout_gate null with their inputs.
+                                       // Every element is written (tokens outside every packed sequence do not exist).
+  void* dgate_bias = nullptr;    // (H, D) acc, or null
+  CarriedState dinitial;         // gradients of fwd.initial, same shapes and dtypes (k, v: every row is written, zeros where
+                                 // not valid), or null pointers when not wanted
+  void* workspace = nullptr;
+};
+
+// ---- chunk_recurrence -------------------------------------------------------------------------------------------------
+
+// y_t = f_t y_{t-1} + (1 - f_t) x_t inside each chunk.
+struct RecurrenceFwdParams {
+  Sizes size;                    // q_groups unused; k_groups = groups of x
+  Rows x;                        // (B, T, k_groups, D)
+  Rows gate;                     // (B, T, H, D) logits
+  const void* gate_bias = nullptr;  // (H, D) acc or null
+  const void* initial = nullptr;    // (N, H, D) acc: y of the token before, or null. Used where lengths[n] % L != 0
+  Rows y;                        // (B, T, H, D) output
+  void* final_state = nullptr;   // (N, H, D) acc: y of the last token (or the initial state), or null
+  void* workspace = nullptr;
+};
+
+struct RecurrenceBwdParams {
+  RecurrenceFwdParams fwd;       // y is an input; it is not used to recover states where that would lose precision
+  Rows dy;                       // (B, T, H, D)
+  const void* dfinal = nullptr;  // (N, H, D) acc or null
+  Rows dx, dgate;                // outputs
+  void* dgate_bias = nullptr;    // (H, D) acc or null
+  void* dinitial = nullptr;      // (N, H, D) acc or null
+  void* workspace = nullptr;
+};
+
+// ---- decode -----------------------------------------------------------------------------------------------------------
+
+// One new token for each row of the batch, against a pool of P cached sequences that is updated in place.
+// Row b uses pool entry slots[b] (or b when slots is null; then P >= batch was checked); slots[b] < 0 skips the row: its y
+// is zeros and nothing else is touched. Two rows naming one entry is undefined.
+struct DecodeParams {
+  DType dtype = DType::f32;
+  int64_t batch = 0, heads = 0, q_groups = 0, k_groups = 0, head_dim = 0, chunk_size = 0;
+  bool aligned16 = false;
+  int64_t pool = 0;              // P
+  Rows q, k, v, gate, out_gate;  // (B, -, groups or H, D): `token` stride unused. out_gate may be null
+  const void* gate_bias = nullptr;  // (H, D) acc or null
+  Rotary rotary;
+  double scale = 1.0;
+  const int64_t* slots = nullptr;   // (B) or null
+  void* chunk_k = nullptr;       // (P, H, rows, D) of T, contiguous, rotated
+  void* chunk_v = nullptr;
+  int64_t rows = 0;
+  void* running_k = nullptr;     // (P, H, D) acc, contiguous
+  void* running_v = nullptr;
+  int32_t* lengths = nullptr;    // (P) tokens so far; advanced by one
+  Rows y;                        // (B, -, H, D) output
+  void* workspace = nullptr;     // decode_workspace bytes; CUDA: zeroed once when the cache is made, left zeroed by each step
+};
+
+namespace cpu {
+size_t attention_fwd_workspace(const AttentionFwdParams&);
+size_t attention_bwd_workspace(const AttentionBwdParams&);
+size_t recurrence_fwd_workspace(const RecurrenceFwdParams&);
+size_t recurrence_bwd_workspace(const RecurrenceBwdParams&);
+void attention_fwd(const AttentionFwdParams&);
+void attention_bwd(const AttentionBwdParams&);
+void recurrence_fwd(const RecurrenceFwdParams&);
+void recurrence_bwd(const RecurrenceBwdParams&);
+void decode_step(const DecodeParams&);
+
+// Runs body(begin, end) over [0, n) on the host's thread pool. ops.cpp supplies torch's; the kernels know only this.
+using ParallelBody = void (*)(void* context, int64_t begin, int64_t end);
+void parallel_for(int64_t n, int64_t grain, ParallelBody body, void* context);
+int num_threads();
+}  // namespace cpu
+
+namespace cuda {
+// `stream` is a cudaStream_t. The caller has made the tensors' device current. Launchers throw std::runtime_error when a
+// launch fails; they never synchronise. Workspaces are sized on the host from sizes alone.
+size_t attention_fwd_workspace(const AttentionFwdParams&);
+size_t attention_bwd_workspace(const AttentionBwdParams&);
+size_t recurrence_fwd_workspace(const RecurrenceFwdParams&);
+size_t recurrence_bwd_workspace(const RecurrenceBwdParams&);
+size_t decode_workspace(const DecodeParams&);  // a bound that depends on pool, heads, rows and head_dim only, not on batch
+void attention_fwd(const AttentionFwdParams&, void* stream);
+void attention_bwd(const AttentionBwdParams&, void* stream);
+void recurrence_fwd(const RecurrenceFwdParams&, void* stream);
+void recurrence_bwd(const RecurrenceBwdParams&, void* stream);
+void decode_step(const DecodeParams&, void* stream);
+}  // namespace cuda
+
+}  // namespace rat
