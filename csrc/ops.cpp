@@ -813,3 +813,9 @@ STABLE_TORCH_LIBRARY_IMPL(rat_ext, CUDA, m) { RAT_IMPL_ALL(m); }
 STABLE_TORCH_LIBRARY_IMPL(rat_ext, CompositeExplicitAutograd, m) {
   m.impl("decode_workspace", TORCH_BOX(&rat::decode_workspace));
 }
+
+// Told by rat_ext._C.build_info(); module.cpp includes no torch header and cannot know.
+namespace rat {
+extern const uint64_t torch_target_version;
+const uint64_t torch_target_version = TORCH_TARGET_VERSION;
+}  // namespace rat

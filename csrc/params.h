@@ -175,6 +175,9 @@ void recurrence_fwd(const RecurrenceFwdParams&);
 void recurrence_bwd(const RecurrenceBwdParams&);
 void decode_step(const DecodeParams&);
 
+// Instruction set in use: "baseline", "avx2" or "avx512". Chosen once; RAT_EXT_CPU_ISA forces one.
+const char* isa();
+
 // Runs body(begin, end) over [0, n) on the host's thread pool. ops.cpp supplies torch's; the kernels know only this.
 using ParallelBody = void (*)(void* context, int64_t begin, int64_t end);
 void parallel_for(int64_t n, int64_t grain, ParallelBody body, void* context);

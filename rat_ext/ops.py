@@ -35,7 +35,7 @@ def _table(name: str, x: Tensor | None, dtype: torch.dtype, differentiable: bool
 
 def _autocast(device: torch.device, tensors: tuple) -> tuple:
     """Under autocast, float32 inputs are computed in the autocast dtype; their gradients come back in float32."""
-    if not torch.is_autocast_enabled(device.type):
+    if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
         return tensors
     dtype = torch.get_autocast_dtype(device.type)
     return tuple(x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
@@ -44,11 +44,13 @@ def _autocast(device: torch.device, tensors: tuple) -> tuple:
 def _state_args(op: str, chunk_size: int, tokens: int, cu_seqlens: Tensor | None, state: RATCache | None, return_state: bool):
     """The tensors of ``state``, the number of chunk rows to allocate, and the host's bound of the lengths afterwards."""
     step = max(chunk_size, 1)
+    # The tracer makes a graph of its own for a size of 0 or 1: with two rows at least, one graph serves every length.
+    fewest = 2 if torch.compiler.is_compiling() else 0
     if state is None:
         rows = tokens // step
         if cu_seqlens is not None and not return_state:
             rows += max(cu_seqlens.shape[0] - 1, 0)
-        return (None,) * 5, rows, tokens
+        return (None,) * 5, max(rows, fewest), tokens
     if not isinstance(state, RATCache):
         raise ValueError(f"rat_ext.{op}: initial_state: expected a RATCache, got {type(state).__name__}")
     if state.chunk_size != chunk_size:
@@ -57,7 +59,7 @@ def _state_args(op: str, chunk_size: int, tokens: int, cu_seqlens: Tensor | None
         )
     bound = state.length_bound + tokens
     tensors = (state.chunk_k, state.chunk_v, state.running_k, state.running_v, state.lengths)
-    return tensors, max(state.chunk_k.shape[2], bound // step), bound
+    return tensors, max(state.chunk_k.shape[2], bound // step, fewest), bound
 
 
 def _finish(result: tuple, chunk_size: int, bound: int, return_state: bool):
@@ -187,7 +189,7 @@ def _rat_attention(
     tokens = v.shape[1] if v.dim() == 4 else 0
     state, rows, bound = _state_args(op, chunk_size, tokens, cu_seqlens, initial_state, return_state)
     if scale is None:
-        scale = v.shape[-1] ** -0.5
+        scale = max(v.shape[-1], 1) ** -0.5
     result = _ops.rat_attention.default(
         q, k, v, gate, gate_bias, out_gate, rotary_cos, rotary_sin, cu_seqlens, *state, chunk_size, scale, rows, return_state
     )
@@ -352,7 +354,7 @@ def rat_decode_step(
     y = _ops.rat_decode_step.default(
         q, k, v, gate, _table("gate_bias", gate_bias, acc), out_gate, _table("rotary_cos", rotary_cos, acc),
         _table("rotary_sin", rotary_sin, acc), slots, cache.chunk_k, cache.chunk_v, cache.running_k, cache.running_v,
-        cache.lengths, cache.workspace, cache.chunk_size, v.shape[-1] ** -0.5 if scale is None else scale,
+        cache.lengths, cache.workspace, cache.chunk_size, max(v.shape[-1], 1) ** -0.5 if scale is None else scale,
     )  # fmt: skip
     cache.length_bound += 1
     return y
@@ -466,8 +468,9 @@ def _given(x: Tensor | None, grad: Tensor) -> Tensor | None:
 
 def _attention_context(ctx, inputs, output):
     *tensors, ctx.chunk_size, ctx.scale, _, ctx.return_state = inputs
-    y, lse, chunk_k, chunk_v, _, _, lengths = output
-    ctx.mark_non_differentiable(lse, lengths)
+    y, lse, chunk_k, chunk_v, running_k, running_v, lengths = output
+    states = () if ctx.return_state else (chunk_k, chunk_v, running_k, running_v)
+    ctx.mark_non_differentiable(lse, lengths, *states)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, y, lse, chunk_k, chunk_v)
 
@@ -492,8 +495,9 @@ def _attention_backward(ctx, dy, _dlse, dchunk_k, dchunk_v, drunning_k, drunning
 
 def _packed_context(ctx, inputs, output):
     projection, ctx.num_heads, ctx.num_groups, ctx.has_out_gate, *tensors, ctx.chunk_size, ctx.scale, _, ctx.return_state = inputs
-    y, lse, chunk_k, chunk_v, _, _, lengths = output
-    ctx.mark_non_differentiable(lse, lengths)
+    y, lse, chunk_k, chunk_v, running_k, running_v, lengths = output
+    states = () if ctx.return_state else (chunk_k, chunk_v, running_k, running_v)
+    ctx.mark_non_differentiable(lse, lengths, *states)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(projection, *tensors, y, lse, chunk_k, chunk_v)
 
@@ -513,7 +517,9 @@ def _packed_backward(ctx, dy, _dlse, dchunk_k, dchunk_v, drunning_k, drunning_v,
 
 
 def _recurrence_context(ctx, inputs, output):
-    *tensors, ctx.chunk_size, _ = inputs
+    *tensors, ctx.chunk_size, return_state = inputs
+    if not return_state:
+        ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[0])
 

@@ -1,9 +1,9 @@
-// What the kernels share that depends on no instruction set: the tiling of sequences, workspace layouts, the task runner
-// and the table of kernels that each instruction set fills.
+// What the kernels share that depends on no instruction set: the tiling of sequences, workspace layouts, the task
+// runner and the table of kernels that each instruction set fills.
 //
-// The kernels are compiled once an instruction set (kernels_*.cpp). A function with external linkage that is inline here
-// could be emitted by the AVX-512 file and picked by the linker for everybody, so everything below is either plain data or
-// defined in a .cpp file that is compiled for the baseline.
+// The kernels are compiled once an instruction set (kernels_*.cpp). A function with external linkage that is inline
+// here could be emitted by the AVX-512 file and picked by the linker for everybody, so everything below is either plain
+// data or defined in a .cpp file that is compiled for the baseline.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +14,8 @@
 
 namespace rat::cpu {
 
-// A tile is the unit of work: at most this many consecutive tokens of one sequence. It either holds whole chunks (cut only
-// by the ends of the sequence) or lies inside one chunk.
+// A tile is the unit of work: at most this many consecutive tokens of one sequence. It either holds whole chunks (cut
+// only by the ends of the sequence) or lies inside one chunk.
 constexpr int64_t kTile = 64;
 // Chunk states are attended to in blocks of this many keys.
 constexpr int64_t kKeys = 64;
@@ -33,31 +33,32 @@ struct Tile {
   bool first, last;  // of the sequence
 };
 
-// How the sequences of a call are cut into tiles. Reads cu_seqlens and lengths, and throws std::invalid_argument if they
-// are not what params.h says.
+// How the sequences of a call are cut into tiles. Reads cu_seqlens and lengths, and throws std::invalid_argument if
+// they are not what params.h says.
 class Plan {
  public:
   // has_gate = false: the states are given for each token, the recurrence resets at each token.
   Plan(const Sizes& size, bool has_gate);
 
-  int64_t tiles(int64_t n) const;      // of sequence n
-  int64_t all_tiles() const;           // of all sequences
+  int64_t tiles(int64_t n) const;  // of sequence n
+  int64_t all_tiles() const;       // of all sequences
   Tile tile(int64_t n, int64_t index) const;
   Tile tile_by_id(int64_t id) const;
-  // Task `task` of all_tiles() * lanes: tasks of one sequence and lane (a head, say) follow each other, longest first.
+  // Task `task` of all_tiles() * lanes: those of one tile follow each other, lanes (heads, say) inside, so that they
+  // share pages and cache lines; the last tile of a sequence, which has the most keys, comes first.
   Tile tile_by_task(int64_t task, int64_t lanes, int64_t* lane) const;
 
-  int64_t begin(int64_t n) const { return begin_[static_cast<size_t>(n)]; }    // first token
-  int64_t length(int64_t n) const { return length_[static_cast<size_t>(n)]; }  // tokens in this call
-  int64_t start(int64_t n) const { return start_[static_cast<size_t>(n)]; }    // tokens before this call
-  int64_t closed_chunks(int64_t n) const { return (start(n) + length(n)) / chunk_size; }
-  int64_t key_row(int64_t n) const { return key_row_[static_cast<size_t>(n)]; }  // closed chunks of sequences before n
+  int64_t begin(int64_t n) const;          // first token
+  int64_t length(int64_t n) const;         // tokens in this call
+  int64_t start(int64_t n) const;          // tokens before this call
+  int64_t closed_chunks(int64_t n) const;  // at the end of this call
+  int64_t key_row(int64_t n) const;        // closed chunks of the sequences before n
 
   int64_t sequences = 0;
   int64_t chunk_size = 1;
-  int64_t reset = 1;         // the recurrence starts anew where position % reset == 0
-  bool segmented = false;    // chunks are longer than tiles and have a recurrence: states are carried between tiles
-  int64_t padded_dim = 0;    // D rounded up to kPad
+  int64_t reset = 1;       // the recurrence starts anew where position % reset == 0
+  bool segmented = false;  // chunks are longer than tiles and have a recurrence: states are carried between tiles
+  int64_t padded_dim = 0;  // D rounded up to kPad
 
  private:
   int64_t tile_begin(int64_t number) const;  // position where tile `number` of an infinite sequence begins
@@ -77,7 +78,8 @@ void run_tasks(int64_t tasks, int workers, Task task, void* context);
 // Workspaces. "acc" elements: 8 bytes for f64, else 4.
 
 // Carries between the tiles of a chunk, (tiles, H, padded_dim) acc each; null unless the plan is segmented. Before they
-// are combined, a tile's entry holds the state that it ends with when it starts from zero; after, the one it starts with.
+// are combined, a tile's entry holds the state that it ends with when it starts from zero; after, the one it starts
+// with.
 struct Carries {
   void* k = nullptr;
   void* v = nullptr;        // null in chunk_recurrence
@@ -86,18 +88,18 @@ struct Carries {
 
 struct Workspace {
   Carries forward;
-  Carries reverse;            // of the gradient, from the last tile to the first. product is unused
-  void* p_self = nullptr;     // (B, H, T) acc
-  void* ds_self = nullptr;    // (B, H, T) acc, scale not included
-  void* dkeys = nullptr;      // (parts, H, closed chunks, padded_dim) acc: gradients of the rotated chunk keys
+  Carries reverse;          // of the gradient, from the last tile to the first. product is unused
+  void* p_self = nullptr;   // (B, H, T) acc
+  void* ds_self = nullptr;  // (B, H, T) acc, scale not included
+  void* dkeys = nullptr;    // (parts, H, closed chunks, padded_dim) acc: gradients of the rotated chunk keys
   void* dvalues = nullptr;
-  int64_t parts = 1;          // of the queries of a sequence and group; each sums its own dkeys and dvalues
-  int64_t key_rows = 0;       // closed chunks of all sequences
-  void* dbias = nullptr;      // (tiles, H, padded_dim) acc: sums of dgate over a tile
-  char* scratch = nullptr;    // a slab for each worker
-  size_t scratch_bytes = 0;   // of one slab
+  int64_t parts = 1;         // of the queries of a sequence and group; each sums its own dkeys and dvalues
+  int64_t key_rows = 0;      // closed chunks of all sequences
+  void* dbias = nullptr;     // (tiles, H, padded_dim) acc: sums of dgate over a tile
+  char* scratch = nullptr;   // a slab for each worker
+  size_t scratch_bytes = 0;  // of one slab
   int workers = 1;
-  size_t bytes = 0;           // of all
+  size_t bytes = 0;  // of all
 };
 
 // Elements of acc that one worker's slab holds, see Scratch in tile.inl.

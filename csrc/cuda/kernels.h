@@ -39,6 +39,14 @@ void chunk_prepare_fwd(const AttentionFwdParams&, const FwdScratch&, void* works
 size_t chunk_attention_fwd_workspace(const AttentionFwdParams&);
 void chunk_attention_fwd(const AttentionFwdParams&, const FwdScratch&, void* workspace, cudaStream_t);
 
+// Forward phase 2 on Hopper (chunk_attention_fwd_sm90.cu). Compiled only where sm_90a is among the architectures; the build
+// then defines RAT_EXT_SM90. The dispatcher asks _supported first: device, dtype, head size and layout. Head sizes up to 128.
+#ifdef RAT_EXT_SM90
+bool chunk_attention_fwd_sm90_supported(const AttentionFwdParams&);
+size_t chunk_attention_fwd_sm90_workspace(const AttentionFwdParams&);
+void chunk_attention_fwd_sm90(const AttentionFwdParams&, const FwdScratch&, void* workspace, cudaStream_t);
+#endif
+
 // Backward phase 1 (chunk_recurrence.cu): do, dout_gate, Delta, p_self, ds_self.
 size_t chunk_prepare_bwd_workspace(const AttentionBwdParams&);
 void chunk_prepare_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
@@ -64,6 +72,10 @@ struct KernelList {
 KernelList chunk_recurrence_kernels();
 KernelList chunk_attention_fwd_sm80_kernels();
 KernelList chunk_attention_bwd_sm80_kernels();
+KernelList chunk_attention_f32_kernels();
 KernelList decode_kernels();
+#ifdef RAT_EXT_SM90
+KernelList chunk_attention_fwd_sm90_kernels();
+#endif
 
 }  // namespace rat::cuda

@@ -1,0 +1,206 @@
+"""What the benches share: arguments, clocks, the ceilings of the device, the record of a run."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import rat_ext
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--quick", action="store_true", help="few rows, few repeats: to see that it runs; writes no result")
+    p.add_argument("--rows", default="", metavar="REGEX", help="only rows whose name matches, e.g. 'T=4096 .*D=128'")
+    p.add_argument("--no-peers", action="store_true", help="time rat_ext alone")
+    p.add_argument(
+        "--time-limit", type=float, default=170.0, metavar="S", help="begin no row after S seconds (default: 170)"
+    )
+    p.add_argument("--out", type=Path, help="JSON file (default: bench/results/<bench>-<device>-<date>.json)")
+    return p
+
+
+class Deadline:
+    def __init__(self, limit: float):
+        self.begin, self.limit = time.perf_counter(), limit
+
+    def over(self) -> bool:
+        return time.perf_counter() - self.begin > self.limit
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begin
+
+
+# ---- clocks ----------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Median milliseconds of a call. On a GPU: CUDA events around each call, L2 overwritten before each."""
+
+    def __init__(self, device: torch.device, quick: bool = False):
+        self.device, self.quick = device, quick
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+            self.flush = torch.empty(max(size, 64 << 20), dtype=torch.uint8, device=device)
+
+    def once(self, function: Callable[[], object]) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            function()
+            return (time.perf_counter() - start) * 1e3
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.flush.zero_()
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    def median(
+        self, function: Callable[[], object], budget_ms: float = 1000.0, most: int = 50, least: int = 3
+    ) -> float:
+        """One call to warm up, then as many as ``budget_ms`` allows, between ``least`` and ``most``."""
+        if self.quick:
+            budget_ms, most, least = budget_ms / 10, 5, 1
+        function()
+        first = self.once(function)
+        count = int(min(most, max(least, budget_ms / max(first, 1e-3))))
+        return statistics.median([first, *(self.once(function) for _ in range(count - 1))])
+
+
+def host_microseconds(function: Callable[[], object], device: torch.device, calls: int = 200, rounds: int = 7) -> float:
+    """Median over rounds of the host's time for one call, the device idle at the start of each round."""
+    for _ in range(20):
+        function()
+    found = []
+    for _ in range(rounds):
+        sync(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        found.append((time.perf_counter() - start) / calls * 1e6)
+        sync(device)
+    return statistics.median(found)
+
+
+def sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ---- ceilings --------------------------------------------------------------------------------------------------------
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, quick: bool = False) -> dict:
+    """Measured here and now: copy bandwidth (bytes read + written) in GB/s, square matrix product in TFLOP/s."""
+    clock = Clock(device, quick)
+    cuda = device.type == "cuda"
+    source = torch.empty((2 << 30 if cuda else 256 << 20) // 4, dtype=torch.float32, device=device).normal_()
+    target = torch.empty_like(source)
+    copy = clock.median(lambda: target.copy_(source), 300, 30)
+    bandwidth = 2 * source.numel() * 4 / copy / 1e6
+    source = target = None
+    n = 8192 if cuda else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    product = clock.median(lambda: a @ b, 300, 30)
+    free()
+    return {"copy_gb_s": bandwidth, "matmul_tflop_s": 2 * n**3 / product / 1e9, "matmul_size": n}
+
+
+# ---- record ----------------------------------------------------------------------------------------------------------
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        return re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit, with '+' where files differ from it; 'unknown' outside a repository."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(HERE), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def record(bench: str, device: torch.device, **more: object) -> dict:
+    info = rat_ext.build_info(kernels=False)
+    return {
+        "bench": bench,
+        "device": device_name(device),
+        "device_type": device.type,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "isa": info["cpu_isa"] if device.type == "cpu" else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "rat_ext": info["version"],
+        "build": info["build"],
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **more,
+    }
+
+
+def save(result: dict, options: argparse.Namespace) -> None:
+    """Writes the JSON of a run; a quick one only where --out names a file."""
+    path = options.out
+    if path is None:
+        if options.quick:
+            print("--quick: no result written")
+            return
+        device = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
+        path = RESULTS / f"{result['bench']}-{device}-{result['date'][:10]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {path}")
+
+
+def table(head: list[str], rows: list[list[str]]) -> None:
+    rows = [head, *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    for row in rows:
+        print("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))))
+
+
+def number(x: float | None, digits: int = 3) -> str:
+    """Three significant digits without an exponent; '-' for None."""
+    if x is None:
+        return "-"
+    return f"{x:.0f}" if abs(x) >= 10 ** (digits - 1) else f"{x:#.{digits}g}".rstrip(".")

@@ -1,0 +1,282 @@
+// Forward of rat_attention and chunk_attention.
+//
+// Phase 1, a task for each (head, tile): scans keys and values, writes the states of the chunks that close. Where
+// chunks are longer than tiles it leaves what the tile ends with from zero, and phase 1b, a task for each (sequence,
+// head), turns that into the state each tile starts with.
+// Phase 2, a task for each (head, tile): scans again, so that per-token states never leave the cache, and attends.
+// Scores and sums are kept with a column for each query: softmax is then vertical, keys and values are read as they
+// lie, and one microkernel serves both products. The running softmax starts from the self term (m = s_tt, l = 1), whose
+// value joins at the end.
+
+// States before and of a tile: gates, state_k, state_v in scratch; the states before it in before_k and before_v.
+template <class T>
+void scan_tile(const AttentionFwdParams& p, const Plan& plan, const Carries* carries, const Tile& t, int64_t head,
+               Scratch<Acc<T>>& s, Acc<T>* before_k, Acc<T>* before_v) {
+  using A = Acc<T>;
+  const Sizes& z = p.size;
+  const int64_t D = z.head_dim, ld = plan.padded_dim;
+  A* const state = s.vector[kVectorBuffers - 2];
+  prefetch_rows<T>(p.gate, t, head, D);
+  prefetch_rows<T>(p.k, t, head / (z.heads / z.k_groups), D);
+  prefetch_rows<T>(p.v, t, head, D);
+  load_gates<T>(p.gate, p.gate_bias, t, head, D, ld, s);
+
+  load_rows<T>(p.k, t, head / (z.heads / z.k_groups), D, ld, s.input);
+  if (carries)
+    state_before<A>(plan, t, z, head, carries->k, p.initial.running_k, before_k);
+  else
+    zero(before_k, ld);
+  __builtin_memcpy(state, before_k, static_cast<size_t>(ld) * sizeof(A));
+  scan(plan, t, ld, s, s.input, state, s.state_k);
+
+  load_rows<T>(p.v, t, head, D, ld, s.input);
+  if (carries)
+    state_before<A>(plan, t, z, head, carries->v, p.initial.running_v, before_v);
+  else
+    zero(before_v, ld);
+  __builtin_memcpy(state, before_v, static_cast<size_t>(ld) * sizeof(A));
+  scan(plan, t, ld, s, s.input, state, s.state_v);
+}
+
+// First element of state 0 of (n, head).
+template <class T>
+RAT_INLINE T* chunk_row(const Sizes& z, const Plan& plan, const ChunkStates& c, void* base, int64_t n, int64_t head) {
+  const int64_t first = c.compact ? plan.begin(n) / z.chunk_size + n : 0;
+  return static_cast<T*>(base) + n * c.sequence + head * c.head + first * z.head_dim;
+}
+
+// Stores the state of chunk `chunk`; rotates `key` in place.
+template <class T>
+void store_chunk(const AttentionFwdParams& p, const Plan& plan, int64_t n, int64_t head, int64_t chunk, Acc<T>* key,
+                 const Acc<T>* value) {
+  const int64_t D = p.size.head_dim;
+  rotate_row<Acc<T>>(p.rotary, chunk, D, 1, key);
+  store_row(key, D, chunk_row<T>(p.size, plan, p.chunks, p.chunks.k, n, head) + chunk * D);
+  store_row(value, D, chunk_row<T>(p.size, plan, p.chunks, p.chunks.v, n, head) + chunk * D);
+}
+
+template <class A>
+void store_running(const AttentionFwdParams& p, int64_t n, int64_t head, const A* key, const A* value) {
+  if (!p.running_k) return;
+  const int64_t D = p.size.head_dim, row = (n * p.size.heads + head) * D;
+  __builtin_memcpy(static_cast<A*>(p.running_k) + row, key, static_cast<size_t>(D) * sizeof(A));
+  __builtin_memcpy(static_cast<A*>(p.running_v) + row, value, static_cast<size_t>(D) * sizeof(A));
+}
+
+template <class T>
+void states_task(const AttentionFwdParams& p, const Plan& plan, const Workspace& w, int64_t task, int worker) {
+  using A = Acc<T>;
+  const int64_t ld = plan.padded_dim, L = plan.chunk_size;
+  Scratch<A> s(w, worker, ld);
+  int64_t head;
+  const Tile t = plan.tile_by_task(task, p.size.heads, &head);
+  const Carries none;
+  scan_tile<T>(p, plan, plan.segmented ? nullptr : &none, t, head, s, s.vector[0], s.vector[1]);
+  const int64_t end = (t.rows - 1) * ld;
+  if (plan.segmented) {
+    const int64_t row = (t.id * p.size.heads + head) * ld;
+    __builtin_memcpy(static_cast<A*>(w.forward.k) + row, s.state_k + end, static_cast<size_t>(ld) * sizeof(A));
+    __builtin_memcpy(static_cast<A*>(w.forward.v) + row, s.state_v + end, static_cast<size_t>(ld) * sizeof(A));
+    gate_product(t.rows, ld, s.f, static_cast<A*>(w.forward.product) + row);
+    return;
+  }
+  if (t.last) store_running(p, t.sequence, head, s.state_k + end, s.state_v + end);  // before keys are rotated
+  for (int64_t i = L - 1 - t.position % L; i < t.rows; i += L) {
+    store_chunk<T>(p, plan, t.sequence, head, (t.position + i) / L, s.state_k + i * ld, s.state_v + i * ld);
+  }
+}
+
+// Sequence and head, once: combines segments, copies what the initial state holds.
+template <class T>
+void sequence_task(const AttentionFwdParams& p, const Plan& plan, const Workspace& w, int64_t task, int worker) {
+  using A = Acc<T>;
+  const Sizes& z = p.size;
+  const int64_t n = task / z.heads, head = task % z.heads, D = z.head_dim, L = plan.chunk_size;
+  Scratch<A> s(w, worker, plan.padded_dim);
+  if (p.initial.k) {
+    const size_t bytes = static_cast<size_t>(plan.start(n) / L * D) * sizeof(T);
+    const int64_t from = (n * z.heads + head) * p.initial.rows * D;
+    T* const k = chunk_row<T>(z, plan, p.chunks, p.chunks.k, n, head);
+    T* const v = chunk_row<T>(z, plan, p.chunks, p.chunks.v, n, head);
+    if (bytes) {
+      __builtin_memmove(k, static_cast<const T*>(p.initial.k) + from, bytes);
+      __builtin_memmove(v, static_cast<const T*>(p.initial.v) + from, bytes);
+    }
+  }
+  if (plan.length(n) == 0) {
+    A *const k = s.vector[0], *const v = s.vector[1];
+    zero(k, D);
+    zero(v, D);
+    const size_t bytes = static_cast<size_t>(D) * sizeof(A);
+    const int64_t from = (n * z.heads + head) * D;
+    if (p.initial.running_k) __builtin_memcpy(k, static_cast<const A*>(p.initial.running_k) + from, bytes);
+    if (p.initial.running_v) __builtin_memcpy(v, static_cast<const A*>(p.initial.running_v) + from, bytes);
+    store_running(p, n, head, k, v);
+    return;
+  }
+  if (!plan.segmented) return;
+  // A state that closes a chunk, or the sequence, is stored.
+  combine_forward(plan, z, n, head, w.forward.v, w.forward.product, p.initial.running_v, s.vector[0], s.vector[1],
+                  [&](const Tile& t, A* state) {
+                    const int64_t end = t.position + t.rows;
+                    if (end % L == 0) {
+                      store_row(state, D, chunk_row<T>(z, plan, p.chunks, p.chunks.v, n, head) + (end / L - 1) * D);
+                    }
+                    if (t.last && p.running_v) {
+                      __builtin_memcpy(static_cast<A*>(p.running_v) + (n * z.heads + head) * D, state,
+                                       static_cast<size_t>(D) * sizeof(A));
+                    }
+                  });
+  combine_forward(plan, z, n, head, w.forward.k, w.forward.product, p.initial.running_k, s.vector[0], s.vector[1],
+                  [&](const Tile& t, A* state) {
+                    const int64_t end = t.position + t.rows;
+                    if (t.last && p.running_k) {
+                      __builtin_memcpy(static_cast<A*>(p.running_k) + (n * z.heads + head) * D, state,
+                                       static_cast<size_t>(D) * sizeof(A));
+                    }
+                    if (end % L == 0) {  // the recurrence starts anew after it: the state may be rotated in place
+                      rotate_row<A>(p.rotary, end / L - 1, D, 1, state);
+                      store_row(state, D, chunk_row<T>(z, plan, p.chunks, p.chunks.k, n, head) + (end / L - 1) * D);
+                    }
+                  });
+}
+
+// Chunk states [first, first + count) as acc: where they lie, or converted into scratch.
+template <class A>
+RAT_INLINE const A* key_block(const A* states, int64_t first, int64_t, int64_t dim, int64_t, A*, int64_t* stride) {
+  *stride = dim;
+  return states + first * dim;
+}
+
+template <class T, class A>
+const A* key_block(const T* states, int64_t first, int64_t count, int64_t dim, int64_t ld, A* scratch,
+                   int64_t* stride) {
+  for (int64_t j = 0; j < count; ++j) load_row(states + (first + j) * dim, dim, ld, scratch + j * ld);
+  *stride = ld;
+  return scratch;
+}
+
+// Which keys the queries of a tile see: query i those of chunks before its own.
+template <class A>
+struct Visible {
+  int64_t all;  // keys that every query sees
+  int64_t any;  // keys that some query sees
+  A* extra;     // (kTile): beyond `all`, how many query i sees
+
+  Visible(const Tile& t, int64_t chunk_size, A* storage)
+      : all(t.position / chunk_size), any((t.position + t.rows - 1) / chunk_size), extra(storage) {
+    zero(extra, kTile);
+    for (int64_t i = 0; i < t.rows; ++i) extra[i] = static_cast<A>((t.position + i) / chunk_size - all);
+  }
+};
+
+// Scores of `count` keys, the first of them key `first`, become weights e^(s - m); m and l are updated, and `factor` is
+// what sums made with the old m are to be multiplied by. True if any factor is not 1.
+template <class A>
+bool softmax_block(int64_t first, int64_t count, int64_t columns, const Visible<A>& visible, A* score, A* m, A* l,
+                   A* factor) {
+  constexpr int64_t W = Simd<A>::width;
+  const int64_t open = minimum(count, maximum(0, visible.all - first));  // rows that need no mask
+  bool changed = false;
+  for (int64_t q = 0; q < columns; q += W) {
+    const Vec<A> before = load(m + q), extra = load(visible.extra + q);
+    Vec<A> top = before;
+    for (int64_t j = 0; j < open; ++j) {
+      const Vec<A> x = load(score + j * kTile + q);
+      top = x > top ? x : top;
+    }
+    for (int64_t j = open; j < count; ++j) {
+      const Vec<A> index = broadcast(static_cast<A>(first + j - visible.all));
+      const Vec<A> x = index < extra ? load(score + j * kTile + q) : broadcast(-static_cast<A>(__builtin_inf()));
+      store(score + j * kTile + q, x);
+      top = x > top ? x : top;
+    }
+    const Vec<A> decay = exp(before - top);
+    Vec<A> sum = {};
+    for (int64_t j = 0; j < count; ++j) {
+      const Vec<A> e = exp(load(score + j * kTile + q) - top);
+      store(score + j * kTile + q, e);
+      sum = sum + e;
+    }
+    store(m + q, top);
+    store(l + q, load(l + q) * decay + sum);
+    store(factor + q, decay);
+    for (int64_t i = 0; i < W; ++i) changed |= !(decay[i] == A(1));
+  }
+  return changed;
+}
+
+template <class T>
+void attend_task(const AttentionFwdParams& p, const Plan& plan, const Workspace& w, int64_t task, int worker) {
+  using A = Acc<T>;
+  constexpr int64_t W = Simd<A>::width;
+  const Sizes& z = p.size;
+  const int64_t D = z.head_dim, ld = plan.padded_dim;
+  Scratch<A> s(w, worker, ld);
+  int64_t head;
+  const Tile t = plan.tile_by_task(task, z.heads, &head);
+  const int64_t columns = (t.rows + W - 1) / W * W;
+  prefetch_rows<T>(p.q, t, head / (z.heads / z.q_groups), D);
+  scan_tile<T>(p, plan, &w.forward, t, head, s, s.vector[0], s.vector[1]);
+
+  prefetch_rows<T>(p.out_gate, t, head, D);
+  A *const self = s.vector[2], *const m = s.vector[3], *const l = s.vector[4], *const factor = s.vector[5];
+  load_rows<T>(p.q, t, head / (z.heads / z.q_groups), D, ld, s.query);
+  scale_rows(s.query, t.rows * ld, static_cast<A>(p.scale));
+  zero(self, kTile);
+  dot_rows(s.query, s.state_k, t.rows, ld, self);
+  for (int64_t i = 0; i < kTile; ++i) m[i] = self[i], l[i] = 1;
+
+  const Visible<A> visible(t, plan.chunk_size, s.vector[6]);
+  if (visible.any > 0) {
+    rotate_rows<A>(p.rotary, t, plan.chunk_size, D, ld, 1, s.query);
+    transpose_in(s.query, t.rows, ld, s.query_t);
+    const T* const keys = chunk_row<T>(z, plan, p.chunks, p.chunks.k, t.sequence, head);
+    const T* const values = chunk_row<T>(z, plan, p.chunks, p.chunks.v, t.sequence, head);
+    for (int64_t first = 0; first < visible.any; first += kKeys) {
+      const int64_t count = minimum(kKeys, visible.any - first);
+      int64_t stride;
+      const A* const k = key_block(keys, first, count, D, ld, s.keys, &stride);
+      multiply<A, true>(count, columns, D, k, stride, s.query_t, kTile, s.score, kTile, false);
+      const bool rescale = softmax_block(first, count, columns, visible, s.score, m, l, factor);
+      if (rescale && first > 0) {
+        for (int64_t d = 0; d < D; ++d) {
+          for (int64_t q = 0; q < columns; q += W) {
+            store(s.sum_t + d * kTile + q, load(s.sum_t + d * kTile + q) * load(factor + q));
+          }
+        }
+      }
+      const A* const v = key_block(values, first, count, D, ld, s.values, &stride);
+      multiply<A, false>(D, columns, count, v, stride, s.score, kTile, s.sum_t, kTile, first > 0);
+    }
+    for (int64_t q = 0; q < columns; q += W) store(factor + q, A(1) / load(l + q));
+    for (int64_t d = 0; d < D; ++d) {
+      for (int64_t q = 0; q < columns; q += W) {
+        store(s.sum_t + d * kTile + q, load(s.sum_t + d * kTile + q) * load(factor + q));
+      }
+    }
+    for (int64_t q = 0; q < columns; q += W) store(self + q, exp(load(self + q) - load(m + q)) * load(factor + q));
+    transpose_out(s.sum_t, t.rows, D, ld, s.row0);
+    add_scaled_rows(s.row0, s.state_v, self, t.rows, ld);
+  } else {
+    __builtin_memcpy(s.row0, s.state_v, static_cast<size_t>(t.rows * ld) * sizeof(A));
+  }
+  A* const lse = static_cast<A*>(p.lse) + (t.batch * z.heads + head) * z.tokens + t.token;
+  for (int64_t i = 0; i < t.rows; ++i) lse[i] = m[i] + std::log(l[i]);
+  if (p.out_gate.ptr) {
+    load_rows<T>(p.out_gate, t, head, D, ld, s.input);
+    for (int64_t i = 0; i < t.rows * ld; i += W) {
+      store(s.row0 + i, load(s.row0 + i) * sigmoid_pair<A>(load(s.input + i)).plus);
+    }
+  }
+  store_rows<T>(p.y, t, head, D, ld, s.row0);
+}
+
+template <class T>
+void attention_forward(const AttentionFwdParams& p, const Plan& plan, const Workspace& w) {
+  const int64_t tile_tasks = plan.all_tiles() * p.size.heads;
+  for_each_task(tile_tasks, w.workers, [&](int64_t id, int worker) { states_task<T>(p, plan, w, id, worker); });
+  for_each_task(plan.sequences * p.size.heads, w.workers,
+                [&](int64_t id, int worker) { sequence_task<T>(p, plan, w, id, worker); });
+  for_each_task(tile_tasks, w.workers, [&](int64_t id, int worker) { attend_task<T>(p, plan, w, id, worker); });
+}

@@ -1,0 +1,808 @@
+// The backward scans. None of k~, v~ is saved by the forward: each kernel scans its tile again.
+//
+//   chunk_prepare_bwd_kernel   do, d(out_gate), Delta, p_tt, ds_tt: all that the attention gradient and the reverse scan need
+//   chunk_carry_bwd_kernel     what a segment passes to the one before it from a zero end      long chunks only
+//   chunk_scan_bwd_kernel      the reverse scan: dk, dv, dgate, dq, partial sums of dgate_bias
+//   gate_bias_reduce_kernel    dgate_bias from the partial sums, in a fixed order
+//
+// Prepare works as the forward does: 7 H D elements a token. The reverse scan takes a block for a tile and the heads of one
+// query group (of several, if they are few):
+//
+//   1. scan forward from the state at the start of the tile; keep the states in shared memory, in T, each thread its own.
+//      Tiles longer than a sub-block keep the state at the start of each sub-block only, and scan each again before 2.
+//   2. walk back over the sub-block: gradients of k~ and v~, then dv and dgate, which belong to a head and are stored, and dq
+//      and dk, which are summed over the heads of the group: inside a warp by shuffles, then through shared memory. Two
+//      buffers and one barrier a token: the threads that add up token t do so while others are at token t - 1; before anyone
+//      writes the buffer of t again, for t - 2, all have passed the barrier of t - 1.
+//
+// It reads v, gate twice (the second time from L2), do once, writes dv, dgate: 5 H D elements a token, and small change.
+#include <algorithm>
+
+#include "device/scan_launch.h"
+
+namespace rat::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+// ---- prepare ----------------------------------------------------------------------------------------------------------
+
+struct PrepareBwd {
+  ScanInput in;
+  Rows dy, y, out_gate;  // out_gate null: do is dy
+  Rows dout, dout_gate;  // outputs, with out_gate
+  const float* lse;      // (B, H, T), as are the next three
+  float* p_self;
+  float* ds_self;
+  float* delta;
+};
+
+template <class T, int W, bool kVector>
+__global__ void __launch_bounds__(kThreads, kVector && sizeof(T) == 2 ? 4 : 2)
+    chunk_prepare_bwd_kernel(const __grid_constant__ PrepareBwd p) {
+  const ScanInput& in = p.in;
+  const Sizes& s = in.size;
+  Tile tile;
+  Lane lane;
+  if (!warp_work<W>(in, tile, lane)) return;
+  const bool gated = in.gate.ptr != nullptr, out_gated = p.out_gate.ptr != nullptr;
+  const int64_t row = tile.sequence.batch, token = tile.token, h = lane.head;
+  const T* q_row = row_of<T>(in.q, row, token, h / (s.heads / s.q_groups), lane.d);
+  const T* k_row = row_of<T>(in.k, row, token, h / (s.heads / s.k_groups), lane.d);
+  const T* v_row = row_of<T>(in.v, row, token, h, lane.d);
+  const T* gate_row = gated ? row_of<T>(in.gate, row, token, h, lane.d) : nullptr;
+  const T* dy_row = row_of<T>(p.dy, row, token, h, lane.d);
+  const T* y_row = row_of<T>(p.y, row, token, h, lane.d);
+  const T* out_gate_row = out_gated ? row_of<T>(p.out_gate, row, token, h, lane.d) : nullptr;
+  const int64_t scalars = (row * s.heads + h) * s.tokens + token;
+
+  float bias[8], k_state[8], v_state[8];
+  load_bias(in, lane, bias);
+  entry_state<true>(in, tile, lane, k_state, v_state);
+  ChunkClock clock(tile.position, s.chunk_size);
+
+#pragma unroll 1
+  for (int i = 0; i < tile.count; ++i) {
+    const int64_t t = i;
+    const Raw8<T> k_raw = load_raw<kVector>(k_row + t * in.k.token);
+    const Raw8<T> q_raw = load_raw<kVector>(q_row + t * in.q.token);
+    const Raw8<T> v_raw = load_raw<kVector>(v_row + t * in.v.token);
+    const Raw8<T> dy_raw = load_raw<kVector>(dy_row + t * p.dy.token);
+    const Raw8<T> y_raw = load_raw<kVector>(y_row + t * p.y.token);
+    Raw8<T> gate_raw, out_gate_raw;
+    if (gated) gate_raw = load_raw<kVector>(gate_row + t * in.gate.token);
+    if (out_gated) out_gate_raw = load_raw<kVector>(out_gate_row + t * p.out_gate.token);
+    const float lse = p.lse[scalars + i];
+
+    float dout[8], delta, x[8], f[8], g[8];
+    unpack(dy_raw, dout);
+    unpack(y_raw, x);
+    delta = dot(dout, x);
+    if (out_gated) {
+      float z[8];
+      unpack(out_gate_raw, z);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        float open, shut;
+        gates<T>(z[j], open, shut);
+        x[j] *= dout[j] * shut;
+        dout[j] *= open;
+      }
+      if (lane.live) {
+        store_row<kVector>(out_row_of<T>(p.dout_gate, row, token + i, h, lane.d), x);
+        store_row<kVector>(out_row_of<T>(p.dout, row, token + i, h, lane.d), dout);
+      }
+    }
+    if (clock.opens() || !gated) {
+      zero(k_state);
+      zero(v_state);
+    }
+    clock.next();
+    gates_of(gate_raw, bias, gated, f, g);
+    unpack(k_raw, x);
+    advance(f, g, x, k_state);
+    unpack(v_raw, x);
+    advance(f, g, x, v_state);
+    unpack(q_raw, x);
+    float own = lane.live ? dot(x, k_state) : 0.0f;
+    float dp = lane.live ? dot(dout, v_state) : 0.0f;
+    delta = lane.live ? delta : 0.0f;
+    own = group_sum<W>(own);
+    dp = group_sum<W>(dp);
+    delta = group_sum<W>(delta);
+    if (lane.live && lane.index == 0) {
+      const float probability = expf(fmaf(in.scale, own, -lse));
+      p.p_self[scalars + i] = probability;
+      p.ds_self[scalars + i] = probability * (dp - delta);
+      p.delta[scalars + i] = delta;
+    }
+  }
+}
+
+// ---- the reverse scan -------------------------------------------------------------------------------------------------
+
+struct ScanBwd {
+  ScanInput in;
+  Rows dout;            // do; dy of chunk_recurrence
+  const float* p_self;  // (B, H, T)
+  const float* ds_self;
+  ChunkStates chunks;     // layout of the four chunk gradients
+  const float* dchunk_k;  // from attention, float
+  const float* dchunk_v;
+  const void* incoming_k;  // of the returned chunk states, T, or null
+  const void* incoming_v;
+  const float* drunning_k;  // (N, H, D) or null
+  const float* drunning_v;
+  float* reverse_carry;  // (items, H, 1 or 2, D): what each segment's last token receives; null if not segmented
+  Rows dq, dk, dv, dgate;
+  float* dq_sum;      // (B, T, q_groups, D): attention's part; with several passes over the heads also the sum so far
+  float* dk_sum;      // (B, T, k_groups, D): the sum so far, with several passes; else null
+  float* dinitial_k;  // (N, H, D) or null
+  float* dinitial_v;
+  float* bias_partial;  // (tile blocks, H, D) or null
+  // how heads are dealt to blocks
+  int64_t group_heads;  // H / families; a family is the heads whose dq (in chunk_recurrence: dx) are summed
+  int64_t families;
+  int64_t family_batches;  // ceil(families / families of a block)
+  int block_families;
+  int slots;         // lane groups of a family in a block
+  int pass, passes;  // heads pass*slots ... of each family
+  int fold;          // lane groups of a warp that are summed by shuffles
+  int64_t tiles_per_block;
+  int sub_block;      // tokens whose states shared memory holds
+  int sub_blocks;     // of a tile
+  bool sum_q, sum_k;  // over the heads of a family, else each head stores its own
+};
+
+// Shared memory of a block: states (sub_block, 2, threads) Raw8; states at the starts of sub-blocks
+// (sub_blocks, 2, threads) Raw8, if more than one; sums (2 buffers, sums, lane groups after folding, 2, W) float4.
+template <class T>
+size_t scan_bwd_shared(const ScanBwd& p, bool attention, int threads, int width) {
+  const size_t streams = attention ? 2 : 1;
+  size_t bytes = p.in.gate.ptr == nullptr
+                     ? 0
+                     : (p.sub_block + (p.sub_blocks > 1 ? p.sub_blocks : 0)) * streams * threads * sizeof(Raw8<T>);
+  bytes += size_t{16} * 2 * (p.sum_q + p.sum_k) * (threads / width / p.fold) * 2 * width;
+  return bytes;
+}
+
+// Adds the gradient of the chunk state that a closing token leaves behind to the gradient of its state.
+template <class T, int W>
+__device__ __forceinline__ void add_chunk_grad(const ScanBwd& p, const Lane& lane, int64_t n, int64_t chunk,
+                                               float (&gk)[8], float (&gv)[8]) {
+  const Sizes& s = p.in.size;
+  const int64_t at = chunk_offset(s, p.chunks, n, lane.head) + chunk * s.head_dim + lane.d;
+  float x[8], y[8];
+  load_scratch(p.dchunk_v + at, x);
+  if (p.incoming_v) {
+    load_row<false>(static_cast<const T*>(p.incoming_v) + at, y);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x[j] += y[j];
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) gv[j] += x[j];
+  load_scratch(p.dchunk_k + at, x);
+  if (p.incoming_k) {
+    load_row<false>(static_cast<const T*>(p.incoming_k) + at, y);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x[j] += y[j];
+  }
+  if (p.in.rotary.cos) rotate<W>(p.in.rotary, chunk, s.head_dim, lane, -1.0f, x);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) gk[j] += x[j];
+}
+
+template <class T, int W, bool kVector, bool kAttention>
+__global__ void __launch_bounds__(kThreads, kVector ? 4 : 2) chunk_carry_bwd_kernel(const __grid_constant__ ScanBwd p) {
+  const ScanInput& in = p.in;
+  const Sizes& s = in.size;
+  Tile tile;
+  Lane lane;
+  if (!warp_work<W>(in, tile, lane)) return;
+  const int64_t row = tile.sequence.batch, token = tile.token, h = lane.head;
+  const T* q_row = kAttention ? row_of<T>(in.q, row, token, h / (s.heads / s.q_groups), lane.d) : nullptr;
+  const T* gate_row = row_of<T>(in.gate, row, token, h, lane.d);
+  const T* dout_row = row_of<T>(p.dout, row, token, h, lane.d);
+  const int64_t scalars = (row * s.heads + h) * s.tokens + token;
+
+  float bias[8], k_carry[8], v_carry[8];
+  load_bias(in, lane, bias);
+  zero(k_carry);
+  zero(v_carry);
+  ChunkClock clock(tile.position + tile.count - 1, s.chunk_size);
+
+  constexpr int kStep = sizeof(T) == 4 ? 1 : 2;
+#pragma unroll 1
+  for (int i = tile.count - 1; i >= 0; i -= kStep) {
+    Raw8<T> q_raw[kStep], gate_raw[kStep], dout_raw[kStep];
+    float probability[kStep], ds[kStep];
+#pragma unroll
+    for (int u = 0; u < kStep; ++u) {
+      const int64_t t = max(i - u, 0);
+      gate_raw[u] = load_raw<kVector>(gate_row + t * in.gate.token);
+      dout_raw[u] = load_raw<kVector>(dout_row + t * p.dout.token);
+      if constexpr (kAttention) {
+        q_raw[u] = load_raw<kVector>(q_row + t * in.q.token);
+        probability[u] = p.p_self[scalars + t];
+        ds[u] = in.scale * p.ds_self[scalars + t];
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kStep; ++u) {
+      if (i - u >= 0) {
+        float x[8], f[8], g[8];
+        unpack(dout_raw[u], x);
+        if constexpr (kAttention) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) v_carry[j] = fmaf(probability[u], x[j], v_carry[j]);
+          unpack(q_raw[u], x);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) k_carry[j] = fmaf(ds[u], x[j], k_carry[j]);
+          if (clock.closes()) add_chunk_grad<T, W>(p, lane, tile.sequence.index, clock.chunk, k_carry, v_carry);
+        } else {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) k_carry[j] += x[j];
+        }
+        gates_of(gate_raw[u], bias, true, f, g);
+        const bool opens = clock.opens();
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          k_carry[j] = opens ? 0.0f : f[j] * k_carry[j];
+          v_carry[j] = opens ? 0.0f : f[j] * v_carry[j];
+        }
+        clock.back();
+      }
+    }
+  }
+  if (lane.live) {
+    constexpr int kStreams = kAttention ? 2 : 1;
+    store_scratch(p.reverse_carry + carry_at(s, tile.item, h, kStreams, 0) + lane.d, k_carry);
+    if (kAttention) store_scratch(p.reverse_carry + carry_at(s, tile.item, h, kStreams, 1) + lane.d, v_carry);
+  }
+}
+
+// Rows of one token that the walk back reads.
+template <class T>
+struct BackRows {
+  Raw8<T> q, k, v, gate, dout;
+  float probability, ds;
+};
+
+template <class T, int W, bool kVector, bool kAttention>
+__global__ void __launch_bounds__(256) chunk_scan_bwd_kernel(const __grid_constant__ ScanBwd p) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  const ScanInput& in = p.in;
+  const Sizes& s = in.size;
+  constexpr int kStreams = kAttention ? 2 : 1;
+  const int threads = static_cast<int>(blockDim.x), tid = static_cast<int>(threadIdx.x);
+  Raw8<T>* const states = reinterpret_cast<Raw8<T>*>(shared_memory) + tid;  // [(i*streams + st)*threads]
+  Raw8<T>* const starts = states + p.sub_block * kStreams * threads;        // likewise
+  float4* const sums = reinterpret_cast<float4*>(  // without gates there are no states before them
+      in.gate.ptr ? starts - tid + (p.sub_blocks > 1 ? p.sub_blocks * kStreams * threads : 0)
+                  : reinterpret_cast<Raw8<T>*>(shared_memory));
+
+  const int64_t tile_block = blockIdx.x / p.family_batches, family_batch = blockIdx.x % p.family_batches;
+  const int slot = tid / W;
+  const int64_t family = family_batch * p.block_families + slot / p.slots;
+  const int64_t member = static_cast<int64_t>(p.pass) * p.slots + slot % p.slots;
+  const bool owner = slot / p.slots < p.block_families && family < p.families && member < p.group_heads;
+  const Lane lane = lane_of<W>(owner ? family * p.group_heads + member : s.heads, s.heads, s.head_dim);
+  const int64_t h = lane.head, kg = h / (s.heads / s.k_groups);
+  const bool gated = in.gate.ptr != nullptr;
+
+  // The part of the sums over heads that this thread adds up, if any: sum `which` (dq, then dk), eight elements of a family.
+  // It falls to another warp at each token.
+  const int which_count = p.sum_q + p.sum_k;
+  const int folded = threads / W / p.fold;   // lane groups that reach shared memory
+  const int family_rows = p.slots / p.fold;  // of one family
+  const int pieces = p.block_families * which_count * W;
+
+  float bias[8], dbias[8];
+  load_bias(in, lane, bias);
+  zero(dbias);
+
+#pragma unroll 1
+  for (int64_t item = tile_block * p.tiles_per_block; item < (tile_block + 1) * p.tiles_per_block && item < in.items;
+       ++item) {
+    const Tile tile = tile_of(s, item, in.tile);
+    if (tile.count == 0) continue;  // the same for the whole block
+    const int64_t row = tile.sequence.batch, token = tile.token;
+    const T* q_row = kAttention ? row_of<T>(in.q, row, token, h / (s.heads / s.q_groups), lane.d) : nullptr;
+    const T* k_row = row_of<T>(in.k, row, token, kg, lane.d);
+    const T* v_row = kAttention ? row_of<T>(in.v, row, token, h, lane.d) : nullptr;
+    const T* gate_row = gated ? row_of<T>(in.gate, row, token, h, lane.d) : nullptr;
+    const T* dout_row = row_of<T>(p.dout, row, token, h, lane.d);
+    const int64_t scalars = (row * s.heads + h) * s.tokens + token;
+
+    const auto load_back = [&](int i, BackRows<T>& r) {
+      const int64_t t = i;
+      r.dout = load_raw<kVector>(dout_row + t * p.dout.token);
+      r.k = load_raw<kVector>(k_row + t * in.k.token);
+      if (gated) r.gate = load_raw<kVector>(gate_row + t * in.gate.token);
+      if constexpr (kAttention) {
+        r.q = load_raw<kVector>(q_row + t * in.q.token);
+        r.v = load_raw<kVector>(v_row + t * in.v.token);
+        r.probability = p.p_self[scalars + t];
+        r.ds = in.scale * p.ds_self[scalars + t];
+      }
+    };
+
+    float k_carry[8], v_carry[8];  // f_{t+1} a_{t+1} and f_{t+1} b_{t+1}
+    zero(k_carry);
+    zero(v_carry);
+    if (p.reverse_carry) {
+      load_scratch(p.reverse_carry + carry_at(s, item, h, kStreams, 0) + lane.d, k_carry);
+      if (kAttention) load_scratch(p.reverse_carry + carry_at(s, item, h, kStreams, 1) + lane.d, v_carry);
+    } else if (tile.last && p.drunning_k) {
+      const int64_t at = (tile.sequence.index * s.heads + h) * s.head_dim + lane.d;
+      load_floats(p.drunning_k + at, k_carry);
+      if (kAttention) load_floats(p.drunning_v + at, v_carry);
+    }
+
+    const int subs = (tile.count + p.sub_block - 1) / p.sub_block;
+    float k_state[8], v_state[8];
+    entry_state<kAttention>(in, tile, lane, k_state, v_state);
+    ChunkClock back_clock(tile.position + tile.count - 1, s.chunk_size);
+
+    // Steps below zero go forward and note where sub-blocks start; the others take the sub-blocks from the last to the first.
+#pragma unroll 1
+    for (int step = gated ? 1 - subs : 0; step < subs; ++step) {
+      const bool keep = step >= 0;
+      const int sub = keep ? subs - 1 - step : step + subs - 1;
+      const int begin = sub * p.sub_block, end = min(begin + p.sub_block, tile.count);
+      if (gated) {
+        Raw8<T>* at = starts + sub * kStreams * threads;
+        if (step > 0) {
+          unpack(at[0], k_state);
+          if constexpr (kAttention) unpack(at[threads], v_state);
+        } else if (step < 0) {
+          pack(k_state, at[0]);
+          if constexpr (kAttention) pack(v_state, at[threads]);
+        }
+        ChunkClock clock(tile.position + begin, s.chunk_size);
+        constexpr int kStep = sizeof(T) == 4 ? 1 : 2;
+#pragma unroll 1
+        for (int i = begin; i < end; i += kStep) {
+          Raw8<T> k_raw[kStep], v_raw[kStep], gate_raw[kStep];
+#pragma unroll
+          for (int u = 0; u < kStep; ++u) {
+            const int64_t t = min(i + u, end - 1);
+            gate_raw[u] = load_raw<kVector>(gate_row + t * in.gate.token);
+            k_raw[u] = load_raw<kVector>(k_row + t * in.k.token);
+            if constexpr (kAttention) v_raw[u] = load_raw<kVector>(v_row + t * in.v.token);
+          }
+#pragma unroll
+          for (int u = 0; u < kStep; ++u) {
+            if (i + u < end) {
+              if (clock.opens()) {
+                zero(k_state);
+                zero(v_state);
+              }
+              clock.next();
+              if (keep) {
+                Raw8<T> raw;
+                pack(k_state, raw);
+                states[(i + u - begin) * kStreams * threads] = raw;
+                if constexpr (kAttention) {
+                  pack(v_state, raw);
+                  states[((i + u - begin) * kStreams + 1) * threads] = raw;
+                }
+              }
+              float f[8], g[8], x[8];
+              gates_of(gate_raw[u], bias, true, f, g);
+              unpack(k_raw[u], x);
+              advance(f, g, x, k_state);
+              if constexpr (kAttention) {
+                unpack(v_raw[u], x);
+                advance(f, g, x, v_state);
+              }
+            }
+          }
+        }
+      }
+      if (!keep) continue;
+
+      BackRows<T> ahead;
+      load_back(end - 1, ahead);
+#pragma unroll 1
+      for (int i = end - 1; i >= begin; --i) {
+        const BackRows<T> r = ahead;
+        if (i > begin) load_back(i - 1, ahead);
+        const int64_t t = token + i;
+
+        // What was summed before, for the thread that will store the sum: asked for early.
+        const int turned = tid + (i & 3) * 32;
+        const int piece = threads < 128 ? tid : turned < threads ? turned : turned - threads;
+        const int which = which_count == 2 ? piece / W & 1 : 0;
+        const int piece_slot = which_count == 2 ? piece / (2 * W) : piece / W;
+        const int64_t piece_family = family_batch * p.block_families + piece_slot;
+        const int piece_d = piece % W * 8;
+        const bool is_q = p.sum_q && which == 0;
+        const bool adds = piece < pieces && piece_d < s.head_dim && piece_family < p.families;
+        // Offset of (row, t, family) in dq_sum or dk_sum: sums run over all heads of a family, so families are groups.
+        const int64_t sum_at = ((row * s.tokens + t) * p.families + piece_family) * s.head_dim + piece_d;
+        float before[8];
+        zero(before);
+        if (adds && is_q) load_scratch(p.dq_sum + sum_at, before);
+        if (adds && !is_q && p.pass > 0) load_scratch(p.dk_sum + sum_at, before);
+
+        float x[8], f[8], g[8];
+        unpack(r.dout, x);
+        if constexpr (kAttention) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) v_carry[j] = fmaf(r.probability, x[j], v_carry[j]);
+          unpack(r.q, x);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) k_carry[j] = fmaf(r.ds, x[j], k_carry[j]);
+          if (back_clock.closes()) {
+            add_chunk_grad<T, W>(p, lane, tile.sequence.index, back_clock.chunk, k_carry, v_carry);
+          }
+        } else {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) k_carry[j] += x[j];
+        }
+        // k_carry and v_carry are now a_t and b_t.
+        gates_of(r.gate, bias, gated, f, g);
+        float k_before[8], v_before[8], dq[8], dk[8], dgate[8];
+        zero(k_before);
+        zero(v_before);
+        if (gated) {
+          unpack(states[(i - begin) * kStreams * threads], k_before);
+          if constexpr (kAttention) unpack(states[((i - begin) * kStreams + 1) * threads], v_before);
+        }
+        unpack(r.k, x);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          dgate[j] = k_carry[j] * (k_before[j] - x[j]);
+          dk[j] = g[j] * k_carry[j];
+          dq[j] = kAttention ? r.ds * fmaf(f[j], k_before[j], g[j] * x[j]) : 0.0f;
+        }
+        if constexpr (kAttention) {
+          unpack(r.v, x);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            dgate[j] = fmaf(v_carry[j], v_before[j] - x[j], dgate[j]);
+            x[j] = g[j] * v_carry[j];
+          }
+          if (lane.live) store_row<kVector>(out_row_of<T>(p.dv, row, t, h, lane.d), x);
+        }
+        if (gated) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            dgate[j] *= f[j] * g[j];
+            dbias[j] += dgate[j];
+          }
+          if (lane.live) store_row<kVector>(out_row_of<T>(p.dgate, row, t, h, lane.d), dgate);
+        }
+        const bool opens = back_clock.opens() || !gated;
+        back_clock.back();
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          k_carry[j] = opens ? 0.0f : f[j] * k_carry[j];
+          v_carry[j] = opens ? 0.0f : f[j] * v_carry[j];
+        }
+
+        if (kAttention && !p.sum_q && lane.live) {
+          const int64_t at = ((row * s.tokens + t) * s.heads + h) * s.head_dim + lane.d;
+          load_scratch(p.dq_sum + at, x);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) x[j] += dq[j];
+          store_row<kVector>(out_row_of<T>(p.dq, row, t, h, lane.d), x);
+        }
+        if (!p.sum_k && lane.live) store_row<kVector>(out_row_of<T>(p.dk, row, t, h, lane.d), dk);
+        if (which_count == 0) continue;
+
+        float4* const buffer = sums + (i & 1) * which_count * folded * 2 * W;
+        const auto contribute = [&](int index, float (&c)[8]) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) c[j] = lane.live ? c[j] : 0.0f;
+#pragma unroll
+          for (int distance = W; distance < 32; distance *= 2) {
+            if (distance < W * p.fold) {
+#pragma unroll
+              for (int j = 0; j < 8; ++j) c[j] += __shfl_xor_sync(kFullWarp, c[j], distance);
+            }
+          }
+          if (slot % p.fold == 0) {
+            float4* at = buffer + (index * folded + slot / p.fold) * 2 * W + tid % W;
+            at[0] = make_float4(c[0], c[1], c[2], c[3]);
+            at[W] = make_float4(c[4], c[5], c[6], c[7]);
+          }
+        };
+        if (kAttention && p.sum_q) contribute(0, dq);
+        if (p.sum_k) contribute(p.sum_q, dk);
+        __syncthreads();  // the buffer is full; the other one, of token i + 1, has been read by all
+        if (adds) {
+          const int first = piece_slot * family_rows;
+          for (int m = 0; m < family_rows; ++m) {
+            const float4* at = buffer + (which * folded + first + m) * 2 * W + piece % W;
+            const float4 low = at[0], high = at[W];
+            before[0] += low.x, before[1] += low.y, before[2] += low.z, before[3] += low.w;
+            before[4] += high.x, before[5] += high.y, before[6] += high.z, before[7] += high.w;
+          }
+          if (p.pass + 1 < p.passes) {
+            store_scratch((is_q ? p.dq_sum : p.dk_sum) + sum_at, before);
+          } else {
+            store_row<kVector>(out_row_of<T>(is_q ? p.dq : p.dk, row, t, piece_family, piece_d), before);
+          }
+        }
+      }
+    }
+    if (tile.first && p.dinitial_k && lane.live) {
+      const int64_t at = (tile.sequence.index * s.heads + h) * s.head_dim + lane.d;
+      store_floats(p.dinitial_k + at, k_carry);
+      if (kAttention) store_floats(p.dinitial_v + at, v_carry);
+    }
+    // The next tile's first token may use the buffer that this tile's last token is still being read from.
+    if (which_count) __syncthreads();
+  }
+  if (p.bias_partial && lane.live) {
+    store_scratch(p.bias_partial + (tile_block * s.heads + h) * s.head_dim + lane.d, dbias);
+  }
+}
+
+// dgate_bias[c] = sum over rows of partial[row][c]: a block for 32 columns, 16 warps stride over the rows.
+__global__ void __launch_bounds__(512)
+    gate_bias_reduce_kernel(const float* partial, int64_t rows, int64_t columns, float* out) {
+  __shared__ float sums[16][33];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + lane;
+  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (column < columns) {
+    for (int64_t row = warp; row < rows; row += 64) {
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+        if (row + 16 * u < rows) sum[u] += partial[(row + 16 * u) * columns + column];
+      }
+    }
+  }
+  sums[warp][lane] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  __syncthreads();
+  if (warp == 0 && column < columns) {
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < 16; ++w) total += sums[w][lane];
+    out[column] = total;
+  }
+}
+
+// ---- launches ---------------------------------------------------------------------------------------------------------
+
+struct Deal {
+  int threads;
+  int64_t tile_blocks;
+};
+
+// Deals heads to blocks of at most 256 threads, of 128 where a family fits, and tiles to blocks. Blocks are smaller where the
+// device has too little shared memory, but two lane groups at least: they add up two sums.
+template <class V>
+Deal deal(ScanBwd& p, bool attention) {
+  const Sizes& s = p.in.size;
+  const bool gated = p.in.gate.ptr != nullptr;
+  plan_tiles<V>(p.in, tile_size(s, gated, kMaxChunkBwd, 16));
+  p.families = attention ? s.q_groups : s.k_groups;
+  p.group_heads = s.heads / p.families;
+  p.sum_q = attention && p.group_heads > 1;
+  p.sum_k = s.k_groups != s.heads;
+  p.sub_block = !gated ? static_cast<int>(p.in.tile) : sizeof(typename V::T) == 4 || p.in.tile > 16 ? 8 : 16;
+  p.sub_blocks = static_cast<int>(ceil_div(p.in.tile, p.sub_block));
+
+  int device = 0, shared_limit = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory limit");
+  Deal d;
+  for (int most = 256; most >= 64; most /= 2) {
+    p.passes = static_cast<int>(ceil_div(p.group_heads, most / V::W));
+    p.slots = static_cast<int>(ceil_div(p.group_heads, p.passes));
+    const int64_t room = std::max<int64_t>(1, std::min(most, 128) / V::W / p.slots);
+    p.block_families = static_cast<int>(std::min<int64_t>(room, p.families));
+    p.family_batches = ceil_div(p.families, p.block_families);
+    p.fold = p.slots % (32 / V::W) == 0 ? 32 / V::W : 1;
+    d.threads = static_cast<int>(round_up(int64_t{p.block_families} * p.slots * V::W, 32));
+    if (scan_bwd_shared<typename V::T>(p, attention, d.threads, V::W) <= static_cast<size_t>(shared_limit)) break;
+  }
+  const int64_t blocks = p.in.items * p.family_batches;
+  p.tiles_per_block = std::min<int64_t>(64, std::max<int64_t>(1, blocks / 4096));
+  d.tile_blocks = ceil_div(p.in.items, p.tiles_per_block);
+  return d;
+}
+
+struct BwdWorkspace {
+  float* carry;
+  float* reverse_carry;
+  float* dk_sum;
+  float* bias_partial;
+};
+
+BwdWorkspace carve(ScanBwd p, bool attention, bool bias, Carver& carver, int64_t* bias_rows) {
+  const Sizes& s = p.in.size;
+  BwdWorkspace w{};
+  if (segmented(s, p.in.gate.ptr, kMaxChunkBwd)) {
+    w.carry = carver.take<float>(carry_elements(s, attention ? 3 : 2));
+    w.reverse_carry = carver.take<float>(carry_elements(s, attention ? 2 : 1));
+  }
+  with_variant(s, attention ? "rat_attention" : "chunk_recurrence", [&](auto variant) {
+    const Deal d = deal<decltype(variant)>(p, attention);
+    if (p.passes > 1 && p.sum_k) w.dk_sum = carver.take<float>(s.batch * s.tokens * s.k_groups * s.head_dim);
+    *bias_rows = d.tile_blocks;
+    if (bias) w.bias_partial = carver.take<float>(d.tile_blocks * s.heads * s.head_dim);
+  });
+  return w;
+}
+
+template <bool kAttention>
+void launch_scan_bwd(ScanBwd p, float* dgate_bias, void* workspace, cudaStream_t stream) {
+  const Sizes& s = p.in.size;
+  if (kAttention && s.k_groups != s.q_groups && s.k_groups != s.heads) {
+    throw std::runtime_error("rat_ext: rat_attention_backward: k groups must be the q groups or the heads");
+  }
+  Carver carver(workspace);
+  int64_t bias_rows = 0;
+  const BwdWorkspace w = carve(p, kAttention, dgate_bias != nullptr, carver, &bias_rows);
+  p.dk_sum = w.dk_sum;
+  p.bias_partial = w.bias_partial;
+  if (w.carry) {
+    p.in.carry = w.carry;
+    scan_carries(p.in, kAttention, w.carry, stream);
+    p.reverse_carry = w.reverse_carry;
+  }
+  with_variant(s, "chunk_scan_bwd", [&](auto variant) {
+    using V = decltype(variant);
+    using T = typename V::T;
+    const Deal d = deal<V>(p, kAttention);
+    if (w.carry) {
+      const int64_t blocks = ceil_div(p.in.items * p.in.head_batches, kThreads / 32);
+      if (blocks > 0) {
+        chunk_carry_bwd_kernel<T, V::W, V::kVector, kAttention>
+            <<<grid_x(blocks, "chunk_carry_bwd"), kThreads, 0, stream>>>(p);
+        check_launch("chunk_carry_bwd");
+      }
+      CarryJoin join{};
+      join.size = s;
+      join.tile = p.in.tile;
+      join.gates = w.carry;
+      join.values = w.reverse_carry;
+      join.gate_streams = kAttention ? 3 : 2;
+      join.value_streams = join.joined = kAttention ? 2 : 1;
+      join.outer_k = p.drunning_k;
+      join.outer_v = p.drunning_v;
+      join.reverse = true;
+      join_carries(join, stream);
+    }
+    const int64_t blocks = d.tile_blocks * p.family_batches;
+    if (blocks == 0) return;
+    const auto kernel = chunk_scan_bwd_kernel<T, V::W, V::kVector, kAttention>;
+    const size_t shared = scan_bwd_shared<T>(p, kAttention, d.threads, V::W);
+    if (shared > 48 * 1024) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+            "chunk_scan_bwd shared memory");
+    }
+    for (p.pass = 0; p.pass < p.passes; ++p.pass) {
+      kernel<<<grid_x(blocks, "chunk_scan_bwd"), d.threads, shared, stream>>>(p);
+      check_launch("chunk_scan_bwd");
+    }
+  });
+  if (dgate_bias) {
+    const int64_t columns = s.heads * s.head_dim;
+    gate_bias_reduce_kernel<<<grid_x(ceil_div(columns, 32), "gate_bias_reduce"), 512, 0, stream>>>(
+        w.bias_partial, bias_rows, columns, dgate_bias);
+    check_launch("gate_bias_reduce");
+  }
+}
+
+ScanBwd scan_bwd(const AttentionBwdParams& a) {
+  ScanBwd p{};
+  p.in = scan_input(a.fwd);
+  p.chunks = a.fwd.chunks;
+  p.incoming_k = a.dchunk_k;
+  p.incoming_v = a.dchunk_v;
+  p.drunning_k = static_cast<const float*>(a.drunning_k);
+  p.drunning_v = static_cast<const float*>(a.drunning_v);
+  p.dq = a.dq;
+  p.dk = a.dk;
+  p.dv = a.dv;
+  p.dgate = a.dgate;
+  p.dinitial_k = static_cast<float*>(a.dinitial.running_k);
+  p.dinitial_v = static_cast<float*>(a.dinitial.running_v);
+  return p;
+}
+
+ScanBwd scan_bwd(const RecurrenceBwdParams& r) {
+  ScanBwd p{};
+  p.in = scan_input(r.fwd);
+  p.dout = r.dy;
+  p.drunning_k = static_cast<const float*>(r.dfinal);
+  p.dk = r.dx;
+  p.dgate = r.dgate;
+  p.dinitial_k = static_cast<float*>(r.dinitial);
+  return p;
+}
+
+}  // namespace
+
+size_t chunk_prepare_bwd_workspace(const AttentionBwdParams& a) { return chunk_prepare_fwd_workspace(a.fwd); }
+
+void chunk_prepare_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, void* workspace, cudaStream_t stream) {
+  PrepareBwd p{};
+  p.in = scan_input(a.fwd);
+  p.dy = a.dy;
+  p.y = a.fwd.y;
+  p.out_gate = a.fwd.out_gate;
+  p.dout = scratch.dout;
+  p.dout_gate = a.dout_gate;
+  p.lse = static_cast<const float*>(a.fwd.lse);
+  p.p_self = scratch.p_self;
+  p.ds_self = scratch.ds_self;
+  p.delta = scratch.delta;
+  const bool gated = a.fwd.gate.ptr != nullptr;
+  if (segmented(a.fwd.size, gated, kMaxChunkFwd)) {
+    p.in.carry = Carver(workspace).take<float>(carry_elements(a.fwd.size, 3));
+    scan_carries(p.in, true, p.in.carry, stream);
+  }
+  with_variant(p.in.size, "rat_attention_backward", [&](auto variant) {
+    using V = decltype(variant);
+    plan_tiles<V>(p.in, tile_size(p.in.size, gated, kMaxChunkFwd, 16));
+    const int64_t blocks = ceil_div(p.in.items * p.in.head_batches, kThreads / 32);
+    if (blocks == 0) return;
+    chunk_prepare_bwd_kernel<typename V::T, V::W, V::kVector>
+        <<<grid_x(blocks, "chunk_prepare_bwd"), kThreads, 0, stream>>>(p);
+    check_launch("chunk_prepare_bwd");
+  });
+}
+
+size_t chunk_scan_bwd_workspace(const AttentionBwdParams& a) {
+  Carver carver(nullptr);
+  int64_t rows;
+  carve(scan_bwd(a), true, a.dgate_bias != nullptr, carver, &rows);
+  return carver.used();
+}
+
+void chunk_scan_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, void* workspace, cudaStream_t stream) {
+  ScanBwd p = scan_bwd(a);
+  p.dout = scratch.dout;
+  p.p_self = scratch.p_self;
+  p.ds_self = scratch.ds_self;
+  p.dchunk_k = scratch.dchunk_k;
+  p.dchunk_v = scratch.dchunk_v;
+  p.dq_sum = scratch.dq;
+  carry_state_bwd(a, scratch, stream);
+  launch_scan_bwd<true>(p, static_cast<float*>(a.dgate_bias), workspace, stream);
+}
+
+size_t recurrence_bwd_workspace(const RecurrenceBwdParams& r) {
+  Carver carver(nullptr);
+  int64_t rows;
+  carve(scan_bwd(r), false, r.dgate_bias != nullptr, carver, &rows);
+  return carver.used();
+}
+
+void recurrence_bwd(const RecurrenceBwdParams& r, void* stream_) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  const Sizes& s = r.fwd.size;
+  if (s.cu_seqlens || s.lengths) check_sequences(s, -1, -1, -1, nullptr, stream);
+  if (r.dinitial) {
+    copy_empty(s, static_cast<const float*>(r.dfinal), static_cast<float*>(r.dinitial), stream);
+  }
+  launch_scan_bwd<false>(scan_bwd(r), static_cast<float*>(r.dgate_bias), r.workspace, stream);
+}
+
+KernelList chunk_recurrence_bwd_kernels() {
+  static const KernelTable table = [] {
+    KernelTable t;
+    for_each_variant([&](auto variant, const char* type) {
+      using V = decltype(variant);
+      using T = typename V::T;
+      const auto address = [](auto* kernel) { return reinterpret_cast<const void*>(kernel); };
+      t.add("chunk_prepare_bwd", variant, type, address(chunk_prepare_bwd_kernel<T, V::W, V::kVector>));
+      t.add("chunk_scan_bwd", variant, type, address(chunk_scan_bwd_kernel<T, V::W, V::kVector, true>));
+      t.add("chunk_recurrence_bwd", variant, type, address(chunk_scan_bwd_kernel<T, V::W, V::kVector, false>));
+      t.add("chunk_carry_bwd", variant, type, address(chunk_carry_bwd_kernel<T, V::W, V::kVector, true>));
+      t.add("chunk_recurrence_carry_bwd", variant, type, address(chunk_carry_bwd_kernel<T, V::W, V::kVector, false>));
+    });
+    t.add("gate_bias_reduce", reinterpret_cast<const void*>(gate_bias_reduce_kernel));
+    return t;
+  }();
+  return table.list();
+}
+
+}  // namespace rat::cuda

@@ -1,0 +1,67 @@
+// Asks the CUDA runtime for the resources of every kernel that a family lists. Launches nothing.
+#include "kernel_resources.h"
+
+#include "kernels.h"
+
+namespace rat::cuda {
+
+int runtime_version() { return CUDART_VERSION; }
+
+int driver_version() {
+  int version = 0;
+  if (cudaDriverGetVersion(&version) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return version;
+}
+
+DeviceReport device_report() {
+  DeviceReport report;
+  // A failure here is an answer, not an error of the next launch: cudaGetLastError clears it.
+  auto fails = [&](cudaError_t error, const char* what) {
+    if (error == cudaSuccess) return false;
+    cudaGetLastError();
+    report.problem = std::string(what) + ": " + cudaGetErrorString(error);
+    return true;
+  };
+  if (driver_version() == 0) {
+    report.problem = "no CUDA driver on this machine";
+    return report;
+  }
+  int count = 0, device = 0;
+  cudaDeviceProp properties;
+  if (fails(cudaGetDeviceCount(&count), "counting GPUs") || fails(cudaGetDevice(&device), "current GPU") ||
+      fails(cudaGetDeviceProperties(&properties, device), "GPU properties")) {
+    return report;
+  }
+  report.device = std::string(properties.name) + ", compute capability " + std::to_string(properties.major) + "." +
+                  std::to_string(properties.minor);
+  const KernelList lists[] = {
+#ifdef RAT_EXT_SM90
+      chunk_attention_fwd_sm90_kernels(),
+#endif
+      chunk_recurrence_kernels(),
+      chunk_attention_fwd_sm80_kernels(),
+      chunk_attention_bwd_sm80_kernels(),
+      chunk_attention_f32_kernels(),
+      decode_kernels()};
+  for (const KernelList& list : lists) {
+    for (int i = 0; i < list.count; ++i) {
+      cudaFuncAttributes attributes;
+      if (fails(cudaFuncGetAttributes(&attributes, list.entries[i].function), list.entries[i].name)) continue;
+      KernelResources kernel;
+      kernel.name = list.entries[i].name;
+      kernel.registers = attributes.numRegs;
+      kernel.static_shared = static_cast<int64_t>(attributes.sharedSizeBytes);
+      kernel.dynamic_shared = attributes.maxDynamicSharedSizeBytes;
+      kernel.local = static_cast<int64_t>(attributes.localSizeBytes);
+      kernel.max_threads = attributes.maxThreadsPerBlock;
+      kernel.binary_version = attributes.binaryVersion;
+      report.kernels.push_back(kernel);
+    }
+  }
+  return report;
+}
+
+}  // namespace rat::cuda

@@ -1,0 +1,414 @@
+"""What the tests share: inputs in many layouts, the float64 oracle and the twice-eager rule.
+
+A :class:`Case` holds the arguments of one call. :func:`evaluate` runs an op on it and returns outputs, states and every
+gradient by name. :func:`check` runs the compiled op, the eager definition in the same dtype and the definition in
+float64, and
+asserts that the compiled op is at most twice as far from float64 as the eager one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+import rat_ext
+from rat_ext import RATCache, reference
+from rat_ext.cache import state_dtype
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LOW = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = ("contiguous", "transposed", "odd", "projection", "expanded_batch", "expanded_tokens", "expanded_heads")
+STATE = ("chunk_k", "chunk_v", "running_k", "running_v")
+
+
+def name(value) -> str:
+    """Short test ids."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+class Random:
+    """Seeded inputs: the same numbers on every device."""
+
+    def __init__(self, seed: int, device, dtype: torch.dtype):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.device, self.dtype = device, dtype
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None, size: float = 1.0) -> Tensor:
+        x = torch.randn(shape, generator=self.generator) * size
+        return x.to(self.device, dtype or self.dtype)
+
+
+# ---- strides ---------------------------------------------------------------------------------------------------------
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """``x`` (B, T, heads, D) with other strides. Expanded layouts repeat the first entry; memory between rows is
+    NaN.
+    """
+    if layout == "contiguous":
+        return x
+    if layout == "transposed":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "odd":  # rows begin at odd addresses: no vector access is legal
+        batch, tokens, heads, dim = x.shape
+        flat = x.new_full((batch * tokens * (heads * (dim + 3) + 1) + 1,), float("nan"))
+        row = heads * (dim + 3) + 1
+        view = flat[1:].as_strided(x.shape, (tokens * row, row, dim + 3, 1), 1)
+        view.copy_(x)
+        return view
+    if layout.startswith("expanded"):
+        axis = ("batch", "tokens", "heads").index(layout.removeprefix("expanded_"))
+        return x.narrow(axis, 0, 1).expand(x.shape) if x.shape[axis] else x
+    raise ValueError(layout)
+
+
+def lay_out_all(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """Every (B, T, heads, D) tensor in ``layout``; "projection" makes them views of one (B, T, width) tensor."""
+    wide = [key for key, x in tensors.items() if x.dim() == 4]
+    if layout != "projection":
+        return {key: lay_out(x, layout) if key in wide else x for key, x in tensors.items()}
+    one = torch.cat([tensors[key].flatten(2) for key in wide], dim=2)
+    parts = one.split([tensors[key][0, 0].numel() if tensors[key].numel() else 0 for key in wide], dim=2)
+    views = {key: part.unflatten(2, tensors[key].shape[2:]) for key, part in zip(wide, parts, strict=True)}
+    return {key: views.get(key, x) for key, x in tensors.items()}
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Case:
+    """One call of ``op``: differentiable tensors by argument name, other options, a state to continue from."""
+
+    op: str
+    tensors: dict[str, Tensor]
+    chunk_size: int
+    options: dict
+    state: RATCache | None = None
+    dy_layout: str = "contiguous"
+    seed: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors["gate" if self.op == "chunk_recurrence" else "q"].dtype
+
+
+def make_state(random: Random, lengths, heads: int, dim: int, chunk_size: int, rows: int | None = None) -> RATCache:
+    """A state of sequences of ``lengths``; what no token may read (dead rows, running states at a reset) is NaN."""
+    closed = [length // chunk_size for length in lengths]
+    rows = max(closed, default=0) if rows is None else rows
+    n, acc = len(lengths), state_dtype(random.dtype)
+    chunk_k, chunk_v = (random.normal(n, heads, rows, dim) for _ in range(2))
+    running_k, running_v = (random.normal(n, heads, dim, dtype=acc) for _ in range(2))
+    for i, length in enumerate(lengths):
+        chunk_k[i, :, closed[i] :] = float("nan")
+        chunk_v[i, :, closed[i] :] = float("nan")
+        if length % chunk_size == 0:
+            running_k[i] = running_v[i] = float("nan")
+    device_lengths = torch.tensor(lengths, dtype=torch.int32, device=random.device)
+    return RATCache(chunk_k, chunk_v, running_k, running_v, device_lengths, chunk_size, max(lengths, default=0))
+
+
+def attention_case(
+    device,
+    dtype: torch.dtype,
+    *,
+    op: str = "rat_attention",
+    batch: int = 2,
+    tokens: int = 70,
+    heads: int = 4,
+    groups: int = 2,
+    dim: int = 32,
+    chunk_size: int = 16,
+    gate_size: float = 1.5,
+    gate_mean: float = 0.0,
+    gate_bias: bool = True,
+    out_gate: bool = True,
+    rotary: bool = True,
+    scale: float | None = None,
+    layout: str = "contiguous",
+    dy_layout: str = "contiguous",
+    sequences=None,
+    lengths=None,
+    return_state: bool = False,
+    seed: int = 0,
+) -> Case:
+    """A random call of rat_attention or chunk_attention. ``sequences``: lengths of packed sequences."""
+    random = Random(seed, device, dtype)
+    if sequences is not None:
+        batch, tokens = 1, sum(sequences)
+    wide = (batch, tokens, heads, dim)
+    narrow = (batch, tokens, groups, dim)
+    q = random.normal(*narrow)
+    if op == "rat_attention":
+        gate = (random.normal(*wide, dtype=torch.float32, size=gate_size) + gate_mean).clamp(-30, 30).to(dtype)
+        tensors = {"q": q, "k": random.normal(*narrow), "v": random.normal(*wide), "gate": gate}
+        if gate_bias:
+            tensors["gate_bias"] = random.normal(heads, dim, dtype=state_dtype(dtype))
+    else:
+        tensors = {"q": q, "k_states": random.normal(*wide), "v_states": random.normal(*wide)}
+    if out_gate:
+        tensors["out_gate"] = random.normal(*wide)
+    options = {"scale": scale, "return_state": return_state}
+    if sequences is not None:
+        options["cu_seqlens"] = cu_seqlens_of(sequences, device)
+    longest = max(lengths, default=0) if lengths else 0
+    if rotary:
+        rows = -(-(longest + max(tokens, 1)) // chunk_size)
+        cos, sin = rat_ext.rotary_tables(rows, dim, base=100.0, device=device, dtype=state_dtype(dtype))
+        options |= {"rotary_cos": cos, "rotary_sin": sin}
+    state = None if lengths is None else make_state(random, lengths, heads, dim, chunk_size)
+    return Case(op, lay_out_all(tensors, layout), chunk_size, options, state, dy_layout, seed)
+
+
+def recurrence_case(
+    device,
+    dtype: torch.dtype,
+    *,
+    batch: int = 2,
+    tokens: int = 70,
+    heads: int = 4,
+    groups: int = 2,
+    dim: int = 32,
+    chunk_size: int = 16,
+    gate_size: float = 1.5,
+    gate_mean: float = 0.0,
+    gate_bias: bool = True,
+    layout: str = "contiguous",
+    dy_layout: str = "contiguous",
+    sequences=None,
+    lengths=None,
+    return_state: bool = False,
+    seed: int = 0,
+) -> Case:
+    """A random call of chunk_recurrence."""
+    random = Random(seed, device, dtype)
+    if sequences is not None:
+        batch, tokens = 1, sum(sequences)
+    gate = random.normal(batch, tokens, heads, dim, dtype=torch.float32, size=gate_size) + gate_mean
+    tensors = {"x": random.normal(batch, tokens, groups, dim), "gate": gate.clamp(-30, 30).to(dtype)}
+    acc = state_dtype(dtype)
+    if gate_bias:
+        tensors["gate_bias"] = random.normal(heads, dim, dtype=acc)
+    options = {"return_state": return_state}
+    if sequences is not None:
+        options["cu_seqlens"] = cu_seqlens_of(sequences, device)
+    tensors = lay_out_all(tensors, layout)
+    if lengths is not None:
+        initial = random.normal(len(lengths), heads, dim, dtype=acc)
+        initial[[i for i, length in enumerate(lengths) if length % chunk_size == 0]] = float("nan")
+        tensors["initial_state"] = initial
+        options["lengths"] = torch.tensor(lengths, dtype=torch.int32, device=device)
+    return Case("chunk_recurrence", tensors, chunk_size, options, None, dy_layout, seed)
+
+
+def cu_seqlens_of(sequences, device) -> Tensor:
+    return torch.tensor([0, *sequences], dtype=torch.int64).cumsum(0).to(device, torch.int32)
+
+
+# ---- running an op ---------------------------------------------------------------------------------------------------
+
+
+def valid_rows(state: RATCache) -> Tensor:
+    """(N, 1, C, 1): which chunk rows of a state hold something."""
+    rows = torch.arange(state.chunk_k.shape[2], device=state.lengths.device)
+    return (rows < (state.lengths.long() // state.chunk_size)[:, None])[:, None, :, None]
+
+
+def cotangents(case: Case, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Random gradients of the outputs; those of dead chunk rows are NaN, which the op has to ignore."""
+    like = case.tensors["gate" if case.op == "chunk_recurrence" else "q"]
+    random = Random(case.seed + 1, like.device, like.dtype)
+    acc = state_dtype(like.dtype)
+    result = {}
+    for key, x in outputs.items():
+        if key == "y":
+            result[key] = lay_out(random.normal(*x.shape), case.dy_layout)
+        elif key in ("chunk_k", "chunk_v"):
+            result[key] = random.normal(*x.shape).masked_fill(~outputs["valid"], float("nan"))
+        elif key in ("running_k", "running_v", "final_state"):
+            result[key] = random.normal(*x.shape, dtype=acc)
+    return result
+
+
+def evaluate(
+    function, case: Case, *, double: bool = False, grads: dict[str, Tensor] | None = None, backward: bool = True
+):
+    """Runs ``function`` on the case: {"y", state tensors, "d" + input: gradient}, and the gradients that were fed
+    in.
+    """
+
+    def leaf(x: Tensor, differentiable: bool = True) -> Tensor:
+        x = x.detach()
+        if double:
+            x = x.double()
+        return x.requires_grad_(backward and differentiable)
+
+    inputs = {key: leaf(x) for key, x in case.tensors.items()}
+    options = dict(case.options)
+    for key in ("rotary_cos", "rotary_sin"):
+        if options.get(key) is not None:
+            options[key] = leaf(options[key], differentiable=False)
+    leaves = dict(inputs)
+    if case.state is not None:
+        tensors = {key: leaf(getattr(case.state, key)) for key in STATE}
+        options["initial_state"] = dataclasses.replace(case.state, **tensors)
+        leaves |= {f"initial_{key}": x for key, x in tensors.items()}
+    result = function(**inputs, chunk_size=case.chunk_size, **options)
+    outputs, lengths = {}, None
+    if not isinstance(result, tuple):
+        outputs["y"] = result
+    elif case.op == "chunk_recurrence":
+        outputs["y"], outputs["final_state"] = result
+    else:
+        outputs["y"], state = result
+        outputs |= {key: getattr(state, key) for key in STATE}
+        lengths = state.lengths
+        outputs["valid"] = valid_rows(state)
+    if grads is None:
+        grads = cotangents(case, outputs)
+    values = {}
+    if backward:
+        fed = {key: g.double() if double else g for key, g in grads.items() if outputs[key].requires_grad}
+        if fed:
+            got = torch.autograd.grad(
+                [outputs[k] for k in fed], list(leaves.values()), list(fed.values()), allow_unused=True
+            )
+        else:
+            got = [None] * len(leaves)
+        for (key, x), g in zip(leaves.items(), got, strict=True):
+            values["d" + key] = torch.zeros_like(x) if g is None else g
+            assert values["d" + key].dtype == x.dtype and values["d" + key].shape == x.shape
+    for key in ("chunk_k", "chunk_v"):
+        if key in outputs:
+            outputs[key] = outputs[key].masked_fill(~outputs["valid"], 0)
+    outputs.pop("valid", None)
+    values |= {key: x.detach() for key, x in outputs.items()}
+    if lengths is not None:
+        values["lengths"] = lengths
+    return values, grads
+
+
+# ---- the rule --------------------------------------------------------------------------------------------------------
+
+
+def floors(case: Case, exact: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, float]:
+    """What rounding y to its dtype may cost a gradient, however exact the rest.
+
+    The backward gets Delta_t = sum_d dy_t y_t from the saved y, which is rounded: an error of up to (eps / 2)
+    sum |dy y| in ds_tj = p_tj (do_t . V_j - Delta_t), also where the two terms cancel (a query that sees one key has no dq at
+    all). From
+    there it reaches dq times scale and a key, dk times scale, a query and 1 - f, dgate times a key more and f (1 - f).
+    """
+    if "y" not in grads or "dq" not in exact or not exact["y"].numel():
+        return {}
+    q, k = case.tensors["q"].double(), case.tensors.get("k", case.tensors.get("k_states")).double()
+    heads, dim = exact["y"].shape[2:]
+    scale = abs(dim**-0.5 if case.options.get("scale") is None else case.options["scale"])
+    rounding = torch.finfo(case.dtype).eps / 2 * scale
+    delta = rounding * float((grads["y"].double() * exact["y"]).abs().sum(-1).max())
+    per_group = (heads // q.shape[2]) ** 0.5
+    q_max, k_max = float(q.abs().max()), float(k.abs().max())
+    if case.state is not None:
+        k_max = max(k_max, *(float(x.nan_to_num().abs().max()) if x.numel() else 0.0 for x in state_keys(case.state)))
+    key = 2 * delta * q_max
+    if "gate" in case.tensors:
+        logits = case.tensors["gate"].double()
+        if "gate_bias" in case.tensors:
+            logits = logits + case.tensors["gate_bias"].double()
+        keep, take = float(torch.sigmoid(logits).max()), float(torch.sigmoid(-logits).max())
+        slope = float((torch.sigmoid(logits) * torch.sigmoid(-logits)).max())
+    else:
+        keep, take, slope = 0.0, 1.0, 0.0
+    gate = 4 * slope * key * k_max
+    tokens = (q.shape[0] * q.shape[1]) ** 0.5
+    return {
+        "dq": delta * k_max * per_group,
+        "dk": take * key * per_group,
+        "dk_states": key * per_group,
+        "dgate": gate,
+        "dgate_bias": gate * tokens,
+        "dinitial_chunk_k": key,
+        "dinitial_running_k": keep * key,
+    }
+
+
+def state_keys(state: RATCache) -> tuple[Tensor, Tensor]:
+    return state.chunk_k, state.running_k
+
+
+# Units of rounding, relative to the largest value, that the compiled op may be off where the eager one happens to
+# be exact.
+# A float32 op sums hundreds of terms in its own order and has its own exponential; low precisions round once, at
+# the end.
+ULPS = {torch.float64: 4096, torch.float32: 16, torch.bfloat16: 2, torch.float16: 2}
+
+
+def compare(
+    actual: dict[str, Tensor],
+    eager: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    dtype: torch.dtype,
+    floor: dict[str, float] | None = None,
+    factor: float = 2.0,
+) -> None:
+    """err(actual) <= factor * err(eager) + a floor of a few roundings, by the largest and by the mean square error."""
+    assert actual.keys() == exact.keys()
+    for key, want in exact.items():
+        got = actual[key]
+        assert got.shape == want.shape, f"{key}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+        if key == "lengths":
+            assert got.tolist() == want.tolist()
+            continue
+        if not got.numel():
+            continue
+        # A running state at a length of 0 is undefined in, and passed on by an empty sequence.
+        undefined = want.isnan()
+        want, got, mine = (x.double().masked_fill(undefined, 0) for x in (want, got, eager[key]))
+        assert got.isfinite().all(), f"{key}: {int((~got.isfinite()).sum())} of {got.numel()} values are not finite"
+        error, allowed = (got - want).abs(), (mine - want).abs()
+        unit = ULPS[dtype] * torch.finfo(dtype).eps
+        extra = (floor or {}).get(key, 0.0)
+        for measure, reduce in (("max", Tensor.max), ("rms", lambda x: x.square().mean().sqrt())):
+            limit = factor * float(reduce(allowed)) + unit * float(reduce(want.abs())) + extra
+            found = float(reduce(error))
+            worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+            assert found <= limit, (
+                f"{key}: {measure} error {found:.3e} is over {limit:.3e} (eager {float(reduce(allowed)):.3e}, "
+                f"largest value {float(want.abs().max()):.3e}, worst at {worst})"
+            )
+
+
+def check(case: Case, *, function=None, backward: bool = True) -> dict[str, Tensor]:
+    """The twice-eager rule for outputs, states and every gradient of a case. Returns what the compiled op computed."""
+    definition = getattr(reference, case.op)
+    exact, grads = evaluate(definition, case, double=True, backward=backward)
+    grads = {key: g.to(case.dtype if key in ("y", "chunk_k", "chunk_v") else g.dtype) for key, g in grads.items()}
+    eager = exact if case.dtype == torch.float64 else evaluate(definition, case, grads=grads, backward=backward)[0]
+    actual, _ = evaluate(function or getattr(rat_ext, case.op), case, grads=grads, backward=backward)
+    assert actual["y"].dtype == case.dtype
+    floor = floors(case, exact, grads) if backward else {}
+    if backward and case.dtype == torch.float64:
+        # Autograd's derivative of a sigmoid y is y (1 - y), which is off by a rounding of 1 where y is
+        # close to 1: here the
+        # oracle, not the op, has an absolute error in dgate.
+        inputs = [x for key, x in case.tensors.items() if key in ("x", "k", "v")]
+        largest = max((float(x.abs().max()) for x in (*inputs, grads["y"]) if x.numel()), default=0.0)
+        for key in ("dgate", "dgate_bias"):
+            floor[key] = floor.get(key, 0.0) + 8 * torch.finfo(torch.float64).eps * largest**2
+    compare(actual, eager, exact, case.dtype, floor)
+    return actual
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit; NaN counts as equal to itself."""
+    a, b = a.detach().contiguous(), b.detach().contiguous()
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert same_bits(a[key], b[key]), f"{key} differs in its bits"

@@ -1,0 +1,105 @@
+"""rat_attention against float64: outputs and every gradient, over sizes, options, gates and strides."""
+
+import pytest
+import torch
+from oracle import DTYPES, LAYOUTS, LOW, attention_case, check, evaluate, name
+
+import rat_ext
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name)
+low = pytest.mark.parametrize("dtype", LOW, ids=name)
+
+
+@dtypes
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 16, 17, 64, 110, 200, 2**40])
+def test_chunk_size(device, dtype, chunk_size):
+    check(attention_case(device, dtype, tokens=110, chunk_size=chunk_size))
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [8, 16, 24, 40, 64, 72, 96, 128, 136, 192, 248, 256])
+def test_head_size(device, dtype, dim):
+    check(attention_case(device, dtype, dim=dim, chunk_size=8))
+
+
+@low
+@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 31, 32, 33, 257])
+def test_tokens(device, dtype, tokens):
+    check(attention_case(device, dtype, tokens=tokens))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name)
+@pytest.mark.parametrize("chunk_size", [4, 16])
+def test_many_chunks(device, dtype, chunk_size):
+    check(attention_case(device, dtype, batch=1, tokens=1501, heads=2, groups=1, dim=64, chunk_size=chunk_size))
+
+
+@low
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (2, 1), (4, 4), (6, 3), (8, 2), (5, 1), (12, 2)])
+def test_groups(device, dtype, heads, groups):
+    check(attention_case(device, dtype, heads=heads, groups=groups))
+
+
+@low
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_batch(device, dtype, batch):
+    check(attention_case(device, dtype, batch=batch, tokens=40))
+
+
+@low
+@pytest.mark.parametrize("rotary", [False, True], ids=["still", "rotary"])
+@pytest.mark.parametrize("out_gate", [False, True], ids=["", "out_gate"])
+@pytest.mark.parametrize("gate_bias", [False, True], ids=["", "gate_bias"])
+def test_optional_arguments(device, dtype, gate_bias, out_gate, rotary):
+    check(attention_case(device, dtype, gate_bias=gate_bias, out_gate=out_gate, rotary=rotary))
+
+
+@dtypes
+@pytest.mark.parametrize(("size", "mean"), [(0.0, 30.0), (0.0, -30.0), (30.0, 0.0), (5.0, 8.0)])
+def test_extreme_gates(device, dtype, size, mean):
+    check(attention_case(device, dtype, gate_size=size, gate_mean=mean, gate_bias=False))
+    check(attention_case(device, dtype, gate_size=size, gate_mean=mean, chunk_size=2**40))
+
+
+@low
+@pytest.mark.parametrize("scale", [0.0, 1.0, -0.3, 0.05])
+def test_scale(device, dtype, scale):
+    check(attention_case(device, dtype, scale=scale))
+
+
+@low
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dim", [24, 32])
+def test_strides(device, dtype, layout, dim):
+    dy_layout = "contiguous" if layout == "projection" else layout
+    check(attention_case(device, dtype, layout=layout, dy_layout=dy_layout, dim=dim, tokens=40))
+
+
+@low
+def test_strides_make_no_difference(device, dtype):
+    """The same numbers in another layout give the same result, up to the order of sums."""
+    plain = attention_case(device, dtype)
+    values, grads = evaluate(rat_ext.rat_attention, plain)
+    for layout in ("transposed", "odd", "projection"):
+        other, _ = evaluate(rat_ext.rat_attention, attention_case(device, dtype, layout=layout), grads=grads)
+        for key in values:
+            unit = torch.finfo(dtype).eps
+            torch.testing.assert_close(other[key], values[key], rtol=16 * unit, atol=16 * unit)
+
+
+@low
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 5), (2, 0), (0, 0)])
+def test_nothing(device, dtype, batch, tokens):
+    values, _ = evaluate(rat_ext.rat_attention, attention_case(device, dtype, batch=batch, tokens=tokens))
+    assert values["y"].shape == (batch, tokens, 4, 32)
+    assert not values["dgate_bias"].any()
+
+
+def test_bias_is_added_before_the_sigmoid(device):
+    """A check by hand that owes nothing to the reference: one token, one head."""
+    k, v, gate = torch.ones(1, 1, 1, 8), torch.full((1, 1, 1, 8), 3.0), torch.zeros(1, 1, 1, 8)
+    bias, out_gate = torch.full((1, 8), 1.0), torch.full((1, 1, 1, 8), 2.0)
+    args = [x.to(device) for x in (k, k, v, gate)]
+    y = rat_ext.rat_attention(*args, 4, gate_bias=bias.to(device), out_gate=out_gate.to(device))
+    expected = torch.sigmoid(torch.tensor(2.0)) * torch.sigmoid(torch.tensor(-1.0)) * 3
+    torch.testing.assert_close(y.cpu(), expected.expand(1, 1, 1, 8))

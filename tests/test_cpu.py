@@ -1,0 +1,114 @@
+"""The CPU kernels: threads, and the instruction sets that one machine can be forced to use."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle import assert_same, attention_case, evaluate, recurrence_case
+
+import rat_ext
+
+HERE = os.path.dirname(__file__)
+
+
+def run(code: str, **environment) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([HERE, *(p for p in sys.path if p)])
+    environment = os.environ | {"PYTHONPATH": path} | environment
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+CASES = {
+    "dense": {"batch": 3, "tokens": 100},
+    "one long row": {"batch": 1, "heads": 2, "groups": 1, "tokens": 700},
+    "packed": {"sequences": [100, 0, 33, 200]},
+    "states": {"batch": 2, "lengths": [5, 32], "return_state": True},
+}
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("chunk_size", [1, 16, 2**40])
+def test_threads_make_no_difference(threads, options, chunk_size):
+    """1, 2 and 5 threads: the same bits."""
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        case = attention_case("cpu", torch.float32, chunk_size=chunk_size, **options)
+        values, _ = evaluate(rat_ext.rat_attention, case)
+        other, _ = evaluate(
+            rat_ext.chunk_recurrence, recurrence_case("cpu", torch.float32, chunk_size=chunk_size, **options)
+        )
+        results.append(values | {"recurrence " + key: x for key, x in other.items()})
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+
+
+FORCED = """
+import torch, oracle, rat_ext
+assert rat_ext.build_info(kernels=False)["cpu_isa"].startswith("ISA"), rat_ext.build_info(kernels=False)["cpu_isa"]
+torch.use_deterministic_algorithms(True)
+for dtype in oracle.DTYPES:
+    for dim in (8, 24, 64, 136):
+        oracle.check(oracle.attention_case("cpu", dtype, dim=dim))
+    oracle.check(oracle.attention_case("cpu", dtype, batch=3, lengths=[0, 5, 37], return_state=True))
+    oracle.check(oracle.attention_case("cpu", dtype, sequences=[10, 0, 35], layout="odd"))
+    oracle.check(oracle.attention_case("cpu", dtype, gate_size=30.0, tokens=300))
+    oracle.check(oracle.recurrence_case("cpu", dtype, chunk_size=2**40))
+import test_decode
+for dtype in oracle.LOW:
+    test_decode.test_many_chunks(torch.device("cpu"), dtype, False)
+print("fine")
+"""
+
+
+def runs_here(isa: str) -> bool:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return isa == "baseline" or capability == "AVX512" or (isa == "avx2" and capability == "AVX2")
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_instruction_sets(isa):
+    if not runs_here(isa):
+        pytest.skip(f"this CPU does not run {isa}")
+    done = run(FORCED.replace("ISA", isa), RAT_EXT_CPU_ISA=isa)
+    assert done.returncode == 0 and "fine" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("word", ["avx1024", "AVX2", "sse"])
+def test_an_unknown_instruction_set(word):
+    code = "import torch, rat_ext; x = torch.zeros(1, 4, 1, 8); rat_ext.rat_attention(x, x, x, x, 4)"
+    done = run(code, RAT_EXT_CPU_ISA=word)
+    assert done.returncode != 0
+    assert "RAT_EXT_CPU_ISA" in done.stderr and word in done.stderr and "baseline, avx2 or avx512" in done.stderr
+
+
+def test_memory():
+    """Forward and backward at T = 4096: peak memory under 1.5 times inputs, outputs and gradients."""
+    done = run(MEMORY)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+MEMORY = """
+import resource, torch, rat_ext
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def call(tokens):
+    q, k = (torch.randn(1, tokens, 2, 64, requires_grad=True) for _ in range(2))
+    v, gate, out_gate = (torch.randn(1, tokens, 8, 64, requires_grad=True) for _ in range(3))
+    dy = torch.randn(1, tokens, 8, 64)
+    y = rat_ext.rat_attention(q, k, v, gate, 16, out_gate=out_gate)
+    grads = torch.autograd.grad(y, (q, k, v, gate, out_gate), dy)
+    return sum(x.nbytes for x in (q, k, v, gate, out_gate, dy, y, *grads))
+call(64)
+before = peak()
+held = call(16384)
+used = peak() - before
+assert used <= 1.5 * held, (used, held, used / held)
+"""

@@ -1,0 +1,250 @@
+"""rat_decode_step and RATCache: token by token equals the forward; slots, ragged lengths, a cache that fills up."""
+
+import pytest
+import torch
+from oracle import DTYPES, LOW, STATE, Random, compare, make_state, name, same_bits, valid_rows
+
+import rat_ext
+from rat_ext import RATCache, reference
+from rat_ext.cache import state_dtype
+
+low = pytest.mark.parametrize("dtype", LOW, ids=name)
+
+
+def inputs(random: Random, batch: int, tokens: int, heads: int, groups: int, dim: int, size: float = 1.5):
+    wide, narrow = (batch, tokens, heads, dim), (batch, tokens, groups, dim)
+    return {
+        "q": random.normal(*narrow),
+        "k": random.normal(*narrow),
+        "v": random.normal(*wide),
+        "gate": random.normal(*wide, size=size),
+        "out_gate": random.normal(*wide),
+    }
+
+
+def extras(random: Random, heads: int, dim: int, rows: int) -> dict:
+    acc = state_dtype(random.dtype)
+    cos, sin = rat_ext.rotary_tables(rows, dim, base=100.0, device=random.device, dtype=acc)
+    return {"gate_bias": random.normal(heads, dim, dtype=acc), "rotary_cos": cos, "rotary_sin": sin}
+
+
+def token(tensors: dict, t: int) -> dict:
+    return {key: x[:, t] for key, x in tensors.items()}
+
+
+def double(tensors: dict) -> dict:
+    return {key: x.double() if x is not None and x.is_floating_point() else x for key, x in tensors.items()}
+
+
+def double_state(state: RATCache) -> RATCache:
+    wide = state.clone()
+    for key in STATE:
+        setattr(wide, key, getattr(wide, key).double())
+    return wide
+
+
+def contents(state: RATCache) -> dict:
+    valid = valid_rows(state)
+    values = {key: getattr(state, key) for key in STATE} | {"lengths": state.lengths}
+    for key in ("chunk_k", "chunk_v"):
+        values[key] = values[key].masked_fill(~valid, 0)
+    return values
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("chunk_size", [1, 3, 8, 64])
+@pytest.mark.parametrize("prefill", [0, 13])
+def test_equals_the_forward(device, dtype, chunk_size, prefill):
+    """Prefill, then token by token across chunk boundaries, against one float64 forward over all tokens."""
+    random = Random(0, device, dtype)
+    tokens = 30
+    x, options = inputs(random, 2, tokens, 4, 2, 32), extras(random, 4, 32, tokens)
+    exact = reference.rat_attention(**double(x), chunk_size=chunk_size, **double(options))
+    eager = reference.rat_attention(**x, chunk_size=chunk_size, **options)
+    if prefill:
+        first = {key: t[:, :prefill] for key, t in x.items()}
+        y, cache = rat_ext.rat_attention(**first, chunk_size=chunk_size, return_state=True, **options)
+        cache = cache.reserve(tokens)
+        ys = [y]
+    else:
+        cache, ys = RATCache.empty(2, 4, 32, chunk_size, tokens, dtype=dtype, device=device), []
+    for t in range(prefill, tokens):
+        ys.append(rat_ext.rat_decode_step(**token(x, t), cache=cache, **options)[:, None])
+    compare({"y": torch.cat(ys, dim=1)}, {"y": eager}, {"y": exact}, dtype)
+    assert cache.lengths.tolist() == [tokens, tokens]
+
+
+@low
+@pytest.mark.parametrize(
+    ("heads", "groups", "dim"), [(1, 1, 8), (4, 4, 24), (6, 3, 64), (8, 1, 96), (4, 2, 128), (2, 1, 256)]
+)
+def test_one_step(device, dtype, heads, groups, dim):
+    """Ragged lengths; y, states and lengths after one step against float64."""
+    lengths, chunk_size = [0, 5, 15, 16, 40], 8
+    random = Random(1, device, dtype)
+    cache = make_state(random, lengths, heads, dim, chunk_size, rows=7)
+    x = token(inputs(random, 5, 1, heads, groups, dim), 0)
+    options = extras(random, heads, dim, 8)
+    wide, narrow = double_state(cache), cache.clone()
+    exact = {"y": reference.rat_decode_step(**double(x), cache=wide, **double(options))}
+    eager = {"y": reference.rat_decode_step(**x, cache=narrow, **options)}
+    actual = {"y": rat_ext.rat_decode_step(**x, cache=cache, **options)}
+    compare(actual | contents(cache), eager | contents(narrow), exact | contents(wide), dtype)
+    assert cache.lengths.tolist() == [1, 6, 16, 17, 41]
+
+
+@low
+@pytest.mark.parametrize("bare", [False, True])
+def test_many_chunks(device, dtype, bare):
+    """Enough chunk states that several blocks share a sequence; one sequence has none."""
+    random = Random(2, device, dtype)
+    cache = make_state(random, [3000, 0, 777, 2999], 2, 64, 4, rows=760)
+    x = token(inputs(random, 4, 1, 2, 1, 64), 0)
+    options = {} if bare else extras(random, 2, 64, 760)
+    if bare:
+        del x["out_gate"]
+    wide, narrow = double_state(cache), cache.clone()
+    exact = {"y": reference.rat_decode_step(**double(x), cache=wide, **double(options))}
+    eager = {"y": reference.rat_decode_step(**x, cache=narrow, **options)}
+    for _ in range(2):  # the second run finds the workspace as the first left it
+        mine = cache.clone()
+        mine.workspace = cache.workspace
+        actual = {"y": rat_ext.rat_decode_step(**x, cache=mine, **options)}
+        cache.workspace = mine.workspace
+        compare(actual | contents(mine), eager | contents(narrow), exact | contents(wide), dtype)
+
+
+@low
+def test_strides(device, dtype):
+    """The token's tensors as views of one projection, and of a (B, T, ...) tensor."""
+    random = Random(3, device, dtype)
+    projection = random.normal(3, 16, 32)
+    q, k, v, gate, out_gate = projection.split([2, 2, 4, 4, 4], dim=1)
+    x = {"q": q, "k": k, "v": v, "gate": gate, "out_gate": out_gate}
+    odd = torch.full((3, 16, 35), float("nan"), dtype=dtype, device=device)
+    odd[..., 1:33] = projection
+    shifted = dict(zip(x, odd[..., 1:33].split([2, 2, 4, 4, 4], dim=1), strict=True))
+    cache = make_state(random, [0, 5, 40], 4, 32, 8, rows=6)
+    dense = {key: t.contiguous() for key, t in x.items()}
+    results = []
+    for tensors in (dense, x, shifted):
+        mine = cache.clone()
+        results.append({"y": rat_ext.rat_decode_step(**tensors, cache=mine)} | contents(mine))
+    for other in results[1:]:
+        compare(other, results[0], results[0], dtype)
+
+
+@low
+def test_slots(device, dtype):
+    """A pool larger than the batch, entries in any order, -1 skips: y is 0 there and no other entry changes a bit."""
+    random = Random(4, device, dtype)
+    pool = make_state(random, [0, 5, 15, 16, 40, 7, 23], 4, 32, 8, rows=7)
+    x = token(inputs(random, 4, 1, 4, 2, 32), 0)
+    slots = torch.tensor([4, -1, 0, 2], device=device)
+    before, expected = pool.clone(), pool.clone()
+    y = rat_ext.rat_decode_step(**x, cache=pool, slots=slots)
+    assert not y[1].any()
+    assert pool.lengths.tolist() == [1, 5, 16, 16, 41, 7, 23]
+    for entry in (1, 3, 5, 6):
+        for key in STATE:
+            assert same_bits(getattr(pool, key)[entry], getattr(before, key)[entry]), (key, entry)
+    # Rows that are in use change no more than the one chunk that closed.
+    assert same_bits(pool.chunk_k[2, :, 2:], before.chunk_k[2, :, 2:])
+    assert same_bits(pool.chunk_k[2, :, :1], before.chunk_k[2, :, :1])
+    for row, entry in ((0, 4), (2, 0), (3, 2)):
+        one = expected.read(torch.tensor([entry], device=device))
+        alone = rat_ext.rat_decode_step(**{key: t[row : row + 1] for key, t in x.items()}, cache=one)
+        torch.testing.assert_close(y[row : row + 1], alone, rtol=1e-5, atol=1e-6)
+        got = pool.read(torch.tensor([entry], device=device))
+        for key, value in contents(one).items():
+            torch.testing.assert_close(contents(got)[key], value, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("slots", [[-1, -1], []], ids=str)
+def test_nothing_to_do(device, slots):
+    random = Random(5, device, torch.float32)
+    cache = make_state(random, [3, 9], 4, 16, 8)
+    before = cache.clone()
+    x = token(inputs(random, len(slots), 1, 4, 2, 16), 0)
+    y = rat_ext.rat_decode_step(**x, cache=cache, slots=torch.tensor(slots, dtype=torch.int64, device=device))
+    assert y.shape == (len(slots), 4, 16) and not y.any()
+    for key in (*STATE, "lengths"):
+        assert same_bits(getattr(cache, key), getattr(before, key))
+
+
+def test_a_smaller_batch_than_the_cache(device):
+    random = Random(6, device, torch.float32)
+    cache = make_state(random, [3, 9, 20], 4, 16, 8, rows=4)
+    rat_ext.rat_decode_step(**token(inputs(random, 2, 1, 4, 2, 16), 0), cache=cache)
+    assert cache.lengths.tolist() == [4, 10, 20]
+
+
+def test_capacity_is_exact(device):
+    """The cache takes exactly ``capacity`` tokens, and so does a cache without a single chunk row."""
+    random = Random(7, device, torch.float32)
+    for rows, max_length in ((0, 7), (2, 16)):
+        cache = RATCache.empty(1, 4, 16, 8, max_length, device=device)
+        assert cache.chunk_k.shape[2] == rows and cache.capacity == 8 * (rows + 1) - 1
+        x = inputs(random, 1, cache.capacity, 4, 2, 16)
+        for t in range(cache.capacity):
+            y = rat_ext.rat_decode_step(**token(x, t), cache=cache)
+        expected = rat_ext.rat_attention(**x, chunk_size=8)
+        torch.testing.assert_close(y[:, None], expected[:, -1:], rtol=1e-4, atol=1e-5)
+
+
+def test_forward_continues_from_decode(device):
+    """Prefill, decode, then a forward again: the same state object all the way."""
+    random = Random(8, device, torch.float32)
+    x = inputs(random, 2, 60, 4, 2, 16)
+    whole, state = rat_ext.rat_attention(**x, chunk_size=8, return_state=True)
+    part = {key: t[:, :21] for key, t in x.items()}
+    y1, cache = rat_ext.rat_attention(**part, chunk_size=8, return_state=True)
+    cache = cache.reserve(60)
+    y2 = [rat_ext.rat_decode_step(**token(x, t), cache=cache)[:, None] for t in range(21, 35)]
+    rest = {key: t[:, 35:] for key, t in x.items()}
+    y3, end = rat_ext.rat_attention(**rest, chunk_size=8, initial_state=cache, return_state=True)
+    torch.testing.assert_close(torch.cat((y1, *y2, y3), dim=1), whole, rtol=1e-4, atol=1e-5)
+    mine, theirs = contents(end), contents(state)
+    rows = state.chunk_k.shape[2]
+    for key in mine:
+        value = mine[key][:, :, :rows] if "chunk" in key else mine[key]
+        torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-5)
+
+
+# ---- the cache as a container ----------------------------------------------------------------------------------------
+
+
+def test_reserve(device):
+    cache = make_state(Random(9, device, torch.float32), [3, 20], 4, 16, 8)
+    assert cache.reserve(1) is cache
+    grown = cache.reserve(100)
+    assert grown.chunk_k.shape[2] == 12 and grown.capacity == 103 and cache.chunk_k.shape[2] == 2
+    assert same_bits(grown.chunk_k[:, :, :2], cache.chunk_k) and same_bits(grown.chunk_v[:, :, :2], cache.chunk_v)
+    assert grown.lengths is cache.lengths
+
+
+def test_write_read_reset(device):
+    random = Random(10, device, torch.float32)
+    pool = RATCache.empty(5, 4, 16, 8, 64, device=device)
+    one = make_state(random, [3, 20], 4, 16, 8)
+    pool.write(torch.tensor([4, 1], device=device), one)
+    assert pool.lengths.tolist() == [0, 20, 0, 0, 3] and pool.length_bound == 20
+    back = pool.read(torch.tensor([4, 1], device=device))
+    assert same_bits(back.chunk_k[:, :, :2], one.chunk_k) and same_bits(back.running_v, one.running_v)
+    pool.reset(torch.tensor([1], device=device))
+    assert pool.lengths.tolist() == [0, 0, 0, 0, 3]
+    # A recycled entry remembers nothing: its first token is as in a fresh cache.
+    x = token(inputs(random, 5, 1, 4, 2, 16), 0)
+    y = rat_ext.rat_decode_step(**x, cache=pool)
+    fresh = rat_ext.rat_decode_step(**x, cache=RATCache.empty(5, 4, 16, 8, 64, device=device))
+    assert torch.equal(y[:4], fresh[:4])
+    pool.reset()
+    assert pool.lengths.tolist() == [0] * 5 and pool.length_bound == 0
+
+
+def test_clone_shares_nothing_and_detach_everything(device):
+    cache = make_state(Random(11, device, torch.float32), [3, 20], 4, 16, 8)
+    copy, view = cache.clone(), cache.detach()
+    for key in (*STATE, "lengths"):
+        assert getattr(copy, key).data_ptr() != getattr(cache, key).data_ptr()
+        assert getattr(view, key).data_ptr() == getattr(cache, key).data_ptr()

@@ -1,0 +1,71 @@
+"""What the documentation shows, runs."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import rat_ext
+
+README = Path(__file__).parents[1] / "README.md"
+MODULES = sorted(m.name for m in pkgutil.iter_modules(rat_ext.__path__) if m.name not in ("_C", "__main__"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstring_examples(module):
+    found = importlib.import_module(f"rat_ext.{module}")
+    torch.manual_seed(0)
+    failed, _ = doctest.testmod(found, verbose=False, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert not failed
+
+
+def test_the_ops_have_examples():
+    for op in ("rat_attention", "rat_attention_packed", "rat_decode_step"):
+        assert ">>>" in inspect.getdoc(getattr(rat_ext, op)), op
+
+
+@pytest.mark.parametrize("name", rat_ext.__all__)
+def test_public_names_are_documented(name):
+    value = getattr(rat_ext, name)
+    if callable(value):
+        assert inspect.getdoc(value)
+        if inspect.isclass(value):
+            for attribute, member in vars(value).items():
+                if not attribute.startswith("_") and callable(member):
+                    assert inspect.getdoc(member), f"{name}.{attribute}"
+
+
+@pytest.mark.parametrize("op", ["rat_attention", "chunk_attention", "chunk_recurrence", "rat_decode_step"])
+def test_the_reference_has_the_same_arguments(op):
+    """The oracle is called as the op is: names, order and defaults."""
+    from rat_ext import reference
+
+    mine = inspect.signature(getattr(rat_ext, op)).parameters
+    theirs = inspect.signature(getattr(reference, op)).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in theirs.values()):
+        theirs = {key: p for key, p in theirs.items() if p.kind is not p.VAR_KEYWORD}
+        mine = dict(list(mine.items())[: len(theirs)])
+    assert [(p.name, p.default, p.kind) for p in mine.values()] == [
+        (p.name, p.default, p.kind) for p in theirs.values()
+    ]
+
+
+def blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE) if README.exists() else []
+
+
+@pytest.mark.skipif(not README.exists(), reason="no README beside the tests")
+def test_the_readme_has_examples():
+    assert len(blocks()) >= 2
+
+
+@pytest.mark.parametrize("number", range(len(blocks())))
+def test_readme_example(number, tmp_path, monkeypatch):
+    """Each block runs by itself, as a reader would paste it."""
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks()[number], f"README.md, example {number + 1}", "exec"), {"__name__": "__main__"})

@@ -1,0 +1,436 @@
+"""What only a GPU can show: sizes past 2^31, streams, devices, CUDA graphs, no host synchronisation, kernel
+families.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle import (
+    Random,
+    assert_same,
+    attention_case,
+    check,
+    cu_seqlens_of,
+    evaluate,
+    make_state,
+    name,
+    recurrence_case,
+    same_bits,
+)
+
+import rat_ext
+from rat_ext import RATCache
+
+pytestmark = pytest.mark.gpu
+low = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=name)
+
+
+def near(a, b, dtype=torch.bfloat16, units=8):
+    unit = units * torch.finfo(dtype).eps
+    torch.testing.assert_close(a, b, rtol=unit, atol=unit)
+
+
+@pytest.fixture
+def plain_memory(_poisoned_memory):
+    """Filling what is about to be written costs seconds at these sizes, and memory traffic that hides races."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def big(device, tokens, heads=16, groups=2, dim=128):
+    """Random bfloat16 inputs of over 2^31 elements each for v, gate and dy; NaN-free and cheap to make."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def make(n):
+        return torch.randn(1, tokens, n, dim, generator=generator, device=device, dtype=torch.bfloat16)
+
+    return make(groups), make(groups), make(heads), make(heads), make(heads)
+
+
+def needs(gigabytes):
+    if torch.cuda.mem_get_info()[0] < gigabytes * 2**30:
+        pytest.skip(f"needs {gigabytes} GiB of free GPU memory")
+
+
+def test_over_2_31_elements(device, plain_memory):
+    """Three packed sequences, the last past 2^31 elements: its outputs and gradients are those of the sequence
+    alone.
+    """
+    needs(70)
+    tokens, tail = 1_200_000, 3001
+    q, k, v, gate, dy = big(device, tokens)
+    assert v.numel() > 2**31
+    leaves = [x.requires_grad_() for x in (q, k, v, gate)]
+    cu_seqlens = cu_seqlens_of([5000, tokens - 5000 - tail, tail], device)
+    y = rat_ext.rat_attention(*leaves, 1024, cu_seqlens=cu_seqlens)
+    grads = torch.autograd.grad(y, leaves, dy)
+    for cut in (slice(0, 5000), slice(tokens - tail, tokens)):
+        part = [x.detach()[:, cut].contiguous().requires_grad_() for x in leaves]
+        alone = rat_ext.rat_attention(*part, 1024)
+        near(y[:, cut], alone)
+        for a, b in zip(grads, torch.autograd.grad(alone, part, dy[:, cut]), strict=True):
+            near(a[:, cut], b)
+
+
+def test_over_2_31_elements_in_one_sequence(device, plain_memory):
+    """Causal at the front; at the back it equals the continuation of a state."""
+    needs(70)
+    tokens, tail = 1_200_000, 3001
+    q, k, v, gate, dy = big(device, tokens)
+    with torch.no_grad():
+        y = rat_ext.rat_attention(q, k, v, gate, 1024)
+        near(y[:, :5000], rat_ext.rat_attention(*(x[:, :5000] for x in (q, k, v, gate)), 1024))
+        first = [x[:, :-tail] for x in (q, k, v, gate)]
+        _, state = rat_ext.rat_attention(*first, 1024, return_state=True)
+        rest = rat_ext.rat_attention(*(x[:, -tail:] for x in (q, k, v, gate)), 1024, initial_state=state)
+        near(y[:, -tail:], rest)
+    del y, rest, first, state
+    leaves = [x.requires_grad_() for x in (q, k, v, gate)]
+    y = rat_ext.rat_attention(*leaves, 1024)
+    dq, dk, dv, dgate = torch.autograd.grad(y, leaves, dy)
+    assert all(
+        x[:, i : i + 4096].isfinite().all() for x in (dq, dk, dv, dgate) for i in (0, tokens // 2, tokens - 4096)
+    )
+    # The gradient of the last query needs no later token: continue from the state once more.
+    with torch.no_grad():
+        _, state = rat_ext.rat_attention(*(x[:, :-tail] for x in leaves), 1024, return_state=True)
+    part = [x.detach()[:, -tail:].requires_grad_() for x in leaves]
+    rest = rat_ext.rat_attention(*part, 1024, initial_state=state)
+    for a, b in zip((dq, dk, dv, dgate), torch.autograd.grad(rest, part, dy[:, -tail:]), strict=True):
+        near(a[:, -tail:], b)
+
+
+def test_recurrence_over_2_31_elements(device, plain_memory):
+    needs(50)
+    tokens, tail = 1_200_000, 3001
+    _, x, _, gate, dy = big(device, tokens)
+    x, gate = x.requires_grad_(), gate.requires_grad_()
+    y = rat_ext.chunk_recurrence(x, gate, 1024)
+    dx, dgate = torch.autograd.grad(y, (x, gate), dy)
+    begin = (tokens - tail) // 1024 * 1024  # the recurrence restarts there
+    part = [t.detach()[:, begin:].requires_grad_() for t in (x, gate)]
+    alone = rat_ext.chunk_recurrence(*part, 1024)
+    near(y[:, begin:], alone)
+    for a, b in zip((dx, dgate), torch.autograd.grad(alone, part, dy[:, begin:]), strict=True):
+        near(a[:, begin:], b)
+
+
+@pytest.mark.parametrize("op", ["rat_attention", "chunk_recurrence"])
+@pytest.mark.parametrize(("batch", "heads"), [(8200, 8), (70000, 1), (1, 66000)])
+def test_many_heads(device, op, batch, heads):
+    """batch x heads over 65,535: more than a grid dimension holds."""
+    sizes = {"batch": batch, "heads": heads, "groups": 1, "tokens": 5, "dim": 8, "chunk_size": 2}
+    make = attention_case if op == "rat_attention" else recurrence_case
+    check(make(device, torch.float32, gate_bias=False, **sizes))
+
+
+def test_many_sequences(device):
+    sequences = [1, 0, 3, 2] * 20000
+    check(attention_case(device, torch.float32, sequences=sequences[:400], heads=1, groups=1, dim=8, chunk_size=2))
+    random = Random(0, device, torch.bfloat16)
+    tokens = sum(sequences)
+    q, v, gate = random.normal(1, tokens, 1, 8), random.normal(1, tokens, 2, 8), random.normal(1, tokens, 2, 8)
+    y = rat_ext.rat_attention(q, q, v, gate, 2, cu_seqlens=cu_seqlens_of(sequences, device))
+    alone = rat_ext.rat_attention(
+        q[:, -3:], q[:, -3:], v[:, -3:], gate[:, -3:], 2, cu_seqlens=cu_seqlens_of([1, 0, 2], device)
+    )
+    near(y[:, -2:], alone[:, -2:])
+
+
+def test_decode_of_many_heads(device):
+    random = Random(0, device, torch.float32)
+    cache = RATCache.empty(70000, 1, 8, 4, 8, device=device)
+    q = random.normal(70000, 1, 8)
+    for _ in range(5):
+        y = rat_ext.rat_decode_step(q, q, q, q, cache)
+    few = RATCache.empty(7, 1, 8, 4, 8, device=device)
+    for _ in range(5):
+        z = rat_ext.rat_decode_step(q[-7:], q[-7:], q[-7:], q[-7:], few)
+    near(y[-7:], z, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=name)
+@pytest.mark.parametrize("tokens", [131072, 1048576])
+def test_long_rnn(device, dtype, tokens, plain_memory):
+    """L = T: parallel over segments. The last tokens equal those that continue from the state before them."""
+    random = Random(0, device, dtype)
+    x, gate = random.normal(1, tokens, 1, 64), random.normal(1, tokens, 2, 64) + 3
+    x, gate = x.requires_grad_(), gate.requires_grad_()
+    y, final = rat_ext.chunk_recurrence(x, gate, tokens, return_state=True)
+    dy = random.normal(1, tokens, 2, 64)
+    grads = torch.autograd.grad(y, (x, gate), dy)
+    # With f = 0.95 nothing of 3000 tokens ago is left, in float32 either.
+    part = [t.detach()[:, -6000:].requires_grad_() for t in (x, gate)]
+    alone, last = rat_ext.chunk_recurrence(*part, 6000, return_state=True)
+    near(y[:, -3000:], alone[:, -3000:], dtype)
+    near(final, last, torch.float32, 64)
+    for a, b in zip(grads, torch.autograd.grad(alone, part, dy[:, -6000:]), strict=True):
+        near(a[:, -3000:], b[:, -3000:], dtype, 64)
+
+
+def test_a_long_sequence(device, plain_memory):
+    """T = 131,072 at L = 16: the first 2,000 tokens are those of a short forward; gradients are finite."""
+    random = Random(0, device, torch.bfloat16)
+    q, k = (random.normal(1, 131072, 1, 64).requires_grad_() for _ in range(2))
+    v, gate = (random.normal(1, 131072, 2, 64).requires_grad_() for _ in range(2))
+    y = rat_ext.rat_attention(q, k, v, gate, 16)
+    near(y[:, :2000], rat_ext.rat_attention(q[:, :2000], k[:, :2000], v[:, :2000], gate[:, :2000], 16))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y, (q, k, v, gate), torch.ones_like(y)))
+
+
+# ---- streams, devices, synchronisation -------------------------------------------------------------------------------
+
+
+@low
+def test_side_stream(device, dtype):
+    """Inputs made on a busy side stream are waited for there: the op runs on the current stream, not the default
+    one.
+    """
+    case = attention_case(device, dtype, batch=4, tokens=500)
+    values, grads = evaluate(rat_ext.rat_attention, case)
+    originals = case.tensors
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        case.tensors = {key: torch.full_like(x, float("nan")) for key, x in originals.items()}
+        torch.cuda._sleep(50_000_000)
+        for key, x in originals.items():
+            case.tensors[key].copy_(x)
+        again, _ = evaluate(rat_ext.rat_attention, case, grads=grads)
+        recurrence, _ = evaluate(rat_ext.chunk_recurrence, recurrence_case(device, dtype))
+    stream.synchronize()
+    assert_same(values, again)
+    assert_same(recurrence, evaluate(rat_ext.chunk_recurrence, recurrence_case(device, dtype))[0])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_current():
+    assert torch.cuda.current_device() == 0
+    other = torch.device("cuda", 1)
+    check(attention_case(other, torch.bfloat16))
+    check(recurrence_case(other, torch.float32))
+    cache = RATCache.empty(2, 4, 16, 8, 32, device=other)
+    x = torch.randn(2, 4, 16, device=other)
+    assert rat_ext.rat_decode_step(x, x, x, x, cache).isfinite().all()
+    assert torch.cuda.current_device() == 0
+
+
+def test_no_host_synchronisation(device):
+    """Nothing is read back: forward, backward, packed sequences, states and decode under torch's sync detector."""
+    cases = [
+        attention_case(device, torch.bfloat16),
+        attention_case(device, torch.float32, sequences=[10, 0, 35]),
+        attention_case(device, torch.float32, lengths=[3, 37], return_state=True),
+    ]
+    random = Random(0, device, torch.float32)
+    cache = make_state(random, [3, 9], 4, 16, 8, rows=4)
+    x = random.normal(2, 4, 16)
+    slots = torch.tensor([1, 0], device=device)
+    rat_ext.rat_decode_step(x, x, x, x, cache, slots=slots)
+
+    def everything():
+        for case in cases:
+            leaves = [t.detach().requires_grad_() for t in case.tensors.values()]
+            state = case.state
+            result = rat_ext.rat_attention(
+                **dict(zip(case.tensors, leaves, strict=True)), chunk_size=16, initial_state=state, **case.options
+            )
+            y = result[0] if isinstance(result, tuple) else result
+            torch.autograd.grad(y, leaves, torch.ones_like(y))
+        y = rat_ext.chunk_recurrence(x[None], x[None], 8)
+        rat_ext.rat_decode_step(x, x, x, x, cache, slots=slots)
+
+    everything()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        everything()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+@low
+@pytest.mark.parametrize("sequences", [None, [30, 0, 41, 9]], ids=["dense", "packed"])
+def test_graph_of_forward_and_backward(device, dtype, sequences):
+    """Captured once, replayed with other inputs (and other sequence boundaries): the bits of the eager call."""
+    options = {"batch": 1, "tokens": 80, "sequences": sequences}
+    case = attention_case(device, dtype, **options)
+    leaves = {key: x.requires_grad_() for key, x in case.tensors.items()}
+    dy = Random(1, device, dtype).normal(1, 80, 4, 32)
+
+    def run():
+        y = rat_ext.rat_attention(**leaves, chunk_size=16, **case.options)
+        return [y, *torch.autograd.grad(y, list(leaves.values()), dy)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for seed in (3, 4):
+        fresh = attention_case(device, dtype, seed=seed, **options)
+        with torch.no_grad():
+            for key, x in leaves.items():
+                x.copy_(fresh.tensors[key])
+            if sequences is not None:
+                case.options["cu_seqlens"].copy_(cu_seqlens_of([seed, 50, 0, 30 - seed], device))
+        graph.replay()
+        replayed = [x.clone() for x in captured]
+        for a, b in zip(replayed, run(), strict=True):
+            assert same_bits(a, b)
+
+
+@low
+def test_graph_of_decode(device, dtype):
+    """One captured step, replayed across chunk boundaries with new tokens, ragged lengths and changing slots."""
+    random = Random(0, device, dtype)
+    steps, chunk_size = 20, 4
+    start = make_state(random, [0, 3, 9, 6], 4, 32, chunk_size, rows=9)
+    tokens = [[random.normal(3, n, 32) for n in (2, 2, 4, 4, 4)] for _ in range(steps)]
+    slots = [torch.tensor(s, device=device) for s in ([0, 1, 2], [3, -1, 0], [2, 3, 1])]
+    expected, pool = start.clone(), start.clone()
+    wanted = []
+    for t in range(steps):
+        q, k, v, gate, out_gate = tokens[t]
+        wanted.append(rat_ext.rat_decode_step(q, k, v, gate, expected, out_gate=out_gate, slots=slots[t % 3]))
+
+    fixed, slot = [x.clone() for x in tokens[0]], slots[0].clone()
+
+    def step():
+        q, k, v, gate, out_gate = fixed
+        return rat_ext.rat_decode_step(q, k, v, gate, pool, out_gate=out_gate, slots=slot)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    for key in ("chunk_k", "chunk_v", "running_k", "running_v", "lengths"):
+        getattr(pool, key).copy_(getattr(start, key))
+    for t in range(steps):
+        for mine, new in zip(fixed, tokens[t], strict=True):
+            mine.copy_(new)
+        slot.copy_(slots[t % 3])
+        graph.replay()
+        assert same_bits(y, wanted[t]), t
+    assert pool.lengths.tolist() == expected.lengths.tolist()
+    assert same_bits(pool.running_k, expected.running_k) and same_bits(pool.chunk_v, expected.chunk_v)
+
+
+# ---- repeatability ---------------------------------------------------------------------------------------------------
+
+
+def repeat(device, dtype, times):
+    cases = [
+        attention_case(device, dtype, batch=3, tokens=700, heads=6, groups=2, dim=64),
+        attention_case(device, dtype, batch=2, tokens=300, dim=128, chunk_size=3),
+        attention_case(device, dtype, sequences=[300, 0, 17, 250, 1], dim=64),
+        attention_case(device, dtype, batch=3, lengths=[0, 5, 100], tokens=200, return_state=True),
+        recurrence_case(device, dtype, batch=2, tokens=3000, chunk_size=2**40),
+    ]
+    for case in cases:
+        function = getattr(rat_ext, case.op)
+        first, grads = evaluate(function, case)
+        for _ in range(times):
+            assert_same(first, evaluate(function, case, grads=grads)[0])
+
+
+@low
+def test_the_same_bits_every_time(device, dtype):
+    repeat(device, dtype, 20)
+
+
+@pytest.mark.slow
+@low
+def test_the_same_bits_200_times(device, dtype):
+    repeat(device, dtype, 200)
+
+
+@low
+def test_the_same_bits_beside_other_work(device, dtype):
+    """Another stream keeps the chip busy meanwhile, so that blocks are scheduled in other orders."""
+    case = attention_case(device, dtype, batch=3, tokens=700, heads=6, groups=2, dim=64)
+    first, grads = evaluate(rat_ext.rat_attention, case)
+    noise, stream = torch.randn(4096, 4096, device=device), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    for _ in range(10):
+        with torch.cuda.stream(stream):
+            noise @ noise
+        assert_same(first, evaluate(rat_ext.rat_attention, case, grads=grads)[0])
+    torch.cuda.synchronize()
+
+
+# ---- kernel families -------------------------------------------------------------------------------------------------
+
+FAMILY = """
+import torch, oracle, rat_ext
+torch.use_deterministic_algorithms(True, warn_only=True)
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dim in (8, 24, 64, 72, 96, 128, 192, 256):
+        oracle.check(oracle.attention_case("cuda", dtype, dim=dim, tokens=300, chunk_size=3))
+    for layout in oracle.LAYOUTS:
+        oracle.check(oracle.attention_case("cuda", dtype, layout=layout, dim=64))
+    oracle.check(oracle.attention_case("cuda", dtype, batch=3, lengths=[0, 5, 37], return_state=True, dim=128))
+    oracle.check(oracle.attention_case("cuda", dtype, sequences=[10, 0, 350, 1], dim=128))
+    oracle.check(oracle.attention_case("cuda", dtype, op="chunk_attention", dim=128, tokens=300))
+    oracle.check(oracle.attention_case("cuda", dtype, heads=8, groups=1, dim=128, tokens=600, chunk_size=2))
+print("fine")
+"""
+
+
+def run(code: str, **environment) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([os.path.dirname(__file__), *(p for p in sys.path if p)])
+    environment = os.environ | {"PYTHONPATH": path} | environment
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("family", ["auto", "sm80"])
+def test_kernel_families(family):
+    """Every family that this GPU runs, forced in a process of its own."""
+    done = run(FAMILY, RAT_EXT_KERNELS=family)
+    assert done.returncode == 0 and "fine" in done.stdout, done.stdout + done.stderr
+
+
+def test_an_unknown_family():
+    code = (
+        "import torch, rat_ext; x = torch.zeros(1, 64, 1, 64, device='cuda', dtype=torch.float16); "
+        "rat_ext.rat_attention(x, x, x, x, 4); torch.cuda.synchronize()"
+    )
+    done = run(code, RAT_EXT_KERNELS="sm20")
+    assert done.returncode != 0 and "RAT_EXT_KERNELS" in done.stderr and "sm20" in done.stderr, done.stderr
+
+
+def test_peak_memory_of_a_training_step(device, plain_memory):
+    """T = 65,536: beside inputs, output and gradients, only chunk states, dq in float32 and scalars a head and
+    token.
+    """
+    tokens, heads, groups, dim, chunk_size = 65536, 16, 2, 128, 16
+    random = Random(0, device, torch.bfloat16)
+    wide = random.normal(1, 1, heads, dim)
+    q, k = (random.normal(1, tokens, groups, dim).requires_grad_() for _ in range(2))
+    v, gate, out_gate = (wide.expand(1, tokens, heads, dim).contiguous().requires_grad_() for _ in range(3))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = rat_ext.rat_attention(q, k, v, gate, chunk_size, out_gate=out_gate)
+    grads = torch.autograd.grad(y, (q, k, v, gate, out_gate), wide.expand_as(y))
+    peak = torch.cuda.max_memory_allocated() - before
+    results = y.nbytes + sum(g.nbytes for g in grads)
+    chunk_states = tokens // chunk_size * heads * dim * 2 * (2 + 4)
+    scalars = 5 * 4 * tokens * heads
+    dq = 4 * tokens * groups * dim
+    assert peak <= 1.15 * (results + chunk_states + scalars + dq), (peak, results, chunk_states, scalars, dq)

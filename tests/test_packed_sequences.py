@@ -1,0 +1,100 @@
+"""cu_seqlens: packed sequences equal the same sequences one by one."""
+
+import dataclasses
+
+import pytest
+import torch
+from oracle import DTYPES, LOW, STATE, Random, attention_case, check, cu_seqlens_of, evaluate, name
+
+import rat_ext
+
+low = pytest.mark.parametrize("dtype", LOW, ids=name)
+
+SHAPES = {
+    "mixed": [10, 0, 35, 1, 16, 8],
+    "one": [40],
+    "short": [1, 1, 2, 3, 1],
+    "chunks": [16, 32, 48],
+    "empty ends": [0, 0, 20, 0],
+    "odd ends": [15, 17, 31, 33],
+    "all empty": [0, 0],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("sequences", SHAPES.values(), ids=SHAPES.keys())
+def test_against_float64(device, dtype, sequences):
+    check(attention_case(device, dtype, sequences=sequences))
+
+
+@low
+@pytest.mark.parametrize("chunk_size", [1, 3, 64, 2**40])
+def test_chunk_size(device, dtype, chunk_size):
+    check(attention_case(device, dtype, sequences=[10, 0, 35, 1, 66], chunk_size=chunk_size))
+
+
+@low
+@pytest.mark.parametrize("dim", [8, 64, 128, 256])
+def test_head_size(device, dtype, dim):
+    check(attention_case(device, dtype, sequences=[10, 0, 35, 1], dim=dim, layout="projection"))
+
+
+@low
+def test_with_states(device, dtype):
+    check(attention_case(device, dtype, sequences=[10, 0, 35, 1, 16], lengths=[5, 3, 32, 0, 15], return_state=True))
+    check(attention_case(device, dtype, sequences=[10, 0, 35, 1, 16], lengths=[5, 3, 32, 0, 15]))
+    check(attention_case(device, dtype, sequences=[10, 0, 35, 1, 16], return_state=True))
+
+
+def test_no_sequences(device):
+    random = Random(0, device, torch.float32)
+    q, v = random.normal(1, 0, 2, 16), random.normal(1, 0, 4, 16)
+    y, state = rat_ext.rat_attention(q, q, v, v, 4, cu_seqlens=cu_seqlens_of([], device), return_state=True)
+    assert y.shape == v.shape and state.batch == 0
+
+
+@low
+@pytest.mark.parametrize("carried", [False, True])
+def test_equals_a_loop(device, dtype, carried):
+    """Outputs, states and gradients of each sequence are those of its own call."""
+    sequences = [10, 0, 35, 1, 16]
+    lengths = [5, 3, 32, 0, 15] if carried else None
+    case = attention_case(device, dtype, sequences=sequences, lengths=lengths, return_state=True)
+    whole, grads = evaluate(rat_ext.rat_attention, case)
+    bias = torch.zeros_like(whole["dgate_bias"])
+    begin = 0
+    for n, size in enumerate(sequences):
+        if size == 0:
+            continue
+        cut = slice(begin, begin + size)
+        tensors = {key: x if key == "gate_bias" else x[:, cut] for key, x in case.tensors.items()}
+        options = {key: x for key, x in case.options.items() if key != "cu_seqlens"}
+        state = None
+        if carried:
+            state = case.state.read(torch.tensor([n], device=device))
+        one = dataclasses.replace(case, tensors=tensors, options=options, state=state)
+        rows = evaluate(rat_ext.rat_attention, one, backward=False)[0]["chunk_k"].shape[2]
+        fed = {"y": grads["y"][:, cut]} | {key: grads[key][n : n + 1] for key in STATE}
+        fed |= {key: fed[key][:, :, :rows] for key in ("chunk_k", "chunk_v")}
+        alone, _ = evaluate(rat_ext.rat_attention, one, grads=fed)
+        unit = 8 * torch.finfo(dtype).eps
+        for key, x in alone.items():
+            if key == "dgate_bias":
+                bias += x
+                continue
+            if key.startswith("dinitial_") or key in (*STATE, "lengths"):
+                same = whole[key][n : n + 1]
+                same = same[:, :, :rows] if "chunk" in key and not key.startswith("d") else same
+            else:
+                same = whole[key][:, cut]
+            torch.testing.assert_close(same, x, rtol=unit, atol=unit, msg=lambda m, key=key, n=n: f"{key} of {n}: {m}")
+        begin += size
+    torch.testing.assert_close(bias, whole["dgate_bias"], rtol=1e-4, atol=1e-4)
+
+
+def test_int64_offsets_are_taken(device):
+    case = attention_case(device, torch.float32, sequences=[10, 20])
+    values, _ = evaluate(rat_ext.rat_attention, case, backward=False)
+    case.options["cu_seqlens"] = case.options["cu_seqlens"].long()
+    again, _ = evaluate(rat_ext.rat_attention, case, backward=False)
+    assert torch.equal(values["y"], again["y"])

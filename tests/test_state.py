@@ -1,0 +1,144 @@
+"""initial_state and return_state: a forward in pieces, cut anywhere, is the forward in one piece; gradients flow
+through.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from oracle import DTYPES, LOW, STATE, attention_case, check, compare, evaluate, floors, name, valid_rows
+
+import rat_ext
+from rat_ext import reference
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name)
+low = pytest.mark.parametrize("dtype", LOW, ids=name)
+
+
+def in_pieces(cuts):
+    """rat_attention over [0, cuts[0]), [cuts[0], cuts[1]), ...: each piece continues from the state of the one
+    before.
+    """
+
+    def run(q, k, v, gate, chunk_size, out_gate=None, initial_state=None, return_state=False, **options):
+        state, ys = initial_state, []
+        ends = [*cuts, q.shape[1]]
+        for begin, end in zip([0, *cuts], ends, strict=True):
+            part = slice(begin, end)
+            y, state = rat_ext.rat_attention(
+                q[:, part],
+                k[:, part],
+                v[:, part],
+                gate[:, part],
+                chunk_size,
+                out_gate=None if out_gate is None else out_gate[:, part],
+                initial_state=state,
+                return_state=True,
+                **options,
+            )
+            ys.append(y)
+        y = torch.cat(ys, dim=1)
+        return (y, state) if return_state else y
+
+    return run
+
+
+@dtypes
+@pytest.mark.parametrize("cuts", [[1], [16], [5, 6, 7], [15, 17], [32, 33, 64], [0, 40], [69]], ids=str)
+def test_pieces_equal_the_whole(device, dtype, cuts):
+    """Outputs, the final state and every gradient, each of which passes through the states between the pieces."""
+    check(attention_case(device, dtype, return_state=True), function=in_pieces(cuts))
+
+
+@low
+@pytest.mark.parametrize("chunk_size", [1, 3, 2**40])
+def test_pieces_and_chunk_size(device, dtype, chunk_size):
+    check(attention_case(device, dtype, chunk_size=chunk_size), function=in_pieces([10, 31]))
+
+
+@dtypes
+@pytest.mark.parametrize("lengths", [[0, 5, 16, 37], [15, 16, 17, 31], [0, 0, 0, 0], [100, 3, 48, 1]], ids=str)
+def test_ragged_lengths(device, dtype, lengths):
+    """Sequences of one batch that stand at different places of their chunks."""
+    check(attention_case(device, dtype, batch=4, lengths=lengths, return_state=True))
+
+
+@low
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+@pytest.mark.parametrize("chunk_size", [1, 4, 16, 2**40])
+def test_short_continuations(device, dtype, tokens, chunk_size):
+    check(
+        attention_case(
+            device, dtype, batch=3, lengths=[0, 5, 16], tokens=tokens, chunk_size=chunk_size, return_state=True
+        )
+    )
+
+
+@low
+@pytest.mark.parametrize("dim", [8, 24, 64, 128, 256])
+def test_head_size(device, dtype, dim):
+    check(attention_case(device, dtype, batch=3, lengths=[0, 5, 37], dim=dim, tokens=40, return_state=True))
+
+
+@low
+def test_without_the_optional_arguments(device, dtype):
+    bare = {"gate_bias": False, "out_gate": False, "rotary": False}
+    check(attention_case(device, dtype, batch=3, lengths=[0, 5, 37], return_state=True, **bare))
+
+
+@low
+@pytest.mark.parametrize("which", ["y", *STATE])
+def test_one_gradient_at_a_time(device, dtype, which):
+    """A loss on y alone, or on one tensor of the state alone."""
+    case = attention_case(device, dtype, batch=3, lengths=[0, 5, 37], return_state=True)
+    exact, grads = evaluate(reference.rat_attention, case, double=True)
+    grads = {which: grads[which]}
+    exact, _ = evaluate(reference.rat_attention, case, double=True, grads=grads)
+    eager, _ = evaluate(reference.rat_attention, case, grads=grads)
+    actual, _ = evaluate(rat_ext.rat_attention, case, grads=grads)
+    compare(actual, eager, exact, dtype, floors(case, exact, grads))
+
+
+def test_a_state_that_is_not_returned_costs_no_gradient(device):
+    """return_state changes neither y nor the gradients."""
+    case = attention_case(device, torch.float32, batch=3, lengths=[0, 5, 37])
+    values, grads = evaluate(rat_ext.rat_attention, case)
+    case.options["return_state"] = True
+    again, _ = evaluate(rat_ext.rat_attention, case, grads=grads)
+    for key in values:
+        torch.testing.assert_close(again[key], values[key], rtol=1e-5, atol=1e-6)
+
+
+def test_no_tokens_pass_the_state_on(device):
+    case = attention_case(device, torch.float32, batch=3, tokens=0, lengths=[3, 5, 37], return_state=True)
+    values, grads = evaluate(rat_ext.rat_attention, case)
+    assert values["lengths"].tolist() == [3, 5, 37]
+    valid = valid_rows(case.state)
+    for key in ("running_k", "running_v"):
+        assert torch.equal(values[key], getattr(case.state, key))
+        assert torch.equal(values["dinitial_" + key], grads[key])
+    for key in ("chunk_k", "chunk_v"):
+        assert torch.equal(values[key], getattr(case.state, key).masked_fill(~valid, 0))
+        assert torch.equal(values["dinitial_" + key], grads[key].masked_fill(~valid, 0))
+
+
+def test_truncated_backpropagation(device):
+    """detach() cuts the gradient and nothing else."""
+    case = attention_case(device, torch.float32, tokens=40, return_state=True)
+    k = case.tensors["k"].requires_grad_()
+    args = [case.tensors[key] for key in ("q", "k", "v", "gate")]
+    _, state = rat_ext.rat_attention(*(x[:, :20] for x in args), 16, return_state=True)
+    y = rat_ext.rat_attention(*(x[:, 20:] for x in args), 16, initial_state=state.detach())
+    (dk,) = torch.autograd.grad(y.sum(), k)
+    assert not dk[:, :20].any() and dk[:, 20:].any()
+
+
+def test_state_of_more_rows(device):
+    """Spare rows (reserve) change nothing, and are kept."""
+    case = attention_case(device, torch.float32, lengths=[5, 37], return_state=True)
+    values, _ = evaluate(rat_ext.rat_attention, case, backward=False)
+    roomy = dataclasses.replace(case, state=case.state.reserve(500))
+    _, state = rat_ext.rat_attention(**roomy.tensors, chunk_size=16, initial_state=roomy.state, **roomy.options)
+    assert state.chunk_k.shape[2] == 500 // 16
+    again, _ = evaluate(rat_ext.rat_attention, roomy, backward=False)
+    torch.testing.assert_close(again["y"], values["y"], rtol=1e-5, atol=1e-6)
