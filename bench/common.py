@@ -31,9 +31,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="few rows, few repeats: to see that it runs; writes no result")
     p.add_argument("--rows", default="", metavar="REGEX", help="only rows whose name matches, e.g. 'T=4096 .*D=128'")
     p.add_argument("--no-peers", action="store_true", help="time rat_ext alone")
-    p.add_argument(
-        "--time-limit", type=float, default=170.0, metavar="S", help="begin no row after S seconds (default: 170)"
-    )
+    p.add_argument("--time-limit", type=float, default=170.0, metavar="S", help="begin no row after S seconds (default: 170)")
     p.add_argument("--out", type=Path, help="JSON file (default: bench/results/<bench>-<device>-<date>.json)")
     return p
 
@@ -75,9 +73,7 @@ class Clock:
         end.synchronize()
         return begin.elapsed_time(end)
 
-    def median(
-        self, function: Callable[[], object], budget_ms: float = 1000.0, most: int = 50, least: int = 3
-    ) -> float:
+    def median(self, function: Callable[[], object], budget_ms: float = 1000.0, most: int = 50, least: int = 3) -> float:
         """One call to warm up, then as many as ``budget_ms`` allows, between ``least`` and ``most``."""
         if self.quick:
             budget_ms, most, least = budget_ms / 10, 5, 1
@@ -149,9 +145,7 @@ def commit() -> str:
     """The commit, with '+' where files differ from it; 'unknown' outside a repository."""
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(HERE), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")

@@ -58,9 +58,7 @@ def main() -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     limits = ceilings(device, dtype, options.quick)
     result = record("decode", device, ceilings=limits, rows=[])
-    print(
-        f"{result['device']}, torch {result['torch']}, commit {result['commit']}, copy {limits['copy_gb_s']:.0f} GB/s\n"
-    )
+    print(f"{result['device']}, torch {result['torch']}, commit {result['commit']}, copy {limits['copy_gb_s']:.0f} GB/s\n")
     shown, wrong = [], False
     for batch, tokens, dim, chunk_size in rows(device, options.quick):
         name = f"T={tokens} B={batch} H={HEADS} G={GROUPS} D={dim} L={chunk_size}"

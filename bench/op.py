@@ -65,9 +65,7 @@ def rows(device: torch.device, quick: bool) -> list[Row]:
     if quick:
         return [Row(4, 4096, 16, 2, 128, 16, torch.bfloat16)]
     lengths = (1024, 4096, 16384, 65536, 131072)
-    found = [
-        Row(262144 // t, t, 16, 2, dim, size, torch.bfloat16) for dim in (128, 64) for size in (16, 64) for t in lengths
-    ]
+    found = [Row(262144 // t, t, 16, 2, dim, size, torch.bfloat16) for dim in (128, 64) for size in (16, 64) for t in lengths]
     return found + [Row(1, t, 16, 2, 128, 16, torch.bfloat16) for t in (4096, 16384, 65536, 131072)]
 
 
@@ -226,9 +224,7 @@ def memory_child(tokens: int) -> None:
 
 def memory(tokens: int) -> dict:
     """Runs :func:`memory_child` in a fresh process. needed = inputs, y, dy and gradients."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--memory-child", str(tokens)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, __file__, "--memory-child", str(tokens)], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     return found | {"ratio": found["peak_bytes"] / found["needed_bytes"]}
 

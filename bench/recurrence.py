@@ -32,9 +32,7 @@ def main() -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     limits = ceilings(device, dtype, options.quick)
     result = record("recurrence", device, ceilings=limits, rows=[])
-    print(
-        f"{result['device']}, torch {result['torch']}, commit {result['commit']}, copy {limits['copy_gb_s']:.0f} GB/s\n"
-    )
+    print(f"{result['device']}, torch {result['torch']}, commit {result['commit']}, copy {limits['copy_gb_s']:.0f} GB/s\n")
     shown, wrong = [], False
     for batch, tokens, heads, groups, dim, chunk_size in rows(device, options.quick):
         name = f"T={tokens} B={batch} H={heads} G={groups} D={dim} L={chunk_size}"
@@ -62,9 +60,7 @@ def main() -> int:
         token = dim * dtype.itemsize * batch * tokens
         sizes = ((groups + 2 * heads) * token, (3 * groups + 5 * heads) * token)
         share = [size / ms / 1e6 / limits["copy_gb_s"] for size, ms in zip(sizes, (forward, whole), strict=True)]
-        result["rows"].append(
-            {"name": name, "ms": [forward, whole], "bytes": sizes, "share_of_copy": share, "errors": far}
-        )
+        result["rows"].append({"name": name, "ms": [forward, whole], "bytes": sizes, "share_of_copy": share, "errors": far})
         shown.append([name, number(forward), f"{share[0]:.0%}", number(whole), f"{share[1]:.0%}"])
     table(["", "forward ms", "of copy", "fwd+bwd ms", "of copy"], shown)
     save(result, options)

@@ -102,9 +102,7 @@ def merged(bench: str, folder: Path) -> list[dict]:
 def section(bench: str, folder: Path) -> str:
     parts = []
     for result in merged(bench, folder):
-        where = result["device"] + (
-            f", {result['threads']} threads, {result['isa']}" if result["device_type"] == "cpu" else ""
-        )
+        where = result["device"] + (f", {result['threads']} threads, {result['isa']}" if result["device_type"] == "cpu" else "")
         versions = f"torch {result['torch']}" + (f", CUDA {result['cuda']}" if result["device_type"] == "cuda" else "")
         head = f"**{where}** ({versions}, commit {result['commit']}, {result['date'][:10]}"
         if limits := result.get("ceilings"):
@@ -127,9 +125,7 @@ def fill(text: str, folder: Path) -> str:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "--check", action="store_true", help="change nothing; exit code 1 if the tables are not those of the JSON"
-    )
+    p.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the tables are not those of the JSON")
     p.add_argument("--file", type=Path, default=HERE.parent / "README.md")
     p.add_argument("--results", type=Path, default=HERE / "results")
     options = p.parse_args()

@@ -72,12 +72,12 @@ struct Context {
   ScalarType dtype;
   ScalarType acc;
 
-  Context(const char* op_, const char* argument, const Tensor& lead) : op(op_), is_cuda(lead.is_cuda()),
-      device(lead.get_device_index()), dtype(lead.scalar_type()) {
+  Context(const char* op_, const char* argument, const Tensor& lead)
+      : op(op_), is_cuda(lead.is_cuda()), device(lead.get_device_index()), dtype(lead.scalar_type()) {
     const bool low = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
     if (!low && dtype != ScalarType::Float && (is_cuda || dtype != ScalarType::Double)) {
-      fail(op, argument, "expected dtype bfloat16, float16", is_cuda ? " or float32" : ", float32 or float64",
-           ", got ", name_of(dtype));
+      fail(op, argument, "expected dtype bfloat16, float16", is_cuda ? " or float32" : ", float32 or float64", ", got ",
+           name_of(dtype));
     }
     acc = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   }
@@ -93,8 +93,11 @@ struct Context {
 
   void check_place(const char* argument, const Tensor& x, ScalarType type) const {
     if (x.is_cuda() != is_cuda || x.get_device_index() != device) {
-      fail(op, argument, "expected a tensor on ", is_cuda ? "cuda:" + std::to_string(device) : "the CPU", ", got one on ",
-           x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : x.is_cpu() ? "the CPU" : "another device");
+      fail(op, argument, "expected a tensor on ", is_cuda ? "cuda:" + std::to_string(device) : "the CPU",
+           ", got one on ",
+           x.is_cuda()  ? "cuda:" + std::to_string(x.get_device_index())
+           : x.is_cpu() ? "the CPU"
+                        : "another device");
     }
     if (x.scalar_type() != type) {
       fail(op, argument, "expected dtype ", name_of(type), ", got ", name_of(x.scalar_type()));
@@ -139,9 +142,7 @@ struct Context {
     return Rows{x.data_ptr(), stride(0), stride(1), stride(2)};
   }
 
-  int64_t element_size() const {
-    return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-  }
+  int64_t element_size() const { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
 
   bool aligned(std::initializer_list<Rows> all) const {
     const int64_t unit = 16 / element_size();
@@ -212,7 +213,8 @@ void set_sequences(const Context& c, Sizes& s, const MaybeTensor& cu_seqlens) {
 
 [[maybe_unused]] void* current_stream(const Context& c) {
   if (!aoti_torch_get_current_cuda_stream) {
-    throw std::runtime_error(std::string("rat_ext.") + c.op + ": this torch is a CPU-only build and has no CUDA stream");
+    throw std::runtime_error(std::string("rat_ext.") + c.op +
+                             ": this torch is a CPU-only build and has no CUDA stream");
   }
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(c.device, &stream));
@@ -227,33 +229,31 @@ constexpr bool kBuiltWithCuda = false;
 
 void check_built_for(const Context& c) {
   if (c.is_cuda && !kBuiltWithCuda) {
-    throw std::runtime_error(std::string("rat_ext.") + c.op +
-                             ": the tensors are on a GPU, but this rat_ext was built for the CPU only. Reinstall it where "
-                             "nvcc and a CUDA torch are found (RAT_EXT_CUDA=1 says what is missing)");
+    throw std::runtime_error(
+        std::string("rat_ext.") + c.op +
+        ": the tensors are on a GPU, but this rat_ext was built for the CPU only. Reinstall it where "
+        "nvcc and a CUDA torch are found (RAT_EXT_CUDA=1 says what is missing)");
   }
 }
 
 // Runs `call(workspace)` on the right device and stream.
 #ifdef RAT_EXT_CUDA
-#define RAT_LAUNCH(c, like, op, params)                                      \
-  do {                                                                       \
-    if ((c).is_cuda) {                                                       \
-      const torch::stable::accelerator::DeviceGuard guard((c).device);       \
-      const Tensor workspace_ =                                              \
-          (c).workspace(like, cuda::op##_workspace(params), &(params).workspace); \
-      cuda::op(params, current_stream(c));                                   \
-    } else {                                                                 \
-      const Tensor workspace_ =                                              \
-          (c).workspace(like, cpu::op##_workspace(params), &(params).workspace); \
-      cpu::op(params);                                                       \
-    }                                                                        \
+#define RAT_LAUNCH(c, like, op, params)                                                                                \
+  do {                                                                                                                 \
+    if ((c).is_cuda) {                                                                                                 \
+      const torch::stable::accelerator::DeviceGuard guard((c).device);                                                 \
+      const Tensor workspace_ = (c).workspace(like, cuda::op##_workspace(params), &(params).workspace);                \
+      cuda::op(params, current_stream(c));                                                                             \
+    } else {                                                                                                           \
+      const Tensor workspace_ = (c).workspace(like, cpu::op##_workspace(params), &(params).workspace);                 \
+      cpu::op(params);                                                                                                 \
+    }                                                                                                                  \
   } while (false)
 #else
-#define RAT_LAUNCH(c, like, op, params)                                      \
-  do {                                                                       \
-    const Tensor workspace_ =                                                \
-        (c).workspace(like, cpu::op##_workspace(params), &(params).workspace); \
-    cpu::op(params);                                                         \
+#define RAT_LAUNCH(c, like, op, params)                                                                                \
+  do {                                                                                                                 \
+    const Tensor workspace_ = (c).workspace(like, cpu::op##_workspace(params), &(params).workspace);                   \
+    cpu::op(params);                                                                                                   \
   } while (false)
 #endif
 
@@ -304,7 +304,8 @@ void set_options(const Context& c, AttentionFwdParams& p, const AttentionOptions
     p.initial.v = c.packed("initial_state.chunk_v", *o.chunk_v, c.dtype, {s.sequences, s.heads, rows, s.head_dim});
     p.initial.running_k = c.packed("initial_state.running_k", *o.running_k, c.acc, {s.sequences, s.heads, s.head_dim});
     p.initial.running_v = c.packed("initial_state.running_v", *o.running_v, c.acc, {s.sequences, s.heads, s.head_dim});
-    s.lengths = static_cast<const int32_t*>(c.packed("initial_state.lengths", *o.lengths, ScalarType::Int, {s.sequences}));
+    s.lengths =
+        static_cast<const int32_t*>(c.packed("initial_state.lengths", *o.lengths, ScalarType::Int, {s.sequences}));
   }
 
   const bool packed_layout = s.cu_seqlens && !carried && !o.return_state;
@@ -392,8 +393,8 @@ AttentionFwdParams projection_params(const Context& c, const Tensor& projection,
   const int64_t width = projection.size(2);
   const int64_t parts = 2 * groups + (has_out_gate ? 3 : 2) * heads;
   if (width % parts) {
-    fail(c.op, "projection", "expected a width that is a multiple of ", parts, " (2 num_groups + ", has_out_gate ? 3 : 2,
-         " num_heads), got ", width);
+    fail(c.op, "projection", "expected a width that is a multiple of ", parts, " (2 num_groups + ",
+         has_out_gate ? 3 : 2, " num_heads), got ", width);
   }
   s.head_dim = width / parts;
   set_projection_rows(p, projection_base(projection), c.element_size(), has_out_gate);
@@ -492,7 +493,8 @@ StateGrads run_backward(const Context& c, AttentionBwdParams& b, const Tensor& l
     keep[i] = torch::stable::contiguous(*x);
     return c.packed(name, keep[i], type, sizes);
   };
-  if (p.chunks.compact && (g.dchunk_k || g.dchunk_v)) fail(c.op, "dchunk_k", "expected none for packed sequences, got one");
+  if (p.chunks.compact && (g.dchunk_k || g.dchunk_v))
+    fail(c.op, "dchunk_k", "expected none for packed sequences, got one");
   b.dchunk_k = state_grad(0, "dchunk_k", g.dchunk_k, c.dtype, {owners, s.heads, p.chunks.rows, s.head_dim});
   b.dchunk_v = state_grad(1, "dchunk_v", g.dchunk_v, c.dtype, {owners, s.heads, p.chunks.rows, s.head_dim});
   b.drunning_k = state_grad(2, "drunning_k", g.drunning_k, c.acc, {s.sequences, s.heads, s.head_dim});
@@ -527,16 +529,16 @@ using BwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 BwdResult rat_attention_backward(Tensor dy, MaybeTensor dchunk_k, MaybeTensor dchunk_v, MaybeTensor drunning_k,
                                  MaybeTensor drunning_v, Tensor q, Tensor k, Tensor v, MaybeTensor gate,
                                  MaybeTensor gate_bias, MaybeTensor out_gate, MaybeTensor rotary_cos,
-                                 MaybeTensor rotary_sin, MaybeTensor cu_seqlens, MaybeTensor chunk_k, MaybeTensor chunk_v,
-                                 MaybeTensor running_k, MaybeTensor running_v, MaybeTensor lengths, Tensor y, Tensor lse,
-                                 Tensor saved_chunk_k, Tensor saved_chunk_v, int64_t chunk_size, double scale,
-                                 bool return_state) {
+                                 MaybeTensor rotary_sin, MaybeTensor cu_seqlens, MaybeTensor chunk_k,
+                                 MaybeTensor chunk_v, MaybeTensor running_k, MaybeTensor running_v, MaybeTensor lengths,
+                                 Tensor y, Tensor lse, Tensor saved_chunk_k, Tensor saved_chunk_v, int64_t chunk_size,
+                                 double scale, bool return_state) {
   const Context c(gate ? "rat_attention_backward" : "chunk_attention_backward", "q", q);
   c.check_rank("chunk_k", saved_chunk_k, 4, "(sequences, H, chunks, D)");
   AttentionBwdParams b;
   b.fwd = attention_params(c, q, k, v, gate, out_gate,
-                           {gate_bias, rotary_cos, rotary_sin, cu_seqlens, chunk_k, chunk_v, running_k, running_v, lengths,
-                            chunk_size, scale, saved_chunk_k.size(2), return_state});
+                           {gate_bias, rotary_cos, rotary_sin, cu_seqlens, chunk_k, chunk_v, running_k, running_v,
+                            lengths, chunk_size, scale, saved_chunk_k.size(2), return_state});
   const Sizes& s = b.fwd.size;
   Tensor dq = c.empty(q, {s.batch, s.tokens, s.q_groups, s.head_dim}, c.dtype);
   Tensor dk = c.empty(q, {s.batch, s.tokens, s.k_groups, s.head_dim}, c.dtype);
@@ -548,20 +550,30 @@ BwdResult rat_attention_backward(Tensor dy, MaybeTensor dchunk_k, MaybeTensor dc
   b.dv = Context::rows_of(dv);
   if (gate) b.dgate = Context::rows_of(dgate);
   if (out_gate) b.dout_gate = Context::rows_of(dout_gate);
-  StateGrads small = run_backward(c, b, q, {dy, dchunk_k, dchunk_v, drunning_k, drunning_v, y, lse, saved_chunk_k,
-                                            saved_chunk_v});
-  return {dq, dk, dv, dgate, small.dgate_bias, dout_gate, small.dchunk_k, small.dchunk_v, small.drunning_k,
+  StateGrads small =
+      run_backward(c, b, q, {dy, dchunk_k, dchunk_v, drunning_k, drunning_v, y, lse, saved_chunk_k, saved_chunk_v});
+  return {dq,
+          dk,
+          dv,
+          dgate,
+          small.dgate_bias,
+          dout_gate,
+          small.dchunk_k,
+          small.dchunk_v,
+          small.drunning_k,
           small.drunning_v};
 }
 
 using PackedBwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-PackedBwdResult rat_attention_packed_backward(
-    Tensor dy, MaybeTensor dchunk_k, MaybeTensor dchunk_v, MaybeTensor drunning_k, MaybeTensor drunning_v,
-    Tensor projection, int64_t num_heads, int64_t num_groups, bool has_out_gate, MaybeTensor gate_bias,
-    MaybeTensor rotary_cos, MaybeTensor rotary_sin, MaybeTensor cu_seqlens, MaybeTensor chunk_k, MaybeTensor chunk_v,
-    MaybeTensor running_k, MaybeTensor running_v, MaybeTensor lengths, Tensor y, Tensor lse, Tensor saved_chunk_k,
-    Tensor saved_chunk_v, int64_t chunk_size, double scale, bool return_state) {
+PackedBwdResult rat_attention_packed_backward(Tensor dy, MaybeTensor dchunk_k, MaybeTensor dchunk_v,
+                                              MaybeTensor drunning_k, MaybeTensor drunning_v, Tensor projection,
+                                              int64_t num_heads, int64_t num_groups, bool has_out_gate,
+                                              MaybeTensor gate_bias, MaybeTensor rotary_cos, MaybeTensor rotary_sin,
+                                              MaybeTensor cu_seqlens, MaybeTensor chunk_k, MaybeTensor chunk_v,
+                                              MaybeTensor running_k, MaybeTensor running_v, MaybeTensor lengths,
+                                              Tensor y, Tensor lse, Tensor saved_chunk_k, Tensor saved_chunk_v,
+                                              int64_t chunk_size, double scale, bool return_state) {
   const Context c("rat_attention_packed_backward", "projection", projection);
   c.check_rank("chunk_k", saved_chunk_k, 4, "(sequences, H, chunks, D)");
   AttentionBwdParams b;
@@ -579,16 +591,17 @@ PackedBwdResult rat_attention_packed_backward(
   b.dv = grads.v;
   b.dgate = grads.gate;
   b.dout_gate = grads.out_gate;
-  StateGrads small = run_backward(c, b, projection, {dy, dchunk_k, dchunk_v, drunning_k, drunning_v, y, lse,
-                                                     saved_chunk_k, saved_chunk_v});
+  StateGrads small = run_backward(
+      c, b, projection, {dy, dchunk_k, dchunk_v, drunning_k, drunning_v, y, lse, saved_chunk_k, saved_chunk_v});
   return {dprojection, small.dgate_bias, small.dchunk_k, small.dchunk_v, small.drunning_k, small.drunning_v};
 }
 
 // ---- chunk_recurrence -------------------------------------------------------------------------------------------------
 
-RecurrenceFwdParams recurrence_params(const Context& c, const Tensor& x, const Tensor& gate, const MaybeTensor& gate_bias,
-                                      const MaybeTensor& cu_seqlens, const MaybeTensor& initial_state,
-                                      const MaybeTensor& lengths, int64_t chunk_size) {
+RecurrenceFwdParams recurrence_params(const Context& c, const Tensor& x, const Tensor& gate,
+                                      const MaybeTensor& gate_bias, const MaybeTensor& cu_seqlens,
+                                      const MaybeTensor& initial_state, const MaybeTensor& lengths,
+                                      int64_t chunk_size) {
   c.check_rank("x", x, 4, "(B, T, G, D)");
   c.check_rank("gate", gate, 4, "(B, T, H, D)");
   RecurrenceFwdParams p;
@@ -633,9 +646,11 @@ std::tuple<Tensor, Tensor> chunk_recurrence(Tensor x, Tensor gate, MaybeTensor g
   return {y, final_state};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_recurrence_backward(
-    Tensor dy, MaybeTensor dfinal, Tensor x, Tensor gate, MaybeTensor gate_bias, MaybeTensor cu_seqlens,
-    MaybeTensor initial_state, MaybeTensor lengths, Tensor y, int64_t chunk_size) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_recurrence_backward(Tensor dy, MaybeTensor dfinal, Tensor x,
+                                                                     Tensor gate, MaybeTensor gate_bias,
+                                                                     MaybeTensor cu_seqlens, MaybeTensor initial_state,
+                                                                     MaybeTensor lengths, Tensor y,
+                                                                     int64_t chunk_size) {
   const Context c("chunk_recurrence_backward", "x", x);
   RecurrenceBwdParams b;
   b.fwd = recurrence_params(c, x, gate, gate_bias, cu_seqlens, initial_state, lengths, chunk_size);
@@ -684,9 +699,9 @@ int64_t decode_workspace(int64_t pool, int64_t heads, int64_t chunk_rows, int64_
 }
 
 Tensor rat_decode_step(Tensor q, Tensor k, Tensor v, Tensor gate, MaybeTensor gate_bias, MaybeTensor out_gate,
-                       MaybeTensor rotary_cos, MaybeTensor rotary_sin, MaybeTensor slots, Tensor chunk_k, Tensor chunk_v,
-                       Tensor running_k, Tensor running_v, Tensor lengths, Tensor workspace, int64_t chunk_size,
-                       double scale) {
+                       MaybeTensor rotary_cos, MaybeTensor rotary_sin, MaybeTensor slots, Tensor chunk_k,
+                       Tensor chunk_v, Tensor running_k, Tensor running_v, Tensor lengths, Tensor workspace,
+                       int64_t chunk_size, double scale) {
   const Context c("rat_decode_step", "q", q);
   c.check_rank("q", q, 3, "(B, G, D)");
   c.check_rank("v", v, 3, "(B, H, D)");
@@ -764,48 +779,54 @@ int cpu::num_threads() { return static_cast<int>(torch::stable::get_num_threads(
 // ---- schemas ----------------------------------------------------------------------------------------------------------
 
 // Arguments that the forward and the backward of both entries share, in order.
-#define RAT_STATE_ARGS                                                                                             \
-  "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? cu_seqlens, Tensor? chunk_k, Tensor? chunk_v, Tensor? running_k, " \
+#define RAT_STATE_ARGS                                                                                                 \
+  "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? cu_seqlens, Tensor? chunk_k, Tensor? chunk_v, Tensor? running_k, "  \
   "Tensor? running_v, Tensor? lengths, "
-#define RAT_INPUT_ARGS "Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? gate_bias, Tensor? out_gate, " RAT_STATE_ARGS
-#define RAT_PACKED_ARGS                                                                       \
+#define RAT_INPUT_ARGS                                                                                                 \
+  "Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? gate_bias, Tensor? out_gate, " RAT_STATE_ARGS
+#define RAT_PACKED_ARGS                                                                                                \
   "Tensor projection, SymInt num_heads, SymInt num_groups, bool has_out_gate, Tensor? gate_bias, " RAT_STATE_ARGS
 #define RAT_GRAD_ARGS "Tensor dy, Tensor? dchunk_k, Tensor? dchunk_v, Tensor? drunning_k, Tensor? drunning_v, "
 #define RAT_SAVED_ARGS "Tensor y, Tensor lse, Tensor saved_chunk_k, Tensor saved_chunk_v, "
 
 STABLE_TORCH_LIBRARY(rat_ext, m) {
   m.def("rat_attention(" RAT_INPUT_ARGS
-        "SymInt chunk_size, float scale, SymInt chunk_rows, bool return_state) -> (Tensor y, Tensor lse, Tensor chunk_k_out, "
+        "SymInt chunk_size, float scale, SymInt chunk_rows, bool return_state) -> (Tensor y, Tensor lse, Tensor "
+        "chunk_k_out, "
         "Tensor chunk_v_out, Tensor running_k_out, Tensor running_v_out, Tensor lengths_out)");
   m.def("rat_attention_backward(" RAT_GRAD_ARGS RAT_INPUT_ARGS RAT_SAVED_ARGS
         "SymInt chunk_size, float scale, bool return_state) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgate, "
         "Tensor dgate_bias, Tensor dout_gate, Tensor dinitial_chunk_k, Tensor dinitial_chunk_v, "
         "Tensor dinitial_running_k, Tensor dinitial_running_v)");
   m.def("rat_attention_packed(" RAT_PACKED_ARGS
-        "SymInt chunk_size, float scale, SymInt chunk_rows, bool return_state) -> (Tensor y, Tensor lse, Tensor chunk_k_out, "
+        "SymInt chunk_size, float scale, SymInt chunk_rows, bool return_state) -> (Tensor y, Tensor lse, Tensor "
+        "chunk_k_out, "
         "Tensor chunk_v_out, Tensor running_k_out, Tensor running_v_out, Tensor lengths_out)");
   m.def("rat_attention_packed_backward(" RAT_GRAD_ARGS RAT_PACKED_ARGS RAT_SAVED_ARGS
         "SymInt chunk_size, float scale, bool return_state) -> (Tensor dprojection, Tensor dgate_bias, "
         "Tensor dinitial_chunk_k, Tensor dinitial_chunk_v, Tensor dinitial_running_k, Tensor dinitial_running_v)");
-  m.def("chunk_recurrence(Tensor x, Tensor gate, Tensor? gate_bias, Tensor? cu_seqlens, Tensor? initial_state, "
-        "Tensor? lengths, SymInt chunk_size, bool return_state) -> (Tensor y, Tensor final_state)");
-  m.def("chunk_recurrence_backward(Tensor dy, Tensor? dfinal, Tensor x, Tensor gate, Tensor? gate_bias, "
-        "Tensor? cu_seqlens, Tensor? initial_state, Tensor? lengths, Tensor y, SymInt chunk_size) -> (Tensor dx, "
-        "Tensor dgate, Tensor dgate_bias, Tensor dinitial)");
-  m.def("rat_decode_step(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor? gate_bias, Tensor? out_gate, "
-        "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? slots, Tensor(a!) chunk_k, Tensor(b!) chunk_v, "
-        "Tensor(c!) running_k, Tensor(d!) running_v, Tensor(e!) lengths, Tensor(f!) workspace, SymInt chunk_size, "
-        "float scale) -> Tensor");
+  m.def(
+      "chunk_recurrence(Tensor x, Tensor gate, Tensor? gate_bias, Tensor? cu_seqlens, Tensor? initial_state, "
+      "Tensor? lengths, SymInt chunk_size, bool return_state) -> (Tensor y, Tensor final_state)");
+  m.def(
+      "chunk_recurrence_backward(Tensor dy, Tensor? dfinal, Tensor x, Tensor gate, Tensor? gate_bias, "
+      "Tensor? cu_seqlens, Tensor? initial_state, Tensor? lengths, Tensor y, SymInt chunk_size) -> (Tensor dx, "
+      "Tensor dgate, Tensor dgate_bias, Tensor dinitial)");
+  m.def(
+      "rat_decode_step(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor? gate_bias, Tensor? out_gate, "
+      "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? slots, Tensor(a!) chunk_k, Tensor(b!) chunk_v, "
+      "Tensor(c!) running_k, Tensor(d!) running_v, Tensor(e!) lengths, Tensor(f!) workspace, SymInt chunk_size, "
+      "float scale) -> Tensor");
   m.def("decode_workspace(SymInt pool, SymInt heads, SymInt chunk_rows, SymInt head_dim) -> SymInt");
 }
 
-#define RAT_IMPL_ALL(m)                                                                  \
-  m.impl("rat_attention", TORCH_BOX(&rat::rat_attention));                               \
-  m.impl("rat_attention_backward", TORCH_BOX(&rat::rat_attention_backward));             \
-  m.impl("rat_attention_packed", TORCH_BOX(&rat::rat_attention_packed));                 \
-  m.impl("rat_attention_packed_backward", TORCH_BOX(&rat::rat_attention_packed_backward)); \
-  m.impl("chunk_recurrence", TORCH_BOX(&rat::chunk_recurrence));                         \
-  m.impl("chunk_recurrence_backward", TORCH_BOX(&rat::chunk_recurrence_backward));       \
+#define RAT_IMPL_ALL(m)                                                                                                \
+  m.impl("rat_attention", TORCH_BOX(&rat::rat_attention));                                                             \
+  m.impl("rat_attention_backward", TORCH_BOX(&rat::rat_attention_backward));                                           \
+  m.impl("rat_attention_packed", TORCH_BOX(&rat::rat_attention_packed));                                               \
+  m.impl("rat_attention_packed_backward", TORCH_BOX(&rat::rat_attention_packed_backward));                             \
+  m.impl("chunk_recurrence", TORCH_BOX(&rat::chunk_recurrence));                                                       \
+  m.impl("chunk_recurrence_backward", TORCH_BOX(&rat::chunk_recurrence_backward));                                     \
   m.impl("rat_decode_step", TORCH_BOX(&rat::rat_decode_step))
 
 STABLE_TORCH_LIBRARY_IMPL(rat_ext, CPU, m) { RAT_IMPL_ALL(m); }

@@ -29,17 +29,17 @@ struct Rows {
 
 struct Sizes {
   DType dtype = DType::f32;
-  int64_t batch = 0;        // B
-  int64_t tokens = 0;       // T, per row
-  int64_t sequences = 0;    // N
-  int64_t heads = 0;        // H
-  int64_t q_groups = 0;     // groups of q; divides H
-  int64_t k_groups = 0;     // groups of k; divides H. H itself where k holds per-head states (chunk_attention)
-  int64_t head_dim = 0;     // D, a multiple of 8, 8 ... 256
-  int64_t chunk_size = 0;   // L >= 1, may exceed T
+  int64_t batch = 0;       // B
+  int64_t tokens = 0;      // T, per row
+  int64_t sequences = 0;   // N
+  int64_t heads = 0;       // H
+  int64_t q_groups = 0;    // groups of q; divides H
+  int64_t k_groups = 0;    // groups of k; divides H. H itself where k holds per-head states (chunk_attention)
+  int64_t head_dim = 0;    // D, a multiple of 8, 8 ... 256
+  int64_t chunk_size = 0;  // L >= 1, may exceed T
   const int32_t* cu_seqlens = nullptr;  // (N + 1), or null when dense
   const int32_t* lengths = nullptr;     // (N) tokens that each sequence had before this call, or null: all 0
-  bool aligned16 = false;   // every pointer and every row stride below is a multiple of 16 bytes: vector access is legal
+  bool aligned16 = false;  // every pointer and every row stride below is a multiple of 16 bytes: vector access is legal
 };
 
 // Where chunk states live. State c of head h of sequence n is the D contiguous elements of T at
@@ -47,11 +47,11 @@ struct Sizes {
 // first_row(n) = cu_seqlens[n] / chunk_size + n if compact, else 0. Rows [0, closed chunks of n) are valid, the rest is
 // uninitialised and must not be read into a result. A compact layout (packed, no state in or out) has sequence == 0.
 struct ChunkStates {
-  void* k = nullptr;      // rotated by c, T
-  void* v = nullptr;      // T
+  void* k = nullptr;  // rotated by c, T
+  void* v = nullptr;  // T
   int64_t sequence = 0;
   int64_t head = 0;
-  int64_t rows = 0;       // rows for each head: capacity of a sequence, or of the whole packed row if compact
+  int64_t rows = 0;  // rows for each head: capacity of a sequence, or of the whole packed row if compact
   bool compact = false;
 };
 
@@ -79,27 +79,27 @@ struct Rotary {
 // rotary rows) are checked by the launcher: CPU throws std::invalid_argument, CUDA prints the argument and traps.
 struct AttentionFwdParams {
   Sizes size;
-  Rows q;                        // (B, T, q_groups, D)
-  Rows k;                        // (B, T, k_groups, D)
-  Rows v, gate, out_gate;        // (B, T, H, D); gate and out_gate are logits; out_gate may be null
+  Rows q;                           // (B, T, q_groups, D)
+  Rows k;                           // (B, T, k_groups, D)
+  Rows v, gate, out_gate;           // (B, T, H, D); gate and out_gate are logits; out_gate may be null
   const void* gate_bias = nullptr;  // (H, D) acc, contiguous, or null
   Rotary rotary;
   double scale = 1.0;
-  CarriedState initial;          // all pointers null when every sequence starts fresh
+  CarriedState initial;  // all pointers null when every sequence starts fresh
   // outputs
-  Rows y;                        // (B, T, H, D). On CUDA it holds v~ between the two kernels
-  void* lse = nullptr;           // (B, H, T) acc, contiguous: logsumexp over earlier chunks and self
-  ChunkStates chunks;            // closed chunks of every sequence, those of `initial` copied to the front
-  void* running_k = nullptr;     // (N, H, D) acc, or null when no state is returned; an empty sequence keeps its initial
-  void* running_v = nullptr;     // state (zeros if none)
-  int32_t* lengths_out = nullptr;   // (N), or null
-  void* workspace = nullptr;     // at least *_workspace(params) bytes, 256-byte aligned, uninitialised
+  Rows y;                     // (B, T, H, D). On CUDA it holds v~ between the two kernels
+  void* lse = nullptr;        // (B, H, T) acc, contiguous: logsumexp over earlier chunks and self
+  ChunkStates chunks;         // closed chunks of every sequence, those of `initial` copied to the front
+  void* running_k = nullptr;  // (N, H, D) acc, or null when no state is returned; an empty sequence keeps its initial
+  void* running_v = nullptr;  // state (zeros if none)
+  int32_t* lengths_out = nullptr;  // (N), or null
+  void* workspace = nullptr;       // at least *_workspace(params) bytes, 256-byte aligned, uninitialised
 };
 
 // Backward of the same. All input fields as in the forward (y, lse and chunks are inputs now).
 struct AttentionBwdParams {
   AttentionFwdParams fwd;
-  Rows dy;                       // (B, T, H, D) of T
+  Rows dy;  // (B, T, H, D) of T
   // Gradients of the returned state, or null (zero): chunk states as (N, H, chunks.rows, D) of T contiguous (never with a
   // compact layout; rows that are not valid are to be ignored), running states (N, H, D) acc.
   const void* dchunk_k = nullptr;
@@ -107,11 +107,11 @@ struct AttentionBwdParams {
   const void* drunning_k = nullptr;
   const void* drunning_v = nullptr;
   // outputs
-  Rows dq, dk, dv, dgate, dout_gate;   // shapes of their inputs, own strides; dgate/dout_gate null with their inputs.
-                                       // Every element is written (tokens outside every packed sequence do not exist).
-  void* dgate_bias = nullptr;    // (H, D) acc, or null
-  CarriedState dinitial;         // gradients of fwd.initial, same shapes and dtypes (k, v: every row is written, zeros where
-                                 // not valid), or null pointers when not wanted
+  Rows dq, dk, dv, dgate, dout_gate;  // shapes of their inputs, own strides; dgate/dout_gate null with their inputs.
+                                      // Every element is written (tokens outside every packed sequence do not exist).
+  void* dgate_bias = nullptr;         // (H, D) acc, or null
+  CarriedState dinitial;  // gradients of fwd.initial, same shapes and dtypes (k, v: every row is written, zeros where
+                          // not valid), or null pointers when not wanted
   void* workspace = nullptr;
 };
 
@@ -119,13 +119,13 @@ struct AttentionBwdParams {
 
 // y_t = f_t y_{t-1} + (1 - f_t) x_t inside each chunk.
 struct RecurrenceFwdParams {
-  Sizes size;                    // q_groups unused; k_groups = groups of x
-  Rows x;                        // (B, T, k_groups, D)
-  Rows gate;                     // (B, T, H, D) logits
+  Sizes size;                       // q_groups unused; k_groups = groups of x
+  Rows x;                           // (B, T, k_groups, D)
+  Rows gate;                        // (B, T, H, D) logits
   const void* gate_bias = nullptr;  // (H, D) acc or null
   const void* initial = nullptr;    // (N, H, D) acc: y of the token before, or null. Used where lengths[n] % L != 0
-  Rows y;                        // (B, T, H, D) output
-  void* final_state = nullptr;   // (N, H, D) acc: y of the last token (or the initial state), or null
+  Rows y;                           // (B, T, H, D) output
+  void* final_state = nullptr;      // (N, H, D) acc: y of the last token (or the initial state), or null
   void* workspace = nullptr;
 };
 
@@ -148,20 +148,21 @@ struct DecodeParams {
   DType dtype = DType::f32;
   int64_t batch = 0, heads = 0, q_groups = 0, k_groups = 0, head_dim = 0, chunk_size = 0;
   bool aligned16 = false;
-  int64_t pool = 0;              // P
-  Rows q, k, v, gate, out_gate;  // (B, -, groups or H, D): `token` stride unused. out_gate may be null
+  int64_t pool = 0;                 // P
+  Rows q, k, v, gate, out_gate;     // (B, -, groups or H, D): `token` stride unused. out_gate may be null
   const void* gate_bias = nullptr;  // (H, D) acc or null
   Rotary rotary;
   double scale = 1.0;
-  const int64_t* slots = nullptr;   // (B) or null
-  void* chunk_k = nullptr;       // (P, H, rows, D) of T, contiguous, rotated
+  const int64_t* slots = nullptr;  // (B) or null
+  void* chunk_k = nullptr;         // (P, H, rows, D) of T, contiguous, rotated
   void* chunk_v = nullptr;
   int64_t rows = 0;
-  void* running_k = nullptr;     // (P, H, D) acc, contiguous
+  void* running_k = nullptr;  // (P, H, D) acc, contiguous
   void* running_v = nullptr;
-  int32_t* lengths = nullptr;    // (P) tokens so far; advanced by one
-  Rows y;                        // (B, -, H, D) output
-  void* workspace = nullptr;     // decode_workspace bytes; CUDA: zeroed once when the cache is made, left zeroed by each step
+  int32_t* lengths = nullptr;  // (P) tokens so far; advanced by one
+  Rows y;                      // (B, -, H, D) output
+  void* workspace =
+      nullptr;  // decode_workspace bytes; CUDA: zeroed once when the cache is made, left zeroed by each step
 };
 
 namespace cpu {
@@ -191,7 +192,8 @@ size_t attention_fwd_workspace(const AttentionFwdParams&);
 size_t attention_bwd_workspace(const AttentionBwdParams&);
 size_t recurrence_fwd_workspace(const RecurrenceFwdParams&);
 size_t recurrence_bwd_workspace(const RecurrenceBwdParams&);
-size_t decode_workspace(const DecodeParams&);  // a bound that depends on pool, heads, rows and head_dim only, not on batch
+size_t decode_workspace(
+    const DecodeParams&);  // a bound that depends on pool, heads, rows and head_dim only, not on batch
 void attention_fwd(const AttentionFwdParams&, void* stream);
 void attention_bwd(const AttentionBwdParams&, void* stream);
 void recurrence_fwd(const RecurrenceFwdParams&, void* stream);

@@ -18,19 +18,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "ops against scaled_dot_product_attention (time). All four together take under two minutes on two CPU cores. "
         "Exit code 1 if anything disagrees.",
     )
-    parser.add_argument(
-        "parts", nargs="*", metavar="part", help="info, check, train, time (default: all, in this order)"
-    )
+    parser.add_argument("parts", nargs="*", metavar="part", help="info, check, train, time (default: all, in this order)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one and kernels for it")
     parser.add_argument(
         "--out", default="rat_ext_timing.png", metavar="FILE", help="plot of the timings (default: %(default)s)"
     )
-    parser.add_argument(
-        "--json", metavar="FILE", help="results for machines; '-' is stdout, and the text goes to stderr"
-    )
-    parser.add_argument(
-        "--train-seconds", type=float, default=40.0, metavar="S", help="time to train (default: %(default)s)"
-    )
+    parser.add_argument("--json", metavar="FILE", help="results for machines; '-' is stdout, and the text goes to stderr")
+    parser.add_argument("--train-seconds", type=float, default=40.0, metavar="S", help="time to train (default: %(default)s)")
     options = parser.parse_args(arguments)
     if unknown := [part for part in options.parts if part not in PARTS]:
         parser.error(f"unknown part {unknown[0]!r}: choose from {', '.join(PARTS)}")

@@ -52,9 +52,7 @@ class Console:
         rows = [head, *rows]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         for row in rows:
-            cells = (
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
+            cells = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
             self.print("  ".join(cells).rstrip())
 
 

@@ -65,9 +65,7 @@ def _measure(size: Sizes, tokens: int, device: torch.device, advance: Callable[.
 
     cos, sin = rotary_tables(-(-tokens // size.chunk_size), size.dim, device=device)
     rotary = {"rotary_cos": cos, "rotary_sin": sin}
-    leaves = [
-        normal(batch, tokens, h, size.dim) for h in (size.groups, size.groups, size.heads, size.heads, size.heads)
-    ]
+    leaves = [normal(batch, tokens, h, size.dim) for h in (size.groups, size.groups, size.heads, size.heads, size.heads)]
     rat = both(
         lambda: rat_attention(*leaves[:4], size.chunk_size, out_gate=leaves[4], **rotary),
         leaves,
@@ -86,11 +84,7 @@ def _measure(size: Sizes, tokens: int, device: torch.device, advance: Callable[.
         cache.lengths.fill_(tokens)
         cos, sin = rotary_tables(room // size.chunk_size + 1, size.dim, device=device)
         rotary = {"rotary_cos": cos, "rotary_sin": sin}
-        rat += (
-            seconds(
-                lambda: rat_decode_step(*token[:4], cache, out_gate=token[4], **rotary), device, size.budget / 4, 200
-            ),
-        )
+        rat += (seconds(lambda: rat_decode_step(*token[:4], cache, out_gate=token[4], **rotary), device, size.budget / 4, 200),)
         advance()
         query = normal(batch, size.heads, 1, size.dim)
         keys, values = (normal(batch, size.heads, tokens, size.dim) for _ in range(2))

@@ -71,8 +71,7 @@ def run(console: Console, device: torch.device, budget: float) -> dict:
     model = RATLM(256, width, 2, heads, 2, CHUNK, max_length=context).to(device)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
-        f"model: {parameters / 1e6:.2f} M parameters, width {width}, {heads} heads, L = {CHUNK}, "
-        f"{context} bytes of context"
+        f"model: {parameters / 1e6:.2f} M parameters, width {width}, {heads} heads, L = {CHUNK}, {context} bytes of context"
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.01)
     autocast = torch.autocast("cuda", torch.bfloat16) if gpu else contextlib.nullcontext()
@@ -86,12 +85,9 @@ def run(console: Console, device: torch.device, budget: float) -> dict:
         with torch.no_grad(), autocast:
             loss = float(bits(model, held_tokens))
         seen = step * size * context
-        losses.append(
-            {"seconds": round(time.perf_counter() - begin, 1), "step": step, "bytes": seen, "bits": round(loss, 4)}
-        )
+        losses.append({"seconds": round(time.perf_counter() - begin, 1), "step": step, "bytes": seen, "bits": round(loss, 4)})
         console.print(
-            f"{losses[-1]['seconds']:6.1f} s  step {step:5d}  {seen / 1e6:6.2f} MB read  held out "
-            f"{loss:.3f} bits a byte"
+            f"{losses[-1]['seconds']:6.1f} s  step {step:5d}  {seen / 1e6:6.2f} MB read  held out {loss:.3f} bits a byte"
         )
 
     before = 0.0
@@ -120,9 +116,7 @@ def run(console: Console, device: torch.device, budget: float) -> dict:
     text, difference, limit = write(model, held, device)
     agrees = difference <= limit
     learned = losses[-1]["bits"] < losses[0]["bits"]
-    console.print(
-        f"\n{PROMPT} bytes of a held-out file, then {WRITTEN} bytes by the model (prefill, then decode steps):\n"
-    )
+    console.print(f"\n{PROMPT} bytes of a held-out file, then {WRITTEN} bytes by the model (prefill, then decode steps):\n")
     shown = text[:PROMPT].decode(errors="replace") + " >>> " + text[PROMPT:].decode(errors="replace")
     console.print("\n".join("    " + line for line in shown.splitlines()))
     console.print(

@@ -26,7 +26,8 @@ class RATCache:
         lengths: ``(N,)`` int32, tokens so far, on the device of the states. Sequences may differ.
         chunk_size: L.
         length_bound: an upper bound of ``lengths`` that the host knows, in tokens; it decides how many chunk rows a forward
-            that continues from here allocates.
+            that continues from here allocates. The ops keep it. Who writes ``lengths`` or replays decode steps in a CUDA
+            graph, and then continues with a forward, sets it too; a bound that is too low is an error, not a wrong result.
         workspace: scratch of the decode kernel, made by the first ``rat_decode_step``.
     """
 
@@ -117,8 +118,7 @@ class RATCache:
         rows = other.chunk_k.shape[2]
         if rows > self.chunk_k.shape[2]:
             raise ValueError(
-                f"RATCache.write: other: expected at most {self.chunk_k.shape[2]} chunk rows (capacity {self.capacity} tokens), "
-                f"got {rows}"
+                f"RATCache.write: other: expected at most {self.chunk_k.shape[2]} chunk rows, for {self.capacity} tokens, got {rows}"
             )
         if slots.shape != (other.batch,):
             raise ValueError(f"RATCache.write: slots: expected shape ({other.batch},), got {tuple(slots.shape)}")

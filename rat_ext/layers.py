@@ -63,9 +63,7 @@ class RATLayer(nn.Module):
         # A forget gate f remembers about 1 / (1 - f) = 1 + exp(bias) tokens: from 1.25 to 1 + L / 2, at most 513.
         longest = max(min(self.chunk_size, 1024) / 2, 1)
         with torch.no_grad():
-            self.gate_bias.copy_(
-                torch.linspace(math.log(0.25), math.log(longest), self.head_dim).expand_as(self.gate_bias)
-            )
+            self.gate_bias.copy_(torch.linspace(math.log(0.25), math.log(longest), self.head_dim).expand_as(self.gate_bias))
 
     # ---- rotary tables ----
 

@@ -27,7 +27,9 @@ def _table(name: str, x: Tensor | None, dtype: torch.dtype, differentiable: bool
     if x is None:
         return None
     if not differentiable and x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"rat_ext: {name}: expected a tensor that needs no gradient (the op has none for it), got one that does")
+        raise ValueError(
+            f"rat_ext: {name}: expected a tensor that needs no gradient (the op has none for it), got one that does"
+        )
     if x.dtype != dtype:
         x = x.to(dtype)
     return x.contiguous()
@@ -239,9 +241,7 @@ def rat_attention_packed(
     rotary_cos, rotary_sin = _table("rotary_cos", rotary_cos, acc), _table("rotary_sin", rotary_sin, acc)
     cu_seqlens = _lengths32(cu_seqlens)
     tokens = projection.shape[1] if projection.dim() == 3 else 0
-    state, rows, bound = _state_args(
-        "rat_attention_packed", chunk_size, tokens, cu_seqlens, initial_state, return_state
-    )
+    state, rows, bound = _state_args("rat_attention_packed", chunk_size, tokens, cu_seqlens, initial_state, return_state)
     if scale is None:
         parts = 2 * num_groups + (3 if has_out_gate else 2) * num_heads
         scale = max(projection.shape[-1] // max(parts, 1), 1) ** -0.5
@@ -272,8 +272,8 @@ def chunk_recurrence(
         gate_bias: ``(H, D)`` or None.
         cu_seqlens: ``(N + 1,)`` int32, packed sequences in a batch of 1, as in :func:`rat_attention`.
         initial_state: ``(B or N, H, D)`` float32 (float64 for float64): y of the token before the first one.
-        lengths: ``(B or N,)`` int32: how many tokens came before; needed with ``initial_state``. Where it is a multiple of L the
-            recurrence restarts and the initial state is not used.
+        lengths: ``(B or N,)`` int32: how many tokens came before; needed with ``initial_state``. Where it is a multiple of L
+            the recurrence restarts and the initial state is not used.
         return_state: also return y of the last token of each sequence, ``(B or N, H, D)`` float32.
 
     Returns:
@@ -290,6 +290,11 @@ def chunk_recurrence(
         x, gate, gate_bias, _lengths32(cu_seqlens), initial_state, _lengths32(lengths), chunk_size, return_state
     )
     return (y, final_state) if return_state else y
+
+
+@torch.compiler.assume_constant_result  # an operator that returns a number cannot be traced
+def _decode_workspace_bytes(pool: int, heads: int, rows: int, head_dim: int) -> int:
+    return _ops.decode_workspace.default(pool, heads, rows, head_dim)
 
 
 def rat_decode_step(
@@ -348,8 +353,7 @@ def rat_decode_step(
     q, k, v, gate, out_gate = _autocast(q.device, (q, k, v, gate, out_gate))
     acc = state_dtype(q.dtype)
     if cache.workspace is None:
-        pool, heads, rows, head_dim = cache.chunk_k.shape
-        size = _ops.decode_workspace.default(pool, heads, rows, head_dim) if cache.chunk_k.is_cuda else 0
+        size = _decode_workspace_bytes(*cache.chunk_k.shape) if cache.chunk_k.is_cuda else 0
         cache.workspace = torch.zeros(size, dtype=torch.uint8, device=cache.chunk_k.device)
     y = _ops.rat_decode_step.default(
         q, k, v, gate, _table("gate_bias", gate_bias, acc), out_gate, _table("rotary_cos", rotary_cos, acc),
@@ -475,8 +479,6 @@ def _attention_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors, y, lse, chunk_k, chunk_v)
 
 
-
-
 def _attention_backward(ctx, dy, _dlse, dchunk_k, dchunk_v, drunning_k, drunning_v, _dlengths):
     q, k, v, gate, gate_bias, out_gate, *rest, y, lse, saved_k, saved_v = ctx.saved_tensors
     if dy is None:
@@ -494,7 +496,9 @@ def _attention_backward(ctx, dy, _dlse, dchunk_k, dchunk_v, drunning_k, drunning
 
 
 def _packed_context(ctx, inputs, output):
-    projection, ctx.num_heads, ctx.num_groups, ctx.has_out_gate, *tensors, ctx.chunk_size, ctx.scale, _, ctx.return_state = inputs
+    projection, ctx.num_heads, ctx.num_groups, ctx.has_out_gate, *tensors, ctx.chunk_size, ctx.scale, _, ctx.return_state = (
+        inputs
+    )
     y, lse, chunk_k, chunk_v, running_k, running_v, lengths = output
     states = () if ctx.return_state else (chunk_k, chunk_v, running_k, running_v)
     ctx.mark_non_differentiable(lse, lengths, *states)

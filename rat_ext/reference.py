@@ -137,9 +137,7 @@ def rat_attention(
             ks = _scan(ks, keep, take, chunk_size, start, running_k)
             vs = _scan(vs, keep, take, chunk_size, start, running_v)
         if end > begin:
-            y, chunk_k, chunk_v = _attend(
-                qs, ks, vs, chunk_size, start, chunk_k, chunk_v, zs, rotary_cos, rotary_sin, scale
-            )
+            y, chunk_k, chunk_v = _attend(qs, ks, vs, chunk_size, start, chunk_k, chunk_v, zs, rotary_cos, rotary_sin, scale)
             ys.append(y)
             running_k, running_v = ks[:, -1].to(acc), vs[:, -1].to(acc)
         elif running_k is None:

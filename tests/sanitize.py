@@ -62,7 +62,8 @@ def main():
     for case in cases():
         values, _ = evaluate(getattr(rat_ext, case.op), case)
         for key, x in values.items():
-            if "initial" not in key and "running" not in key:
+            # States that no token wrote are passed on: those of an empty sequence at a reset are NaN.
+            if not any(word in key for word in ("initial", "running", "final")):
                 assert x.isfinite().all(), (case.op, case.dtype, key)
         count += 1
     for dtype in DTYPES:

@@ -242,9 +242,7 @@ def test_the_same_tensor_twice(device):
 def test_gate_bias_of_another_dtype(device):
     case = attention_case(device, torch.bfloat16)
     bias = case.tensors["gate_bias"].to(torch.bfloat16)
-    values, grads = evaluate(
-        rat_ext.rat_attention, dataclasses.replace(case, tensors=case.tensors | {"gate_bias": bias})
-    )
+    values, grads = evaluate(rat_ext.rat_attention, dataclasses.replace(case, tensors=case.tensors | {"gate_bias": bias}))
     assert values["dgate_bias"].dtype == torch.bfloat16
     wide, _ = evaluate(
         rat_ext.rat_attention,

@@ -56,9 +56,7 @@ def test_rat_attention(device):
     bias = torch.zeros(H, D, device=device)
 
     def run(q, k, v, gate, out_gate):
-        return rat_ext.rat_attention(
-            q, k, v, gate, L, gate_bias=bias, out_gate=out_gate, rotary_cos=cos, rotary_sin=sin
-        )
+        return rat_ext.rat_attention(q, k, v, gate, L, gate_bias=bias, out_gate=out_gate, rotary_cos=cos, rotary_sin=sin)
 
     compiled_once(run, [(tensors(device, *shape), ()) for shape in SHAPES])
 

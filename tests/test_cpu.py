@@ -43,9 +43,7 @@ def test_threads_make_no_difference(threads, options, chunk_size):
         threads(count)
         case = attention_case("cpu", torch.float32, chunk_size=chunk_size, **options)
         values, _ = evaluate(rat_ext.rat_attention, case)
-        other, _ = evaluate(
-            rat_ext.chunk_recurrence, recurrence_case("cpu", torch.float32, chunk_size=chunk_size, **options)
-        )
+        other, _ = evaluate(rat_ext.chunk_recurrence, recurrence_case("cpu", torch.float32, chunk_size=chunk_size, **options))
         results.append(values | {"recurrence " + key: x for key, x in other.items()})
     assert_same(results[0], results[1])
     assert_same(results[0], results[2])

@@ -75,9 +75,7 @@ def test_equals_the_forward(device, dtype, chunk_size, prefill):
 
 
 @low
-@pytest.mark.parametrize(
-    ("heads", "groups", "dim"), [(1, 1, 8), (4, 4, 24), (6, 3, 64), (8, 1, 96), (4, 2, 128), (2, 1, 256)]
-)
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(1, 1, 8), (4, 4, 24), (6, 3, 64), (8, 1, 96), (4, 2, 128), (2, 1, 256)])
 def test_one_step(device, dtype, heads, groups, dim):
     """Ragged lengths; y, states and lengths after one step against float64."""
     lengths, chunk_size = [0, 5, 15, 16, 40], 8

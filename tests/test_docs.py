@@ -50,9 +50,7 @@ def test_the_reference_has_the_same_arguments(op):
     if any(p.kind is p.VAR_KEYWORD for p in theirs.values()):
         theirs = {key: p for key, p in theirs.items() if p.kind is not p.VAR_KEYWORD}
         mine = dict(list(mine.items())[: len(theirs)])
-    assert [(p.name, p.default, p.kind) for p in mine.values()] == [
-        (p.name, p.default, p.kind) for p in theirs.values()
-    ]
+    assert [(p.name, p.default, p.kind) for p in mine.values()] == [(p.name, p.default, p.kind) for p in theirs.values()]
 
 
 def blocks() -> list[str]:

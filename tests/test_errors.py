@@ -470,6 +470,7 @@ def forward(cu=None, lengths=None, rows=0, table=0):
     if lengths is not None:
         state = RATCache.empty(1, 4, 16, 8, 8 * rows, device="cuda")
         state.lengths.copy_(ints(lengths))
+        state.length_bound = max(lengths + [0])
     cu = None if cu is None else ints(cu)
     q, v = wide(2, 1, 20), wide(4, 1, 20)
     return rat_ext.rat_attention(q, q, v, v, 8, cu_seqlens=cu, initial_state=state, **tables(table))

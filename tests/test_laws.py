@@ -119,9 +119,7 @@ def test_permuting_the_heads(device, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize(
-    "extra", [{}, {"sequences": [10, 0, 35, 25]}, {"lengths": [3, 37], "return_state": True}], ids=str
-)
+@pytest.mark.parametrize("extra", [{}, {"sequences": [10, 0, 35, 25]}, {"lengths": [3, 37], "return_state": True}], ids=str)
 def test_twice_the_same_bits(device, dtype, extra):
     case = attention_case(device, dtype, **extra)
     first, grads = evaluate(rat_ext.rat_attention, case)

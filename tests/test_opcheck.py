@@ -113,6 +113,4 @@ def test_rat_decode_step(device):
     q, k, v, gate = random.normal(3, G, D), random.normal(3, G, D), random.normal(3, H, D), random.normal(3, H, D)
     slots = torch.tensor([2, -1, 0], device=device)
     tensors = [cache.chunk_k, cache.chunk_v, cache.running_k, cache.running_v, cache.lengths]
-    opcheck(
-        OPS.rat_decode_step.default, [q, k, v, gate, None, None, None, None, slots, *tensors, workspace, L, D**-0.5]
-    )
+    opcheck(OPS.rat_decode_step.default, [q, k, v, gate, None, None, None, None, slots, *tensors, workspace, L, D**-0.5])

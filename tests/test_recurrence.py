@@ -60,17 +60,13 @@ def test_states(device, dtype, chunk_size):
 @pytest.mark.parametrize("chunk_size", [16, 2**40])
 def test_packed(device, dtype, lengths, chunk_size):
     sequences = [10, 0, 35, 1, 16, 8]
-    check(
-        recurrence_case(device, dtype, sequences=sequences, lengths=lengths, chunk_size=chunk_size, return_state=True)
-    )
+    check(recurrence_case(device, dtype, sequences=sequences, lengths=lengths, chunk_size=chunk_size, return_state=True))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name)
 def test_long_rnn(device, dtype):
     """Long enough for every way of splitting a sequence into segments."""
-    check(
-        recurrence_case(device, dtype, batch=1, tokens=5003, heads=2, groups=1, dim=16, chunk_size=5003, gate_mean=4.0)
-    )
+    check(recurrence_case(device, dtype, batch=1, tokens=5003, heads=2, groups=1, dim=16, chunk_size=5003, gate_mean=4.0))
 
 
 def test_only_the_final_state(device):

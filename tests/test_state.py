@@ -67,11 +67,7 @@ def test_ragged_lengths(device, dtype, lengths):
 @pytest.mark.parametrize("tokens", [1, 3, 17])
 @pytest.mark.parametrize("chunk_size", [1, 4, 16, 2**40])
 def test_short_continuations(device, dtype, tokens, chunk_size):
-    check(
-        attention_case(
-            device, dtype, batch=3, lengths=[0, 5, 16], tokens=tokens, chunk_size=chunk_size, return_state=True
-        )
-    )
+    check(attention_case(device, dtype, batch=3, lengths=[0, 5, 16], tokens=tokens, chunk_size=chunk_size, return_state=True))
 
 
 @low

@@ -7,11 +7,11 @@
 // from the last visible one to the first, so that only its first blocks need a mask.
 //   warp 0           one thread decides which tile is next, tells the others, and feeds its K and V blocks through the copy
 //                    engine into two rings.
-//   warps 1 ... 3    load q of the next tile, rotate it by chunk index, store it as wgmma reads it, bring s_self, and fetch
-//                    the next tile's v~ and out_gate into L2.
+//   warps 1 ... 3    load q and s_self of the next tile, rotate q by chunk index, store it as wgmma reads it; and start
+//                    fetching v~ and out_gate of the tile that the consumers begin into L2.
 //   warpgroup 1 ...  consumers: 64 queries each. S = Q K^T of a block is issued before P V of the block before, and the
 //                    softmax of one warpgroup runs while another one's products do: a token passed by named barriers keeps
-//                    them in turn.
+//                    them in turn. v~ and out_gate are loaded while the last product runs.
 // The running softmax starts from the self term: its maximum from s_self, and exp(s_self - m) v~ joins at the end. So no row is
 // empty and no -inf reaches the maximum. The maximum moves only when it would grow by more than 2^kSlack: sums and products
 // stay exact, since all of a row are relative to the same number, and O is rarely rescaled.
@@ -39,7 +39,7 @@
 namespace rat::cuda {
 namespace {
 
-template <class T_, int DIM, int CONSUMERS, int KEYS, bool TURNS = true>
+template <class T_, int DIM, int CONSUMERS, int KEYS>
 struct Traits {
   using T = T_;
   static constexpr int kDim = DIM;  // head size, padded
@@ -48,14 +48,15 @@ struct Traits {
   static constexpr int kRows = 64 * CONSUMERS;  // queries a tile
   static constexpr int kKeys = KEYS;            // chunk states a block
   static constexpr int kStages = DIM == 64 ? 3 : 2;
-  static constexpr bool kTurns = TURNS;
   static constexpr int kThreads = 128 * (CONSUMERS + 1);
   static constexpr int kLoaders = 96;  // warps 1 ... 3
   // Registers a thread: the roles share what the block was launched with, a multiple of 8 for each.
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = CONSUMERS == 3 && KEYS == 128 ? 32 : 56;
+  static constexpr int kProducerRegisters = KEYS + DIM > 128 ? 56 : 80;
   static constexpr int kConsumerRegisters =
       (kLaunchRegisters * (CONSUMERS + 1) - kProducerRegisters) / CONSUMERS / 8 * 8;
+  // The epilogue's operands of both rows of a thread before the last product ends, where registers allow.
+  static constexpr bool kFetchBoth = DIM == 64 || CONSUMERS == 2;
   static_assert(DIM % 64 == 0 && KEYS % 16 == 0 && KEYS <= 256 && kConsumerRegisters <= 240);
 };
 
@@ -182,8 +183,16 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// sigmoid(x) by the approximate reciprocal: the result is rounded to 16 bits.
-__device__ __forceinline__ float sigmoid_fast(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+// Good to a unit in the last place of a float, without the code that a division spends on subnormal numbers.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float sigmoid_fast(float x) {
+  return reciprocal_fast(1.0f + exp2_fast(x * -1.4426950408889634f));
+}
 
 // Byte offset of column `column` (a multiple of 4) of row `row` in a tile of `rows` rows.
 __device__ __forceinline__ uint32_t swizzled(int rows, int row, int column) {
@@ -252,16 +261,15 @@ __device__ __forceinline__ void feed_blocks(const Arguments& a, const CUtensorMa
   }
 }
 
-// Two columns of each half of a row of q: rotated, times the sign of the scale.
+// Two columns of each half of a row of q, rotated. The angles carry the sign of the scale.
 template <class T>
-__device__ __forceinline__ void rotate_pair(uint32_t& low, uint32_t& high, const float* cos, const float* sin,
-                                            float sign) {
+__device__ __forceinline__ void rotate_pair(uint32_t& low, uint32_t& high, const float* cos, const float* sin) {
   struct alignas(4) Two {
     T value[2];
   };
   const Two a = *reinterpret_cast<const Two*>(&low), b = *reinterpret_cast<const Two*>(&high);
-  const float a0 = to_float(a.value[0]) * sign, a1 = to_float(a.value[1]) * sign;
-  const float b0 = to_float(b.value[0]) * sign, b1 = to_float(b.value[1]) * sign;
+  const float a0 = to_float(a.value[0]), a1 = to_float(a.value[1]);
+  const float b0 = to_float(b.value[0]), b1 = to_float(b.value[1]);
   low = pack2<T>(a0 * cos[0] - b0 * sin[0], a1 * cos[1] - b1 * sin[1]);
   high = pack2<T>(b0 * cos[0] + a0 * sin[0], b1 * cos[1] + a1 * sin[1]);
 }
@@ -320,9 +328,11 @@ struct QueryPieces {
         c[i] = co.x, c[i + 1] = co.y, c[i + 2] = co.z, c[i + 3] = co.w;
         s[i] = si.x, s[i + 1] = si.y, s[i + 2] = si.z, s[i + 3] = si.w;
       }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) c[i] *= a.q_sign, s[i] *= a.q_sign;
     };
 #pragma unroll
-    for (int i = 0; i < 8; ++i) c[i] = 1.0f, s[i] = 0.0f;
+    for (int i = 0; i < 8; ++i) c[i] = a.q_sign, s[i] = 0.0f;
     if (cos != nullptr && row < last) fetch_angles();
     cp_async_wait<0>();
     if (cos == nullptr && a.q_sign > 0.0f) return;
@@ -338,7 +348,7 @@ struct QueryPieces {
                    : "r"(high(r))
                    : "memory");
 #pragma unroll
-      for (int i = 0; i < 4; ++i) rotate_pair<T>(x[i], y[i], &c[2 * i], &s[2 * i], a.q_sign);
+      for (int i = 0; i < 4; ++i) rotate_pair<T>(x[i], y[i], &c[2 * i], &s[2 * i]);
       asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(low(r)), "r"(x[0]), "r"(x[1]), "r"(x[2]),
                    "r"(x[3])
                    : "memory");
@@ -370,31 +380,31 @@ __device__ __forceinline__ void load_queries_slowly(const Arguments& a, const Ti
       const T* from = q + row * a.q.token + column;
       x = pack2<T>(to_float(from[0]), to_float(from[1]));
       y = pack2<T>(to_float(from[half]), to_float(from[half + 1]));
-      float c[2] = {1.0f, 1.0f}, s[2] = {0.0f, 0.0f};
+      float c[2] = {a.q_sign, a.q_sign}, s[2] = {0.0f, 0.0f};
       if (a.rotary.cos != nullptr) {
         const int64_t angle = static_cast<int64_t>(tile.chunk(row)) * half + column;
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          c[j] = static_cast<const float*>(a.rotary.cos)[angle + j];
-          s[j] = static_cast<const float*>(a.rotary.sin)[angle + j];
+          c[j] = static_cast<const float*>(a.rotary.cos)[angle + j] * a.q_sign;
+          s[j] = static_cast<const float*>(a.rotary.sin)[angle + j] * a.q_sign;
         }
       }
-      rotate_pair<T>(x, y, c, s, a.q_sign);
+      rotate_pair<T>(x, y, c, s);
     }
     asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(target + swizzled(C::kRows, row, column)), "r"(x) : "memory");
     asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(target + swizzled(C::kRows, row, half + column)), "r"(y) : "memory");
   }
 }
 
-// The first 128-byte lines of `rows` rows of a (B, T, H, D) tensor at the tile's tokens, on their way to L2.
+// The 128-byte lines of a (B, T, H, D) tensor at the tile's tokens, on their way to L2.
 template <class C>
-__device__ __forceinline__ void prefetch_rows(const Rows& tensor, const Tile& tile, int rows, int thread) {
+__device__ __forceinline__ void prefetch_rows(const Rows& tensor, const Tile& tile, int thread) {
   constexpr int kLines = C::kDim / 64;
   const char* base = static_cast<const char*>(tensor.ptr) +
                      2 * (tile.batch * tensor.batch + tile.token * tensor.token + tile.head * tensor.head);
   const int64_t stride = 2 * tensor.token;
 #pragma unroll 1
-  for (int i = thread; i < rows * kLines; i += C::kLoaders) {
+  for (int i = thread; i < tile.rows * kLines; i += C::kLoaders) {
     prefetch_l2(base + i / kLines * stride + i % kLines * 128);
   }
 }
@@ -419,9 +429,14 @@ __device__ __forceinline__ void feed_queries(const Arguments& a, Shared<C>& shar
     const int rows = tile.rows;
     const uint32_t slot = tiles % 2;
     mbarrier_wait(q_empty + 8 * slot, (tiles / 2 % 2) ^ 1);  // the consumers have left the tile before last
-    // Not earlier: what all blocks have asked for must stay in L2 until it is used.
-    prefetch_rows<C>(a.y, tile, rows, thread);
-    if (a.out_gate.ptr != nullptr) prefetch_rows<C>(a.out_gate, tile, rows, thread);
+    if (tiles > 0) {
+      // They start the tile before now and want its v~ and out_gate at its end. Not earlier: what all blocks have asked for
+      // must stay in L2 until it is used.
+      const uint32_t current = (tiles - 1) % kTileSlots;
+      prefetch_rows<C>(a.y, shared.tile[current], thread);
+      if (a.out_gate.ptr != nullptr) prefetch_rows<C>(a.out_gate, shared.tile[current], thread);
+      mbarrier_arrive(shared_address(&shared.tile_empty[current]));
+    }
     if (rows > 0) {
       const float* own = a.s_self + (tile.batch * a.size.heads + tile.head) * a.size.tokens + tile.token;
 #pragma unroll 1
@@ -612,7 +627,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
       const auto advance = [&](auto masked) {
         const uint32_t next = count + 1;
         mbarrier_wait(k_full + 8 * slot_of(next), parity_of(next));
-        if constexpr (C::kTurns) named_barrier_sync(own_turn, 256);
+        named_barrier_sync(own_turn, 256);
         hold_registers(s);
         hold_registers(o);
         hold_weights(p);
@@ -621,7 +636,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
         mbarrier_wait(v_full + 8 * slot_of(count), parity_of(count));
         wgmma_fence();
         issue_values(slot_of(count));
-        if constexpr (C::kTurns) named_barrier_arrive(next_turn, 256);
+        named_barrier_arrive(next_turn, 256);
         wgmma_wait<1>();
         hold_registers(s);
         leave(k_empty + 8 * slot_of(next));
@@ -662,19 +677,16 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
     constexpr uint32_t kOpen = std::is_same_v<T, bf16> ? 0x7f807f80u : 0x7c007c00u;  // +inf twice: a gate of exactly 1
     Bytes16 values[2][kGroups], gates[2][kGroups];
     const auto inside = [&](int h, int g) { return row + 8 * h < rows && 32 * g + 8 * quad < dim; };
-    const auto fetch_operands = [&] {
+    const auto fetch_operands = [&](int h) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-          values[h][g] = Bytes16{{0, 0, 0, 0}};
-          gates[h][g] = Bytes16{{kOpen, kOpen, kOpen, kOpen}};
-          if (vector && inside(h, g)) {
-            values[h][g] = *reinterpret_cast<const Bytes16*>(y + 8 * h * a.y.token + 32 * g);
-          }
-          if (vector && gated && inside(h, g)) {
-            gates[h][g] = *reinterpret_cast<const Bytes16*>(z + 8 * h * a.out_gate.token + 32 * g);
-          }
+      for (int g = 0; g < kGroups; ++g) {
+        values[h][g] = Bytes16{{0, 0, 0, 0}};
+        gates[h][g] = Bytes16{{kOpen, kOpen, kOpen, kOpen}};
+        if (vector && inside(h, g)) {
+          values[h][g] = *reinterpret_cast<const Bytes16*>(y + 8 * h * a.y.token + 32 * g);
+        }
+        if (vector && gated && inside(h, g)) {
+          gates[h][g] = *reinterpret_cast<const Bytes16*>(z + 8 * h * a.out_gate.token + 32 * g);
         }
       }
     };
@@ -683,14 +695,16 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
       hold_weights(p);
       wgmma_fence();
       issue_values(count % C::kStages);
-      fetch_operands();
+      fetch_operands(0);
+      if constexpr (C::kFetchBoth) fetch_operands(1);
       wgmma_wait<0>();
       hold_registers(o);
       hold_weights(p);
       leave(v_empty + 8 * (count % C::kStages));
       ++count;
     } else {
-      fetch_operands();
+      fetch_operands(0);
+      if constexpr (C::kFetchBoth) fetch_operands(1);
     }
     float (&tiles_of_o)[kOutputs / 4][4] = reinterpret_cast<float (&)[kOutputs / 4][4]>(o);
 #pragma unroll
@@ -700,7 +714,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
       total += __shfl_xor_sync(0xffffffffu, total, 2);
       const float own_weight = exp2_fast(own[h] - m[h]);
       total += own_weight;
-      const float inverse = 1.0f / total;
+      const float inverse = reciprocal_fast(total);
       if (row + 8 * h < rows && quad == 0) {
         a.lse[(tile.batch * a.size.heads + tile.head) * a.size.tokens + tile.token + row + 8 * h] =
             (m[h] + __log2f(total)) * 0.6931471805599453f;
@@ -725,6 +739,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
         }
         if (inside(h, g)) store8(y + 8 * h * a.y.token + 32 * g, out, vector);
       }
+      if (!C::kFetchBoth && h == 0) fetch_operands(1);
     }
     leave(q_empty + 8 * q_slot);
     leave(shared_address(&shared.tile_empty[tiles % kTileSlots]));
@@ -743,7 +758,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kTileSlots; ++i) {
       mbarrier_init(shared_address(&shared.tile_full[i]), 1);
-      mbarrier_init(shared_address(&shared.tile_empty[i]), 4 * C::kConsumers);
+      mbarrier_init(shared_address(&shared.tile_empty[i]), 4 * C::kConsumers + C::kLoaders);
     }
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(shared_address(&shared.q_full[i]), C::kLoaders);
@@ -773,10 +788,18 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
 // ---- launcher ---------------------------------------------------------------------------------------------------------
 
+// Long sequences of keys want large blocks; short ones are bound by the work around each tile, which more warpgroups hide,
+// and by keys that a block holds beyond those visible.
 template <class T>
 using Wide = Traits<T, 128, 2, 128>;
 template <class T>
+using WideShort = Traits<T, 128, 3, 64>;
+template <class T>
 using Narrow = Traits<T, 64, 3, 112>;
+template <class T>
+using NarrowShort = Traits<T, 64, 3, 64>;
+constexpr int64_t kShortRows = 4096;        // chunk states a head, of 128 elements
+constexpr int64_t kShortNarrowRows = 1024;  // of 64
 
 int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
@@ -847,25 +870,45 @@ bool chunk_attention_fwd_sm90_supported(const AttentionFwdParams& params) {
 
 size_t chunk_attention_fwd_sm90_workspace(const AttentionFwdParams&) { return 0; }
 
-void chunk_attention_fwd_sm90(const AttentionFwdParams& params, const FwdScratch& scratch, void*, cudaStream_t stream) {
-  const bool wide = params.size.head_dim > 64;
-  if (params.size.dtype == DType::bf16) {
-    wide ? launch<Wide<bf16>>(params, scratch, stream) : launch<Narrow<bf16>>(params, scratch, stream);
+namespace {
+template <class T>
+void launch_for(const AttentionFwdParams& params, const FwdScratch& scratch, cudaStream_t stream) {
+  const int64_t rows = params.chunks.compact ? params.chunks.rows / params.size.sequences : params.chunks.rows;
+  if (params.size.head_dim > 64) {
+    rows <= kShortRows ? launch<WideShort<T>>(params, scratch, stream) : launch<Wide<T>>(params, scratch, stream);
   } else {
-    wide ? launch<Wide<f16>>(params, scratch, stream) : launch<Narrow<f16>>(params, scratch, stream);
+    rows <= kShortNarrowRows ? launch<NarrowShort<T>>(params, scratch, stream)
+                             : launch<Narrow<T>>(params, scratch, stream);
+  }
+}
+}  // namespace
+
+void chunk_attention_fwd_sm90(const AttentionFwdParams& params, const FwdScratch& scratch, void*, cudaStream_t stream) {
+  if (params.size.sequences == 0) return;
+  if (params.size.dtype == DType::bf16) {
+    launch_for<bf16>(params, scratch, stream);
+  } else {
+    launch_for<f16>(params, scratch, stream);
   }
 }
 
+namespace {
+template <class C>
+KernelEntry entry(const char* name) {
+  return {name, reinterpret_cast<const void*>(&chunk_attention_fwd_sm90_kernel<C>)};
+}
+}  // namespace
+
 KernelList chunk_attention_fwd_sm90_kernels() {
   static const KernelEntry entries[] = {
-      {"chunk_attention_fwd_sm90<bf16, 128>",
-       reinterpret_cast<const void*>(&chunk_attention_fwd_sm90_kernel<Wide<bf16>>)},
-      {"chunk_attention_fwd_sm90<f16, 128>",
-       reinterpret_cast<const void*>(&chunk_attention_fwd_sm90_kernel<Wide<f16>>)},
-      {"chunk_attention_fwd_sm90<bf16, 64>",
-       reinterpret_cast<const void*>(&chunk_attention_fwd_sm90_kernel<Narrow<bf16>>)},
-      {"chunk_attention_fwd_sm90<f16, 64>",
-       reinterpret_cast<const void*>(&chunk_attention_fwd_sm90_kernel<Narrow<f16>>)},
+      entry<Wide<bf16>>("chunk_attention_fwd_sm90<bf16, 128>"),
+      entry<Wide<f16>>("chunk_attention_fwd_sm90<f16, 128>"),
+      entry<WideShort<bf16>>("chunk_attention_fwd_sm90<bf16, 128, short>"),
+      entry<WideShort<f16>>("chunk_attention_fwd_sm90<f16, 128, short>"),
+      entry<Narrow<bf16>>("chunk_attention_fwd_sm90<bf16, 64>"),
+      entry<Narrow<f16>>("chunk_attention_fwd_sm90<f16, 64>"),
+      entry<NarrowShort<bf16>>("chunk_attention_fwd_sm90<bf16, 64, short>"),
+      entry<NarrowShort<f16>>("chunk_attention_fwd_sm90<f16, 64, short>"),
   };
   return {entries, static_cast<int>(sizeof(entries) / sizeof(entries[0]))};
 }

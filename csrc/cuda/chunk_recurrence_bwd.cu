@@ -111,9 +111,12 @@ __global__ void __launch_bounds__(kThreads, kVector && sizeof(T) == 2 ? 4 : 2)
     dp = group_sum<W>(dp);
     delta = group_sum<W>(delta);
     if (lane.live && lane.index == 0) {
-      const float probability = expf(fmaf(in.scale, own, -lse));
+      // In its first chunk a token attends to itself alone: its weight is 1 and its score has no gradient, whatever
+      // Delta lost when y was rounded.
+      const bool alone = tile.position + i < s.chunk_size;
+      const float probability = alone ? 1.0f : expf(fmaf(in.scale, own, -lse));
       p.p_self[scalars + i] = probability;
-      p.ds_self[scalars + i] = probability * (dp - delta);
+      p.ds_self[scalars + i] = alone ? 0.0f : probability * (dp - delta);
       p.delta[scalars + i] = delta;
     }
   }
@@ -333,10 +336,10 @@ __global__ void __launch_bounds__(256) chunk_scan_bwd_kernel(const __grid_consta
     if (p.reverse_carry) {
       load_scratch(p.reverse_carry + carry_at(s, item, h, kStreams, 0) + lane.d, k_carry);
       if (kAttention) load_scratch(p.reverse_carry + carry_at(s, item, h, kStreams, 1) + lane.d, v_carry);
-    } else if (tile.last && p.drunning_k) {
+    } else if (tile.last) {
       const int64_t at = (tile.sequence.index * s.heads + h) * s.head_dim + lane.d;
-      load_floats(p.drunning_k + at, k_carry);
-      if (kAttention) load_floats(p.drunning_v + at, v_carry);
+      if (p.drunning_k) load_floats(p.drunning_k + at, k_carry);
+      if (kAttention && p.drunning_v) load_floats(p.drunning_v + at, v_carry);
     }
 
     const int subs = (tile.count + p.sub_block - 1) / p.sub_block;

@@ -21,8 +21,8 @@ struct BwdScratch {
   float* dq;        // (B, T, q_groups, D): the attention part of dq, rotated back, scale included, summed over a group
   float* dchunk_k;  // gradient of the rotated chunk keys from attention alone, scale included
   float* dchunk_v;  // gradient of the chunk values from attention alone
-  Rows dout;        // do_t = sigmoid(out_gate_t) * dy_t in T: stored in dv's memory until the reverse scan overwrites it
-                    // with dv, or dy itself when there is no out_gate
+  Rows dout;  // do_t = sigmoid(out_gate_t) * dy_t in T: stored in dv's memory until the reverse scan overwrites it
+              // with dv, or dy itself when there is no out_gate
 };
 
 // Phase 0, only when cu_seqlens or lengths are given: one block checks them, the cache rows and the rotary rows, prints the

@@ -50,8 +50,9 @@ __global__ void __launch_bounds__(kThreads) check_sequences_kernel(const __grid_
         "rat_ext: initial_state.lengths[%lld]: expected chunk states for all of its %lld tokens, got %lld\n", name,
         start, static_cast<long long>(p.initial_rows));
     RAT_DEVICE_CHECK(p.chunk_rows < 0 || closed <= p.chunk_rows,
-                     "rat_ext: chunk_rows: sequence %lld needs room for %lld chunk states, got %lld\n", name, closed,
-                     static_cast<long long>(p.chunk_rows));
+                     "rat_ext: chunk_rows: sequence %lld needs room for %lld chunk states, got %lld "
+                     "(is length_bound of the initial state under its lengths?)\n",
+                     name, closed, static_cast<long long>(p.chunk_rows));
     const long long rotations = length > 0 ? (start + length - 1) / s.chunk_size + 1 : 0;
     RAT_DEVICE_CHECK(p.rotary_rows < 0 || rotations <= p.rotary_rows,
                      "rat_ext: rotary_cos: sequence %lld needs %lld rows, one for each chunk, got %lld\n", name,
