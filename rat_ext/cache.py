@@ -117,9 +117,7 @@ class RATCache:
         self._check_like(other, "other")
         rows = other.chunk_k.shape[2]
         if rows > self.chunk_k.shape[2]:
-            raise ValueError(
-                f"RATCache.write: other: expected at most {self.chunk_k.shape[2]} chunk rows, for {self.capacity} tokens, got {rows}"
-            )
+            raise ValueError(f"RATCache.write: other: expected at most {self.chunk_k.shape[2]} chunk rows, got {rows}")
         if slots.shape != (other.batch,):
             raise ValueError(f"RATCache.write: slots: expected shape ({other.batch},), got {tuple(slots.shape)}")
         with torch.no_grad():

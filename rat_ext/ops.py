@@ -192,7 +192,7 @@ def _rat_attention(
     state, rows, bound = _state_args(op, chunk_size, tokens, cu_seqlens, initial_state, return_state)
     if scale is None:
         scale = max(v.shape[-1], 1) ** -0.5
-    result = _ops.rat_attention.default(
+    result = _differentiable("rat_attention")(
         q, k, v, gate, gate_bias, out_gate, rotary_cos, rotary_sin, cu_seqlens, *state, chunk_size, scale, rows, return_state
     )
     return _finish(result, chunk_size, bound, return_state)
@@ -245,7 +245,7 @@ def rat_attention_packed(
     if scale is None:
         parts = 2 * num_groups + (3 if has_out_gate else 2) * num_heads
         scale = max(projection.shape[-1] // max(parts, 1), 1) ** -0.5
-    result = _ops.rat_attention_packed.default(
+    result = _differentiable("rat_attention_packed")(
         projection, num_heads, num_groups, has_out_gate, gate_bias, rotary_cos, rotary_sin, cu_seqlens, *state, chunk_size,
         scale, rows, return_state,
     )  # fmt: skip
@@ -286,7 +286,7 @@ def chunk_recurrence(
     x, gate = _autocast(x.device, (x, gate))
     acc = state_dtype(x.dtype)
     gate_bias = _table("gate_bias", gate_bias, acc, differentiable=True)
-    y, final_state = _ops.chunk_recurrence.default(
+    y, final_state = _differentiable("chunk_recurrence")(
         x, gate, gate_bias, _lengths32(cu_seqlens), initial_state, _lengths32(lengths), chunk_size, return_state
     )
     return (y, final_state) if return_state else y
@@ -465,6 +465,14 @@ def _(q, k, v, gate, gate_bias, out_gate, rotary_cos, rotary_sin, slots, chunk_k
 # ---- gradients --------------------------------------------------------------------------------------------------------
 
 
+def _below_autograd(operator, *args):
+    """Calls the kernel itself where nothing is recorded. Else a second derivative may be wanted: the operator refuses it."""
+    if torch.is_grad_enabled():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
 def _given(x: Tensor | None, grad: Tensor) -> Tensor | None:
     """The gradient of an optional argument: the backward returns an empty tensor where there was none."""
     return None if x is None else grad
@@ -483,9 +491,9 @@ def _attention_backward(ctx, dy, _dlse, dchunk_k, dchunk_v, drunning_k, drunning
     q, k, v, gate, gate_bias, out_gate, *rest, y, lse, saved_k, saved_v = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(y)
-    dq, dk, dv, dgate, dbias, dout_gate, *dstate = _ops.rat_attention_backward.default(
-        dy, dchunk_k, dchunk_v, drunning_k, drunning_v, q, k, v, gate, gate_bias, out_gate, *rest, y, lse, saved_k, saved_v,
-        ctx.chunk_size, ctx.scale, ctx.return_state,
+    dq, dk, dv, dgate, dbias, dout_gate, *dstate = _below_autograd(
+        _ops.rat_attention_backward.default, dy, dchunk_k, dchunk_v, drunning_k, drunning_v, q, k, v, gate, gate_bias,
+        out_gate, *rest, y, lse, saved_k, saved_v, ctx.chunk_size, ctx.scale, ctx.return_state,
     )  # fmt: skip
     cos_sin_cu = (None, None, None)
     state = (_given(x, g) for x, g in zip(rest[3:7], dstate, strict=True))
@@ -510,9 +518,10 @@ def _packed_backward(ctx, dy, _dlse, dchunk_k, dchunk_v, drunning_k, drunning_v,
     projection, gate_bias, *rest, y, lse, saved_k, saved_v = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(y)
-    dprojection, dbias, *dstate = _ops.rat_attention_packed_backward.default(
-        dy, dchunk_k, dchunk_v, drunning_k, drunning_v, projection, ctx.num_heads, ctx.num_groups, ctx.has_out_gate,
-        gate_bias, *rest, y, lse, saved_k, saved_v, ctx.chunk_size, ctx.scale, ctx.return_state,
+    dprojection, dbias, *dstate = _below_autograd(
+        _ops.rat_attention_packed_backward.default, dy, dchunk_k, dchunk_v, drunning_k, drunning_v, projection,
+        ctx.num_heads, ctx.num_groups, ctx.has_out_gate, gate_bias, *rest, y, lse, saved_k, saved_v, ctx.chunk_size,
+        ctx.scale, ctx.return_state,
     )  # fmt: skip
     state = (_given(x, g) for x, g in zip(rest[3:7], dstate, strict=True))
     return (
@@ -532,15 +541,50 @@ def _recurrence_backward(ctx, dy, dfinal):
     x, gate, gate_bias, cu_seqlens, initial_state, lengths, y = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(y)
-    dx, dgate, dbias, dinitial = _ops.chunk_recurrence_backward.default(
-        dy, dfinal, x, gate, gate_bias, cu_seqlens, initial_state, lengths, y, ctx.chunk_size
+    dx, dgate, dbias, dinitial = _below_autograd(
+        _ops.chunk_recurrence_backward.default,
+        dy,
+        dfinal,
+        x,
+        gate,
+        gate_bias,
+        cu_seqlens,
+        initial_state,
+        lengths,
+        y,
+        ctx.chunk_size,
     )
     return dx, dgate, _given(gate_bias, dbias), None, _given(initial_state, dinitial), None, None, None
 
 
-torch.library.register_autograd("rat_ext::rat_attention", _attention_backward, setup_context=_attention_context)
-torch.library.register_autograd("rat_ext::rat_attention_packed", _packed_backward, setup_context=_packed_context)
-torch.library.register_autograd("rat_ext::chunk_recurrence", _recurrence_backward, setup_context=_recurrence_context)
+# torch.library's own autograd costs the host more than a small op costs a GPU: it looks up the schema argument by argument. In
+# eager mode the wrappers reach an operator through a function of the same context and backward; tracing takes the operator.
+def _function(name: str, context, backward):
+    operator = getattr(_ops, name).default
+
+    def forward(ctx, *args):
+        output = _below_autograd(operator, *args)
+        context(ctx, args, output)
+        return output
+
+    return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}).apply
+
+
+_functions = {}
+for _name, _context, _backward in (
+    ("rat_attention", _attention_context, _attention_backward),
+    ("rat_attention_packed", _packed_context, _packed_backward),
+    ("chunk_recurrence", _recurrence_context, _recurrence_backward),
+):
+    torch.library.register_autograd(f"rat_ext::{_name}", _backward, setup_context=_context)
+    _functions[_name] = _function(_name, _context, _backward)
+
+
+def _differentiable(name: str):
+    """The operator as the wrappers call it, see above."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _functions[name]
+    return getattr(_ops, name).default
 
 
 def _no_second_derivative(ctx, *grads):

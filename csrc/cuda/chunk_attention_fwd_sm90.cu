@@ -23,6 +23,7 @@
 // are set to zero in shared memory before the product, since 0 NaN is NaN.
 #include <cuda.h>
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 

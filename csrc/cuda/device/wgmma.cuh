@@ -110,8 +110,10 @@ __device__ __forceinline__ void wgmma_rs(float (&c)[N / 2], const uint32_t (&a)[
 
 #define RAT_LIST_N64 RAT_LIST_0 ", " RAT_LIST_1 ", " RAT_LIST_2 ", " RAT_LIST_3
 #define RAT_C_N64 RAT_C8(0), RAT_C8(8), RAT_C8(16), RAT_C8(24)
-#define RAT_LIST_N96 RAT_LIST_N64 ", " RAT_LIST_4 ", " RAT_LIST_5
-#define RAT_C_N96 RAT_C_N64, RAT_C8(32), RAT_C8(40)
+#define RAT_LIST_N80 RAT_LIST_N64 ", " RAT_LIST_4
+#define RAT_C_N80 RAT_C_N64, RAT_C8(32)
+#define RAT_LIST_N96 RAT_LIST_N80 ", " RAT_LIST_5
+#define RAT_C_N96 RAT_C_N80, RAT_C8(40)
 #define RAT_LIST_N112 RAT_LIST_N96 ", " RAT_LIST_6
 #define RAT_C_N112 RAT_C_N96, RAT_C8(48)
 #define RAT_LIST_N128 RAT_LIST_N112 ", " RAT_LIST_7
@@ -126,6 +128,7 @@ __device__ __forceinline__ void wgmma_rs(float (&c)[N / 2], const uint32_t (&a)[
 #define RAT_C_N192 RAT_C_N176, RAT_C8(88)
 
 RAT_WGMMA_TYPES(64, 32, 33, 34, 35, 36)
+RAT_WGMMA_TYPES(80, 40, 41, 42, 43, 44)
 RAT_WGMMA_TYPES(96, 48, 49, 50, 51, 52)
 RAT_WGMMA_TYPES(112, 56, 57, 58, 59, 60)
 RAT_WGMMA_TYPES(128, 64, 65, 66, 67, 68)
@@ -136,6 +139,8 @@ RAT_WGMMA_TYPES(192, 96, 97, 98, 99, 100)
 
 #undef RAT_LIST_N64
 #undef RAT_C_N64
+#undef RAT_LIST_N80
+#undef RAT_C_N80
 #undef RAT_LIST_N96
 #undef RAT_C_N96
 #undef RAT_LIST_N112
