@@ -436,7 +436,7 @@ def test_caches_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=f"other: expected {word} .*, got"):
             pool.write(slots, other)
-    with pytest.raises(ValueError, match="other: expected at most 2 chunk rows .*, got 5"):
+    with pytest.raises(ValueError, match="other: expected at most 2 chunk rows, got 5"):
         pool.write(slots, state_of("cpu", [3, 40]))
     with pytest.raises(ValueError, match=r"slots: expected shape \(2,\), got \(1,\)"):
         pool.write(slots[:1], state_of("cpu"))
