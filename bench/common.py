@@ -6,6 +6,7 @@ import argparse
 import datetime
 import gc
 import json
+import os
 import platform
 import re
 import statistics
@@ -142,7 +143,7 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The commit, with '+' where files differ from it; 'unknown' outside a repository."""
+    """The commit, with '+' where files differ from it; outside a repository RAT_EXT_COMMIT, or 'unknown'."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -150,7 +151,7 @@ def commit() -> str:
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("RAT_EXT_COMMIT", "unknown")
 
 
 def record(bench: str, device: torch.device, **more: object) -> dict:

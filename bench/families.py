@@ -1,0 +1,118 @@
+"""Forward time of the kernel families on one GPU, shape by shape: no shape may be slower on the one that is chosen.
+
+Each family is forced in a process of its own (RAT_EXT_KERNELS is read once). Times are device times of one forward, by CUDA
+graph replay, so that launches cost no more than they do in a training step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from common import Clock, parser, record, save, table
+
+import rat_ext
+from rat_ext import RATCache
+
+FAMILIES = ("sm80", "auto")
+
+# batch, tokens, H, G, D, L, tokens seen before, dtype, what is special
+SHAPES = [
+    *((b, t, 16, 2, 128, 16, 0, "bf16", "") for b, t in ((64, 4096), (16, 16384), (2, 131072), (1, 4096), (1, 1024), (1, 128))),
+    *((b, t, 16, 2, 64, 16, 0, "bf16", "") for b, t in ((64, 4096), (2, 131072), (1, 4096), (1, 1024))),
+    *((8, 4096, 16, 2, d, 16, 0, "bf16", "") for d in (8, 16, 24, 32, 48, 72, 80, 96, 104, 192, 256)),
+    *((8, 4096, 16, g, 128, 16, 0, "f16", "") for g in (1, 4, 16)),
+    *((4, 8192, 16, 2, 128, size, 0, "bf16", "") for size in (1, 2, 4, 64, 256, 1 << 20)),
+    (2, 131072, 16, 2, 128, 64, 0, "bf16", ""),
+    (1, 1048576, 2, 1, 128, 16, 0, "bf16", ""),
+    (8, 4096, 16, 2, 128, 16, 0, "bf16", "unaligned"),
+    (8, 4096, 16, 2, 64, 16, 0, "bf16", "unaligned"),
+    (1, 32768, 16, 2, 128, 16, 0, "bf16", "packed in 64"),
+    (1, 32768, 16, 2, 128, 16, 0, "bf16", "packed in 1000"),
+    (1, 16, 16, 2, 128, 16, 131072, "bf16", "continued"),
+    (1, 256, 16, 2, 128, 16, 131072, "bf16", "continued"),
+    (8, 1, 16, 2, 128, 16, 16384, "bf16", "continued"),
+    (4, 2048, 16, 2, 64, 16, 32768, "bf16", "continued"),
+]
+
+
+def name(shape: tuple) -> str:
+    batch, tokens, heads, groups, dim, size, seen, dtype, special = shape
+    after = f" after {seen}" if seen else ""
+    return f"T={tokens}{after} B={batch} H={heads} G={groups} D={dim} L={size} {dtype}{' ' + special if special else ''}"
+
+
+def call(shape: tuple):
+    """The forward of a shape, as a function without arguments."""
+    batch, tokens, heads, groups, dim, size, seen, dtype, special = shape
+    dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[dtype]
+    shift = 1 if special == "unaligned" else 0
+
+    def rows(n: int) -> torch.Tensor:
+        return torch.randn(batch, tokens, n * dim + shift, device="cuda", dtype=dtype)[..., shift:].unflatten(-1, (n, dim))
+
+    q, k, v, gate, out_gate = (rows(n) for n in (groups, groups, heads, heads, heads))
+    cos, sin = rat_ext.rotary_tables((seen + tokens) // size + 1, dim, device="cuda")
+    options = {"out_gate": out_gate, "rotary_cos": cos, "rotary_sin": sin}
+    if special.startswith("packed"):
+        cuts = torch.linspace(0, tokens, int(special.split()[-1]) + 1).round().to(torch.int32)
+        options["cu_seqlens"] = cuts.cuda()
+    if seen:
+        state = RATCache.empty(batch, heads, dim, size, seen, dtype=dtype, device="cuda")
+        state.chunk_k.normal_(), state.chunk_v.normal_()
+        state.lengths.fill_(seen)
+        state.length_bound = seen
+        options["initial_state"] = state
+    return lambda: rat_ext.rat_attention(q, k, v, gate, size, **options)
+
+
+@torch.no_grad()
+def measure(pattern: str, quick: bool) -> dict[str, float]:
+    clock, found = Clock(torch.device("cuda"), quick), {}
+    for shape in SHAPES:
+        if not re.search(pattern, name(shape)):
+            continue
+        function = call(shape)
+        function()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        found[name(shape)] = clock.median(graph.replay, 60, 30)
+        del graph, function
+    return found
+
+
+def main() -> int:
+    options = parser(__doc__).parse_args()
+    if options.device != "cuda":
+        print("only a GPU has several kernel families")
+        return 0
+    if os.environ.get("RAT_EXT_FAMILY_CHILD"):
+        print(json.dumps(measure(options.rows, options.quick)))
+        return 0
+    found = {}
+    for family in FAMILIES:
+        child = os.environ | {"RAT_EXT_KERNELS": family, "RAT_EXT_FAMILY_CHILD": "1"}
+        words = [sys.executable, str(Path(__file__)), "--rows", options.rows, *(["--quick"] if options.quick else [])]
+        out = subprocess.run(words, env=child, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found[family] = json.loads(out.splitlines()[-1])
+    result = record("families", torch.device("cuda"), families=FAMILIES, ms=found)
+    shown = []
+    for row, portable in found["sm80"].items():
+        chosen = found["auto"][row]
+        shown.append(
+            [row, f"{portable:.4f}", f"{chosen:.4f}", f"{portable / chosen:.2f}x", "SLOWER" if chosen > 1.03 * portable else ""]
+        )
+    table(["forward, ms", "sm80", "auto", "gain", ""], shown)
+    save(result, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
