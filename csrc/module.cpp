@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "capability.h"
 #ifdef RAT_EXT_CUDA
 #include "cuda/kernel_resources.h"
 #endif
@@ -114,4 +115,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, py::arg("kernels") = true,
         "What was compiled, as a dict. kernels=True also asks the GPU, if there is one, for each kernel's registers, "
         "shared memory and local (spill) bytes, which creates a CUDA context.");
+  m.def("require_capability", &rat::require_capability, py::arg("major"), py::arg("minor"), py::arg("name"),
+        "Raises RuntimeError unless the kernels run on GPUs of this compute capability.");
 }

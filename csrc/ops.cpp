@@ -243,19 +243,15 @@ void set_sequences(const Context& c, Sizes& s, const MaybeTensor& cu_seqlens) {
   return stream;
 }
 
+void check_can_run(const Context& c) {
+  if (!c.is_cuda) return;
 #ifdef RAT_EXT_CUDA
-constexpr bool kBuiltWithCuda = true;
+  cuda::check_device(c.device);
 #else
-constexpr bool kBuiltWithCuda = false;
+  throw std::runtime_error(std::string("rat_ext.") + c.op +
+                           ": the tensors are on a GPU, but this rat_ext was built for the CPU only. Reinstall it "
+                           "where nvcc and a CUDA torch are found (RAT_EXT_CUDA=1 says what is missing)");
 #endif
-
-void check_built_for(const Context& c) {
-  if (c.is_cuda && !kBuiltWithCuda) {
-    throw std::runtime_error(
-        std::string("rat_ext.") + c.op +
-        ": the tensors are on a GPU, but this rat_ext was built for the CPU only. Reinstall it where "
-        "nvcc and a CUDA torch are found (RAT_EXT_CUDA=1 says what is missing)");
-  }
 }
 
 // Runs `call(workspace)` on the right device and stream.
@@ -348,7 +344,7 @@ void set_options(const Context& c, AttentionFwdParams& p, const AttentionOptions
       fail(c.op, "rotary_cos", "expected at least ", last + 1, " rows, one for each chunk, got ", p.rotary.rows);
     }
   }
-  check_built_for(c);
+  check_can_run(c);
 }
 
 // q (B, T, G, D); k (B, T, G, D), or (B, T, H, D) without a gate; v (B, T, H, D).
@@ -650,7 +646,7 @@ RecurrenceFwdParams recurrence_params(const Context& c, const Tensor& x, const T
     s.lengths = static_cast<const int32_t*>(c.packed("lengths", *lengths, ScalarType::Int, {s.sequences}));
   }
   s.aligned16 = c.aligned({p.x, p.gate});
-  check_built_for(c);
+  check_can_run(c);
   return p;
 }
 
@@ -773,7 +769,7 @@ Tensor rat_decode_step(Tensor q, Tensor k, Tensor v, Tensor gate, MaybeTensor ga
   Tensor y = c.empty(q, {p.batch, p.heads, p.head_dim}, c.dtype);
   p.y = Rows{y.data_ptr(), p.heads * p.head_dim, 0, p.head_dim};
   p.aligned16 = c.aligned({p.q, p.k, p.v, p.gate, p.out_gate});
-  check_built_for(c);
+  check_can_run(c);
   if (p.batch == 0 || p.heads == 0) return y;
 #ifdef RAT_EXT_CUDA
   if (c.is_cuda) {

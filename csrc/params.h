@@ -186,6 +186,9 @@ int num_threads();
 }  // namespace cpu
 
 namespace cuda {
+// Throws std::runtime_error where the kernels cannot run on this GPU. Asks the driver once for each device.
+void check_device(int32_t device);
+
 // `stream` is a cudaStream_t. The caller has made the tensors' device current. Launchers throw std::runtime_error when a
 // launch fails; they never synchronise. Workspaces are sized on the host from sizes alone.
 size_t attention_fwd_workspace(const AttentionFwdParams&);

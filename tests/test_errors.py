@@ -99,6 +99,17 @@ def test_unsupported_dtype(device, dtype):
         attention(device, **{name: lambda x: x.to(dtype) for name in TENSORS})
 
 
+@pytest.mark.parametrize("capability", [(7, 5), (6, 0)])
+def test_older_gpu(capability):
+    with pytest.raises(RuntimeError, match=r"device: expected .* 8.0 or newer, got Tesla of compute capability [67]\.[05]"):
+        rat_ext._build_info.extension.require_capability(*capability, "Tesla")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 1)])
+def test_newer_gpu(capability):
+    rat_ext._build_info.extension.require_capability(*capability, "GPU")
+
+
 @pytest.mark.gpu
 def test_float64_on_the_gpu(device):
     with raises("q", "float64"):

@@ -1,6 +1,10 @@
 // Asks the CUDA runtime for the resources of every kernel that a family lists. Launches nothing.
 #include "kernel_resources.h"
 
+#include <atomic>
+
+#include "../capability.h"
+#include "device/launch.h"
 #include "kernels.h"
 
 namespace rat::cuda {
@@ -14,6 +18,17 @@ int driver_version() {
     return 0;
   }
   return version;
+}
+
+void check_device(int32_t device) {
+  static std::atomic<uint64_t> known{0};  // a bit for each of the first 64 devices: it has been found fit
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (known.load(std::memory_order_relaxed) & bit) return;
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
+  require_capability(major, minor, "cuda:" + std::to_string(device));
+  known.fetch_or(bit, std::memory_order_relaxed);
 }
 
 DeviceReport device_report() {
