@@ -43,8 +43,14 @@ def _scan(x: Tensor, keep: Tensor, take: Tensor, chunk_size: int, start: int, ru
 
 
 def _gates(gate: Tensor, gate_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """f and 1 - f from logits, each from its own sigmoid."""
+    """f and 1 - f from logits, each from its own sigmoid.
+
+    In float64, by way of the logarithm: autograd takes the derivative of y = sigmoid(x) as y (1 - y), which cancels where y is
+    nearly 1, and an oracle should not.
+    """
     logits = gate if gate_bias is None else gate + gate_bias.to(gate.dtype)
+    if logits.dtype == torch.float64:
+        return tuple(torch.nn.functional.logsigmoid(x).exp() for x in (logits, -logits))
     return torch.sigmoid(logits), torch.sigmoid(-logits)
 
 
