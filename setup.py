@@ -106,7 +106,10 @@ def choose_cuda():
     if cuda is None:
         return None, f"no nvcc found (looked at {places})"
     if int(cuda.version.split(".")[0]) < 12:
-        sys.exit(f"rat_ext: {cuda.nvcc} is CUDA {cuda.version}, 12.0 or newer is needed; RAT_EXT_CUDA=0 does without")
+        too_old = f"{cuda.nvcc} is CUDA {cuda.version}, 12.0 or newer is needed"
+        if wish == "1":
+            sys.exit(f"rat_ext: RAT_EXT_CUDA=1, but {too_old}")
+        return None, too_old
     return cuda, f"{'RAT_EXT_CUDA=1, ' if wish else ''}with {cuda.nvcc}"
 
 
@@ -171,6 +174,9 @@ class BuildExtension(build_ext):
         cxx = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or ""]
         if not shutil.which(cxx[0]):
             sys.exit(f"rat_ext: no C++ compiler found ({cxx[0] or 'looked for g++ and c++ on PATH'}); set CXX")
+        python_include = Path(sysconfig.get_path("include"))
+        if not (python_include / "Python.h").exists():
+            sys.exit(f"rat_ext: no Python.h in {python_include}; install Python's headers (on Debian and Ubuntu: python3-dev)")
         cxx_flags = CXX_FLAGS + shlex.split(os.environ.get("CXXFLAGS", ""))
         folder = Path("build") / f"rat_ext-{sysconfig.get_config_var('SOABI')}-{'cuda' if cuda else 'cpu'}"
         torch_folder = Path(torch.__file__).parent
@@ -193,7 +199,7 @@ class BuildExtension(build_ext):
                 elif hopper:
                     jobs.append(([cuda.nvcc, *NVCC_FLAGS, *hopper_only, *definitions, "-MMD"], source))
         jobs.append(host(ROOT / "csrc/ops.cpp", *cuda_headers, f"-isystem{torch_folder / 'include'}"))
-        python_headers = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+        python_headers = [f"-isystem{pybind11.get_include()}", f"-isystem{python_include}"]
         jobs.append(host(ROOT / "csrc/module.cpp", *described, *python_headers))
         for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
             isa = "_" + source.stem.rpartition("_")[2]

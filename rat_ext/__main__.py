@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
 PARTS = ("info", "check", "train", "time")
 
@@ -28,6 +29,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if unknown := [part for part in options.parts if part not in PARTS]:
         parser.error(f"unknown part {unknown[0]!r}: choose from {', '.join(PARTS)}")
+    if not options.train_seconds > 0:
+        parser.error(f"argument --train-seconds: expected more than 0, got {options.train_seconds}")
+    if options.json not in (None, "-") and not Path(options.json).absolute().parent.is_dir():
+        parser.error(f"argument --json: no folder {Path(options.json).absolute().parent} to write {options.json} to")
     options.parts = [part for part in PARTS if part in (options.parts or PARTS)]
     return options
 

@@ -13,7 +13,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False, repr=False)
 class RATCache:
     """States of N sequences. A sequence of n tokens has n // L closed chunks, whose states the next tokens attend to.
 
@@ -55,6 +55,8 @@ class RATCache:
         """A cache for ``batch`` sequences of up to ``max_length`` tokens, all of length 0."""
         if chunk_size < 1:
             raise ValueError(f"RATCache: chunk_size: expected at least 1, got {chunk_size}")
+        if max_length < 0:
+            raise ValueError(f"RATCache: max_length: expected at least 0, got {max_length}")
         states = (batch, num_heads, max_length // chunk_size, head_dim)
         running = (batch, num_heads, head_dim)
         return cls(
@@ -77,6 +79,14 @@ class RATCache:
         """Tokens that a sequence can hold: one short of closing a chunk for which there is no row."""
         return (self.chunk_k.shape[2] + 1) * self.chunk_size - 1
 
+    def __repr__(self) -> str:
+        n, heads, rows, dim = self.chunk_k.shape
+        dtype = str(self.chunk_k.dtype).removeprefix("torch.")
+        return (
+            f"RATCache({n} sequences, {heads} heads of {dim}, {rows} chunks of {self.chunk_size} tokens, {dtype}, "
+            f"{self.chunk_k.device})"
+        )
+
     def _map(self, function) -> RATCache:
         return RATCache(
             *(function(getattr(self, name)) for name in _TENSORS), chunk_size=self.chunk_size, length_bound=self.length_bound
@@ -93,7 +103,8 @@ class RATCache:
     def reserve(self, max_length: int) -> RATCache:
         """A cache with the same contents that holds ``max_length`` tokens a sequence; ``self`` if it already does.
 
-        Prefill returns just the rows that it filled: reserve once before decoding.
+        Prefill returns just the rows that it filled: reserve once before decoding. Continue with the result, not with
+        ``self``: the two share running states and lengths. To branch from a state, :meth:`clone` it first.
         """
         rows = max_length // self.chunk_size
         have = self.chunk_k.shape[2]
@@ -111,7 +122,7 @@ class RATCache:
         """Copies the sequences of ``other`` into entries ``slots`` of this pool, in place: how prefill joins a batch.
 
         Args:
-            slots: ``(other.batch,)`` int64, distinct entries of this cache.
+            slots: ``(other.batch,)`` int64, distinct entries of this cache. -1 is an error here: nothing is skipped.
             other: a cache of the same heads, head size, chunk size and dtype, with no more chunk rows than this one.
         """
         self._check_like(other, "other")
@@ -121,16 +132,17 @@ class RATCache:
         if slots.shape != (other.batch,):
             raise ValueError(f"RATCache.write: slots: expected shape ({other.batch},), got {tuple(slots.shape)}")
         with torch.no_grad():
-            self.chunk_k[slots, :, :rows] = other.chunk_k
-            self.chunk_v[slots, :, :rows] = other.chunk_v
-            self.running_k[slots] = other.running_k
-            self.running_v[slots] = other.running_v
-            self.lengths[slots] = other.lengths
+            # index_copy_, unlike an assignment to [slots], takes -1 for an error and not for the last entry.
+            self.chunk_k[:, :, :rows].index_copy_(0, slots, other.chunk_k)
+            self.chunk_v[:, :, :rows].index_copy_(0, slots, other.chunk_v)
+            self.running_k.index_copy_(0, slots, other.running_k)
+            self.running_v.index_copy_(0, slots, other.running_v)
+            self.lengths.index_copy_(0, slots, other.lengths)
         self.length_bound = max(self.length_bound, other.length_bound)
 
     def read(self, slots: Tensor) -> RATCache:
         """A copy of entries ``slots``: ``(M,)`` int64."""
-        return self._map(lambda x: x[slots])
+        return self._map(lambda x: x.index_select(0, slots))
 
     def reset(self, slots: Tensor | None = None) -> None:
         """Forgets every sequence, or the entries ``slots``: their lengths become 0."""

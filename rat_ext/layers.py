@@ -39,8 +39,13 @@ class RATLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if d_model % num_heads:
+        if num_heads < 1 or d_model % num_heads:
             raise ValueError(f"RATLayer: num_heads: expected a divisor of d_model = {d_model}, got {num_heads}")
+        if d_model // num_heads not in range(8, 257, 8):
+            raise ValueError(
+                "RATLayer: d_model: expected heads whose size d_model / num_heads is a multiple of 8 from 8 to 256, got "
+                f"{d_model} / {num_heads} = {d_model // num_heads}"
+            )
         if num_groups < 1 or num_heads % num_groups:
             raise ValueError(f"RATLayer: num_groups: expected a divisor of num_heads = {num_heads}, got {num_groups}")
         if chunk_size < 1:

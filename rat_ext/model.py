@@ -102,9 +102,12 @@ class RATLM(nn.Module):
         Returns:
             ``(B, T, V)``; with ``return_state``, that and a list of :class:`rat_ext.RATCache`.
         """
+        if caches is None:
+            caches = [None] * len(self.blocks)
+        _check_caches(caches, self.blocks)
         x = self.embedding(tokens)
         states = []
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+        for block, cache in zip(self.blocks, caches, strict=True):
             x, state = block(x, cache, return_state, cu_seqlens)
             states.append(state)
         logits = self.head(self.norm(x))
@@ -113,6 +116,7 @@ class RATLM(nn.Module):
     @torch.no_grad()
     def step(self, tokens: Tensor, caches: list[RATCache]) -> Tensor:
         """Logits ``(B, V)`` after one more token ``(B,)`` a sequence; updates the caches in place."""
+        _check_caches(caches, self.blocks)
         x = self.embedding(tokens)
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block.step(x, cache)
@@ -151,6 +155,10 @@ class RATLM(nn.Module):
                 "RATLM.generate: prompt, max_new_tokens: expected (B, T) with T >= 1 and n >= 1, got "
                 f"{tuple(prompt.shape)} and {max_new_tokens}"
             )
+        if temperature < 0:
+            raise ValueError(f"RATLM.generate: temperature: expected at least 0, got {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"RATLM.generate: top_k: expected at least 1 or None, got {top_k}")
         logits, caches = self(prompt, return_state=True)
         caches = [cache.reserve(prompt.shape[1] + max_new_tokens) for cache in caches]
         tokens, seen, logits = [prompt], [], logits[:, -1]
@@ -161,6 +169,11 @@ class RATLM(nn.Module):
             tokens.append(_draw(logits, temperature, top_k, generator))
         result = torch.cat(tokens, dim=1)
         return (result, torch.stack(seen, dim=1)) if return_logits else result
+
+
+def _check_caches(caches: list, blocks: nn.ModuleList) -> None:
+    if len(caches) != len(blocks):
+        raise ValueError(f"RATLM: caches: expected one for each of the {len(blocks)} layers, got {len(caches)}")
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

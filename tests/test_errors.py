@@ -451,6 +451,10 @@ def test_caches_that_do_not_fit():
         pool.write(slots, state_of("cpu", [3, 40]))
     with pytest.raises(ValueError, match=r"slots: expected shape \(2,\), got \(1,\)"):
         pool.write(slots[:1], state_of("cpu"))
+    with pytest.raises(IndexError):
+        pool.write(torch.tensor([0, -1]), state_of("cpu"))
+    with pytest.raises(ValueError, match="max_length: expected at least 0, got -1"):
+        RATCache.empty(4, H, D, L, -1)
 
 
 # ---- what only the GPU finds out -------------------------------------------------------------------------------------
