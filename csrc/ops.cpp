@@ -60,6 +60,12 @@ const char* name_of(ScalarType type) {
     case ScalarType::Half: return "float16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
     default: return "another dtype";
   }
 }
@@ -92,6 +98,7 @@ struct Context {
   }
 
   void check_place(const char* argument, const Tensor& x, ScalarType type) const {
+    if (!x.defined()) fail(op, argument, "expected a tensor, got none");
     if (x.is_cuda() != is_cuda || x.get_device_index() != device) {
       fail(op, argument, "expected a tensor on ", is_cuda ? "cuda:" + std::to_string(device) : "the CPU",
            ", got one on ",
@@ -132,8 +139,8 @@ struct Context {
 
   // A (B, T, heads, D) tensor of any strides with a contiguous last dimension.
   Rows rows(const char* argument, const Tensor& x, std::initializer_list<int64_t> sizes) const {
-    check_rows(argument, x);
     check_shape(argument, x, sizes);
+    check_rows(argument, x);
     return rows_of(x);
   }
 
@@ -351,8 +358,10 @@ void set_options(const Context& c, AttentionFwdParams& p, const AttentionOptions
 AttentionFwdParams attention_params(const Context& c, const Tensor& q, const Tensor& k, const Tensor& v,
                                     const MaybeTensor& gate, const MaybeTensor& out_gate, const AttentionOptions& o) {
   c.check_rank("q", q, 4, "(B, T, G, D)");
-  c.check_rank("k", k, 4, gate ? "(B, T, G, D)" : "(B, T, H, D)");
-  c.check_rank("v", v, 4, "(B, T, H, D)");
+  const char* k_name = gate ? "k" : "k_states";
+  const char* v_name = gate ? "v" : "v_states";
+  c.check_rank(k_name, k, 4, gate ? "(B, T, G, D)" : "(B, T, H, D)");
+  c.check_rank(v_name, v, 4, "(B, T, H, D)");
   AttentionFwdParams p;
   Sizes& s = p.size;
   s.batch = v.size(0);
@@ -364,8 +373,8 @@ AttentionFwdParams attention_params(const Context& c, const Tensor& q, const Ten
   check_groups(c, "q", s.q_groups, s.heads);
   const std::initializer_list<int64_t> per_head = {s.batch, s.tokens, s.heads, s.head_dim};
   p.q = c.rows("q", q, {s.batch, s.tokens, s.q_groups, s.head_dim});
-  p.k = c.rows("k", k, {s.batch, s.tokens, s.k_groups, s.head_dim});
-  p.v = c.rows("v", v, per_head);
+  p.k = c.rows(k_name, k, {s.batch, s.tokens, s.k_groups, s.head_dim});
+  p.v = c.rows(v_name, v, per_head);
   if (gate) p.gate = c.rows("gate", *gate, per_head);
   if (out_gate) p.out_gate = c.rows("out_gate", *out_gate, per_head);
   set_options(c, p, o);
@@ -490,7 +499,7 @@ struct StateGrads {
 };
 
 // `b.fwd` and the gradient rows are set; checks and sets the rest, allocates the small gradients, runs the backward.
-// keep[] holds copies of gradients whose last dimension was not contiguous.
+// Incoming gradients with a last dimension that is not contiguous (those of a sum are expanded scalars) are copied.
 StateGrads run_backward(const Context& c, AttentionBwdParams& b, const Tensor& like, const SavedAndGrads& g) {
   AttentionFwdParams& p = b.fwd;
   const Sizes& s = p.size;
@@ -735,8 +744,8 @@ Tensor rat_decode_step(Tensor q, Tensor k, Tensor v, Tensor gate, MaybeTensor ga
   check_head_dim(c, "v", p.head_dim);
   check_groups(c, "q", p.q_groups, p.heads);
   const auto rows = [&](const char* argument, const Tensor& x, int64_t heads) {
-    c.check_rows(argument, x);
     c.check_shape(argument, x, {p.batch, heads, p.head_dim});
+    c.check_rows(argument, x);
     return Rows{x.data_ptr(), x.size(0) > 1 ? x.stride(0) : 0, 0, x.size(1) > 1 ? x.stride(1) : 0};
   };
   p.q = rows("q", q, p.q_groups);

@@ -10,6 +10,8 @@ Modeling", arXiv 2507.04416.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,7 @@ def _state_args(op: str, chunk_size: int, tokens: int, cu_seqlens: Tensor | None
     if state is None:
         rows = tokens // step
         if cu_seqlens is not None and not return_state:
-            rows += max(cu_seqlens.shape[0] - 1, 0)
+            rows += max(cu_seqlens.numel() - 1, 0)
         return (None,) * 5, max(rows, fewest), tokens
     if not isinstance(state, RATCache):
         raise ValueError(f"rat_ext.{op}: initial_state: expected a RATCache, got {type(state).__name__}")
@@ -64,15 +66,15 @@ def _state_args(op: str, chunk_size: int, tokens: int, cu_seqlens: Tensor | None
     return tensors, max(state.chunk_k.shape[2], bound // step, fewest), bound
 
 
+def _default_scale(v: Tensor) -> float:
+    return max(v.shape[-1], 1) ** -0.5 if v.dim() else 1.0
+
+
 def _finish(result: tuple, chunk_size: int, bound: int, return_state: bool):
     y, _, chunk_k, chunk_v, running_k, running_v, lengths = result
     if not return_state:
         return y
     return y, RATCache(chunk_k, chunk_v, running_k, running_v, lengths, chunk_size, bound)
-
-
-def _lengths32(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.dtype == torch.int32 else x.to(torch.int32)
 
 
 # ---- the ops ----------------------------------------------------------------------------------------------------------
@@ -187,11 +189,10 @@ def _rat_attention(
     acc = state_dtype(q.dtype)
     gate_bias = _table("gate_bias", gate_bias, acc, differentiable=True)
     rotary_cos, rotary_sin = _table("rotary_cos", rotary_cos, acc), _table("rotary_sin", rotary_sin, acc)
-    cu_seqlens = _lengths32(cu_seqlens)
     tokens = v.shape[1] if v.dim() == 4 else 0
     state, rows, bound = _state_args(op, chunk_size, tokens, cu_seqlens, initial_state, return_state)
     if scale is None:
-        scale = max(v.shape[-1], 1) ** -0.5
+        scale = _default_scale(v)
     result = _differentiable("rat_attention")(
         q, k, v, gate, gate_bias, out_gate, rotary_cos, rotary_sin, cu_seqlens, *state, chunk_size, scale, rows, return_state
     )
@@ -239,7 +240,6 @@ def rat_attention_packed(
     acc = state_dtype(projection.dtype)
     gate_bias = _table("gate_bias", gate_bias, acc, differentiable=True)
     rotary_cos, rotary_sin = _table("rotary_cos", rotary_cos, acc), _table("rotary_sin", rotary_sin, acc)
-    cu_seqlens = _lengths32(cu_seqlens)
     tokens = projection.shape[1] if projection.dim() == 3 else 0
     state, rows, bound = _state_args("rat_attention_packed", chunk_size, tokens, cu_seqlens, initial_state, return_state)
     if scale is None:
@@ -287,7 +287,7 @@ def chunk_recurrence(
     acc = state_dtype(x.dtype)
     gate_bias = _table("gate_bias", gate_bias, acc, differentiable=True)
     y, final_state = _differentiable("chunk_recurrence")(
-        x, gate, gate_bias, _lengths32(cu_seqlens), initial_state, _lengths32(lengths), chunk_size, return_state
+        x, gate, gate_bias, cu_seqlens, initial_state, lengths, chunk_size, return_state
     )
     return (y, final_state) if return_state else y
 
@@ -342,6 +342,8 @@ def rat_decode_step(
         >>> int(cache.lengths[0])
         1
     """
+    if not isinstance(cache, RATCache):
+        raise ValueError(f"rat_ext.rat_decode_step: cache: expected a RATCache, got {type(cache).__name__}")
     if torch.is_grad_enabled():
         for name, x in (("q", q), ("k", k), ("v", v), ("gate", gate), ("gate_bias", gate_bias), ("out_gate", out_gate),
                         ("cache", cache.running_k), ("cache", cache.chunk_k)):  # fmt: skip
@@ -358,13 +360,32 @@ def rat_decode_step(
     y = _ops.rat_decode_step.default(
         q, k, v, gate, _table("gate_bias", gate_bias, acc), out_gate, _table("rotary_cos", rotary_cos, acc),
         _table("rotary_sin", rotary_sin, acc), slots, cache.chunk_k, cache.chunk_v, cache.running_k, cache.running_v,
-        cache.lengths, cache.workspace, cache.chunk_size, max(v.shape[-1], 1) ** -0.5 if scale is None else scale,
+        cache.lengths, cache.workspace, cache.chunk_size, _default_scale(v) if scale is None else scale,
     )  # fmt: skip
     cache.length_bound += 1
     return y
 
 
 # ---- shape rules for tracing ------------------------------------------------------------------------------------------
+
+
+def _fake(name: str):
+    """Registers the shape rule of an operator. Meta tensors reach it too, and with them any tensor beside them."""
+
+    def register(rule):
+        names = tuple(inspect.signature(rule).parameters)
+
+        def checked(*args):
+            tensors = [(n, x) for n, x in zip(names, args, strict=True) if isinstance(x, Tensor)]
+            device = tensors[0][1].device
+            for argument, x in tensors:
+                if x.device != device:
+                    raise ValueError(f"rat_ext.{name}: {argument}: expected a tensor on {device}, got one on {x.device}")
+            return rule(*args)
+
+        torch.library.register_fake(f"rat_ext::{name}")(checked)
+
+    return register
 
 
 def _fake_forward(like, batch, tokens, heads, dim, cu_seqlens, lengths, chunk_rows, return_state):
@@ -384,13 +405,13 @@ def _fake_forward(like, batch, tokens, heads, dim, cu_seqlens, lengths, chunk_ro
     )
 
 
-@torch.library.register_fake("rat_ext::rat_attention")
+@_fake("rat_attention")
 def _(q, k, v, gate, gate_bias, out_gate, rotary_cos, rotary_sin, cu_seqlens, chunk_k, chunk_v, running_k, running_v, lengths,
       chunk_size, scale, chunk_rows, return_state):  # fmt: skip
     return _fake_forward(q, *v.shape, cu_seqlens, lengths, chunk_rows, return_state)
 
 
-@torch.library.register_fake("rat_ext::rat_attention_packed")
+@_fake("rat_attention_packed")
 def _(projection, num_heads, num_groups, has_out_gate, gate_bias, rotary_cos, rotary_sin, cu_seqlens, chunk_k, chunk_v,
       running_k, running_v, lengths, chunk_size, scale, chunk_rows, return_state):  # fmt: skip
     batch, tokens, width = projection.shape
@@ -411,7 +432,7 @@ def _fake_state_grads(like, heads, dim, gate_bias, chunk_k, lengths):
     )
 
 
-@torch.library.register_fake("rat_ext::rat_attention_backward")
+@_fake("rat_attention_backward")
 def _(dy, dchunk_k, dchunk_v, drunning_k, drunning_v, q, k, v, gate, gate_bias, out_gate, rotary_cos, rotary_sin, cu_seqlens,
       chunk_k, chunk_v, running_k, running_v, lengths, y, lse, saved_chunk_k, saved_chunk_v, chunk_size, scale,
       return_state):  # fmt: skip
@@ -428,7 +449,7 @@ def _(dy, dchunk_k, dchunk_v, drunning_k, drunning_v, q, k, v, gate, gate_bias, 
     )
 
 
-@torch.library.register_fake("rat_ext::rat_attention_packed_backward")
+@_fake("rat_attention_packed_backward")
 def _(dy, dchunk_k, dchunk_v, drunning_k, drunning_v, projection, num_heads, num_groups, has_out_gate, gate_bias, rotary_cos,
       rotary_sin, cu_seqlens, chunk_k, chunk_v, running_k, running_v, lengths, y, lse, saved_chunk_k, saved_chunk_v,
       chunk_size, scale, return_state):  # fmt: skip
@@ -436,14 +457,14 @@ def _(dy, dchunk_k, dchunk_v, drunning_k, drunning_v, projection, num_heads, num
     return (projection.new_empty(projection.shape), bias, *state)
 
 
-@torch.library.register_fake("rat_ext::chunk_recurrence")
+@_fake("chunk_recurrence")
 def _(x, gate, gate_bias, cu_seqlens, initial_state, lengths, chunk_size, return_state):
     batch, _, heads, dim = gate.shape
     n = (batch if cu_seqlens is None else cu_seqlens.shape[0] - 1) if return_state else 0
     return x.new_empty(gate.shape), x.new_empty(n, heads, dim, dtype=state_dtype(x.dtype))
 
 
-@torch.library.register_fake("rat_ext::chunk_recurrence_backward")
+@_fake("chunk_recurrence_backward")
 def _(dy, dfinal, x, gate, gate_bias, cu_seqlens, initial_state, lengths, y, chunk_size):
     _, _, heads, dim = gate.shape
     acc = state_dtype(x.dtype)
@@ -456,7 +477,7 @@ def _(dy, dfinal, x, gate, gate_bias, cu_seqlens, initial_state, lengths, y, chu
     )
 
 
-@torch.library.register_fake("rat_ext::rat_decode_step")
+@_fake("rat_decode_step")
 def _(q, k, v, gate, gate_bias, out_gate, rotary_cos, rotary_sin, slots, chunk_k, chunk_v, running_k, running_v, lengths,
       workspace, chunk_size, scale):  # fmt: skip
     return v.new_empty(v.shape)

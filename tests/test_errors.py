@@ -518,3 +518,38 @@ def test_device_errors(words, call):
     output = done.stdout + done.stderr
     assert "RuntimeError:" in done.stdout, output
     assert words in output, output
+
+
+@pytest.mark.parametrize("name", [*TENSORS[1:], "gate_bias"])
+def test_a_meta_tensor_beside_others(device, name):
+    """Dispatch would take the shape rule alone and return memory that nobody wrote."""
+    with raises(name, "meta"):
+        attention(device, **{name: lambda x: x.to("meta")})
+
+
+def test_cu_seqlens_of_another_dtype(device):
+    q, v = torch.zeros(1, T, G, D, device=device), torch.zeros(1, T, H, D, device=device)
+    for dtype in (torch.int64, torch.float32, torch.bool):
+        with raises("cu_seqlens", "int32", str(dtype).removeprefix("torch.")):
+            rat_ext.rat_attention(q, q, v, v, L, cu_seqlens=torch.tensor([0, T], device=device).to(dtype))
+
+
+def test_names_of_the_states(device):
+    q, v = torch.zeros(1, T, G, D, device=device), torch.zeros(1, T, H, D, device=device)
+    with raises("k_states", "shape"):
+        rat_ext.chunk_attention(q, v[:, :-1], v, L)
+    with raises("v_states", "dimensions"):
+        rat_ext.chunk_attention(q, v, v[0], L)
+
+
+@pytest.mark.parametrize("name", [*TENSORS, "gate_bias"])
+def test_numbers_instead_of_tensors_of_rows(device, name):
+    with raises(name, "got"):
+        attention(device, **{name: lambda x: x.sum()})
+
+
+@pytest.mark.parametrize("cache", [None, 3])
+def test_no_cache(device, cache):
+    q, v = torch.zeros(1, G, D, device=device), torch.zeros(1, H, D, device=device)
+    with raises("cache", "RATCache"):
+        rat_ext.rat_decode_step(q, q, v, v, cache)

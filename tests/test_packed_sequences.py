@@ -90,11 +90,3 @@ def test_equals_a_loop(device, dtype, carried):
             torch.testing.assert_close(same, x, rtol=unit, atol=unit, msg=lambda m, key=key, n=n: f"{key} of {n}: {m}")
         begin += size
     torch.testing.assert_close(bias, whole["dgate_bias"], rtol=1e-4, atol=1e-4)
-
-
-def test_int64_offsets_are_taken(device):
-    case = attention_case(device, torch.float32, sequences=[10, 20])
-    values, _ = evaluate(rat_ext.rat_attention, case, backward=False)
-    case.options["cu_seqlens"] = case.options["cu_seqlens"].long()
-    again, _ = evaluate(rat_ext.rat_attention, case, backward=False)
-    assert torch.equal(values["y"], again["y"])
