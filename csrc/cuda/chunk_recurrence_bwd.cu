@@ -11,12 +11,13 @@
 //   1. scan forward from the state at the start of the tile; keep the states in shared memory, in T, each thread its own.
 //      Tiles longer than a sub-block keep the state at the start of each sub-block only, and scan each again before 2.
 //   2. walk back over the sub-block: gradients of k~ and v~, then dv and dgate, which belong to a head and are stored, and dq
-//      and dk, which are summed over the heads of the group: inside a warp by shuffles, then through shared memory. Two
-//      buffers and one barrier a token: the threads that add up token t do so while others are at token t - 1; before anyone
-//      writes the buffer of t again, for t - 2, all have passed the barrier of t - 1.
+//      and dk, which are summed over the heads of the group: over those of a warp by shuffles. A warp leaves its part of the
+//      sums in shared memory, where its own states of the same token were, so that no barrier is needed on the way.
+//   3. barrier; add up the parts of all warps, for all tokens of the sub-block; barrier.
 //
 // It reads v, gate twice (the second time from L2), do once, writes dv, dgate: 5 H D elements a token, and small change.
 #include <algorithm>
+#include <type_traits>
 
 #include "device/scan_launch.h"
 
@@ -54,24 +55,25 @@ __global__ void __launch_bounds__(kThreads, kVector && sizeof(T) == 2 ? 4 : 2)
   const T* dy_row = row_of<T>(p.dy, row, token, h, lane.d);
   const T* y_row = row_of<T>(p.y, row, token, h, lane.d);
   const T* out_gate_row = out_gated ? row_of<T>(p.out_gate, row, token, h, lane.d) : nullptr;
+  T* dout_row = out_gated ? out_row_of<T>(p.dout, row, token, h, lane.d) : nullptr;
+  T* dout_gate_row = out_gated ? out_row_of<T>(p.dout_gate, row, token, h, lane.d) : nullptr;
   const int64_t scalars = (row * s.heads + h) * s.tokens + token;
 
   float bias[8], k_state[8], v_state[8];
-  load_bias(in, lane, bias);
+  load_bias<T>(in, lane, bias);
   entry_state<true>(in, tile, lane, k_state, v_state);
   ChunkClock clock(tile.position, s.chunk_size);
 
 #pragma unroll 1
   for (int i = 0; i < tile.count; ++i) {
-    const int64_t t = i;
-    const Raw8<T> k_raw = load_raw<kVector>(k_row + t * in.k.token);
-    const Raw8<T> q_raw = load_raw<kVector>(q_row + t * in.q.token);
-    const Raw8<T> v_raw = load_raw<kVector>(v_row + t * in.v.token);
-    const Raw8<T> dy_raw = load_raw<kVector>(dy_row + t * p.dy.token);
-    const Raw8<T> y_raw = load_raw<kVector>(y_row + t * p.y.token);
+    const Raw8<T> dy_raw = load_raw<kVector>(take(dy_row, p.dy.token));
+    const Raw8<T> y_raw = load_raw<kVector>(take(y_row, p.y.token));
+    const Raw8<T> v_raw = load_raw<kVector>(take(v_row, in.v.token));
     Raw8<T> gate_raw, out_gate_raw;
-    if (gated) gate_raw = load_raw<kVector>(gate_row + t * in.gate.token);
-    if (out_gated) out_gate_raw = load_raw<kVector>(out_gate_row + t * p.out_gate.token);
+    if (gated) gate_raw = load_raw<kVector>(take(gate_row, in.gate.token));
+    if (out_gated) out_gate_raw = load_raw<kVector>(take(out_gate_row, p.out_gate.token));
+    const Raw8<T> k_raw = load_raw<kVector>(take(k_row, in.k.token));
+    const Raw8<T> q_raw = load_raw<kVector>(take(q_row, in.q.token));
     const float lse = p.lse[scalars + i];
 
     float dout[8], delta, x[8], f[8], g[8];
@@ -84,14 +86,16 @@ __global__ void __launch_bounds__(kThreads, kVector && sizeof(T) == 2 ? 4 : 2)
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         float open, shut;
-        gates<T>(z[j], open, shut);
+        gates<T>(kLogitUnit<T> * z[j], open, shut);
         x[j] *= dout[j] * shut;
         dout[j] *= open;
       }
       if (lane.live) {
-        store_row<kVector>(out_row_of<T>(p.dout_gate, row, token + i, h, lane.d), x);
-        store_row<kVector>(out_row_of<T>(p.dout, row, token + i, h, lane.d), dout);
+        store_row<kVector>(dout_gate_row, x);
+        store_row<kVector>(dout_row, dout);
       }
+      dout_gate_row += p.dout_gate.token;
+      dout_row += p.dout.token;
     }
     if (clock.opens() || !gated) {
       zero(k_state);
@@ -151,21 +155,24 @@ struct ScanBwd {
   int slots;         // lane groups of a family in a block
   int pass, passes;  // heads pass*slots ... of each family
   int fold;          // lane groups of a warp that are summed by shuffles
+  int warp_rows;     // sums of lane groups that a warp leaves, of all its heads
+  int family_rows;   // and that a family has in the block
   int64_t tiles_per_block;
   int sub_block;      // tokens whose states shared memory holds
+  int slot;           // 16-byte words of shared memory that a thread has for each of them
   int sub_blocks;     // of a tile
   bool sum_q, sum_k;  // over the heads of a family, else each head stores its own
 };
 
-// Shared memory of a block: states (sub_block, 2, threads) Raw8; states at the starts of sub-blocks
-// (sub_blocks, 2, threads) Raw8, if more than one; sums (2 buffers, sums, lane groups after folding, 2, W) float4.
+// Shared memory of a block: (sub_block, warps, 32 slots of 16 bytes * slot) states and then contributions, see the head;
+// with gates (2, threads) float4 of bias, to spare registers; states at the starts of sub-blocks (sub_blocks, streams, threads)
+// Raw8, if more than one.
 template <class T>
-size_t scan_bwd_shared(const ScanBwd& p, bool attention, int threads, int width) {
+size_t scan_bwd_shared(const ScanBwd& p, bool attention, int threads) {
   const size_t streams = attention ? 2 : 1;
-  size_t bytes = p.in.gate.ptr == nullptr
-                     ? 0
-                     : (p.sub_block + (p.sub_blocks > 1 ? p.sub_blocks : 0)) * streams * threads * sizeof(Raw8<T>);
-  bytes += size_t{16} * 2 * (p.sum_q + p.sum_k) * (threads / width / p.fold) * 2 * width;
+  size_t bytes = size_t{16} * p.sub_block * threads * p.slot;
+  if (p.in.gate.ptr) bytes += 2 * sizeof(float4) * threads;
+  if (p.in.gate.ptr && p.sub_blocks > 1) bytes += p.sub_blocks * streams * threads * sizeof(Raw8<T>);
   return bytes;
 }
 
@@ -176,15 +183,15 @@ __device__ __forceinline__ void add_chunk_grad(const ScanBwd& p, const Lane& lan
   const Sizes& s = p.in.size;
   const int64_t at = chunk_offset(s, p.chunks, n, lane.head) + chunk * s.head_dim + lane.d;
   float x[8], y[8];
-  load_scratch(p.dchunk_v + at, x);
+  load_scratch(p.dchunk_v + at, y);
+  load_scratch(p.dchunk_k + at, x);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) gv[j] += y[j];
   if (p.incoming_v) {
     load_row<false>(static_cast<const T*>(p.incoming_v) + at, y);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) x[j] += y[j];
+    for (int j = 0; j < 8; ++j) gv[j] += y[j];
   }
-#pragma unroll
-  for (int j = 0; j < 8; ++j) gv[j] += x[j];
-  load_scratch(p.dchunk_k + at, x);
   if (p.incoming_k) {
     load_row<false>(static_cast<const T*>(p.incoming_k) + at, y);
 #pragma unroll
@@ -209,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 2) chunk_carry_bwd_ker
   const int64_t scalars = (row * s.heads + h) * s.tokens + token;
 
   float bias[8], k_carry[8], v_carry[8];
-  load_bias(in, lane, bias);
+  load_bias<T>(in, lane, bias);
   zero(k_carry);
   zero(v_carry);
   ChunkClock clock(tile.position + tile.count - 1, s.chunk_size);
@@ -264,72 +271,97 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 2) chunk_carry_bwd_ker
   }
 }
 
-// Rows of one token that the walk back reads.
-template <class T>
-struct BackRows {
-  Raw8<T> q, k, v, gate, dout;
-  float probability, ds;
-};
+// Blocks have at most 256 threads. The bound for elements of two bytes limits registers, so that three blocks of 128 fit.
+template <class T, bool kVector>
+constexpr int kScanBound = kVector && sizeof(T) == 2 ? 384 : 256;
 
 template <class T, int W, bool kVector, bool kAttention>
-__global__ void __launch_bounds__(256) chunk_scan_bwd_kernel(const __grid_constant__ ScanBwd p) {
+__global__ void __launch_bounds__(kScanBound<T, kVector>) chunk_scan_bwd_kernel(const __grid_constant__ ScanBwd p) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const ScanInput& in = p.in;
   const Sizes& s = in.size;
   constexpr int kStreams = kAttention ? 2 : 1;
-  const int threads = static_cast<int>(blockDim.x), tid = static_cast<int>(threadIdx.x);
-  Raw8<T>* const states = reinterpret_cast<Raw8<T>*>(shared_memory) + tid;  // [(i*streams + st)*threads]
-  Raw8<T>* const starts = states + p.sub_block * kStreams * threads;        // likewise
-  float4* const sums = reinterpret_cast<float4*>(  // without gates there are no states before them
-      in.gate.ptr ? starts - tid + (p.sub_blocks > 1 ? p.sub_blocks * kStreams * threads : 0)
-                  : reinterpret_cast<Raw8<T>*>(shared_memory));
+  const int threads = static_cast<int>(blockDim.x), tid = static_cast<int>(threadIdx.x), in_warp = tid % 32;
+  float4* const slots = reinterpret_cast<float4*>(shared_memory);
+  const int token_slots = p.slot * threads, warp_slots = p.slot * 32;
+  float4* const warp_slot = slots + tid / 32 * warp_slots;  // + token * token_slots
+  float4* const bias_at = slots + p.sub_block * token_slots + tid;
+  Raw8<T>* const starts =
+      reinterpret_cast<Raw8<T>*>(bias_at - tid + 2 * threads) + tid;  // [(sub*streams + st)*threads]
+  const auto read_bias = [&](float (&bias)[8]) {
+    const float4 low = bias_at[0], high = bias_at[threads];
+    bias[0] = low.x, bias[1] = low.y, bias[2] = low.z, bias[3] = low.w;
+    bias[4] = high.x, bias[5] = high.y, bias[6] = high.z, bias[7] = high.w;
+  };
+  const auto state_at = [&](int token) {
+    return reinterpret_cast<Raw8<T>*>(warp_slot + token * token_slots) + in_warp;
+  };
 
-  const int64_t tile_block = blockIdx.x / p.family_batches, family_batch = blockIdx.x % p.family_batches;
+  const unsigned batches = static_cast<unsigned>(p.family_batches);
+  const unsigned family_batch = blockIdx.x % batches;
+  const auto tile_block = [&]() -> int64_t {  // divided anew where it is needed: kept, it costs a spill
+    unsigned divisor = batches;
+    asm volatile("" : "+r"(divisor));
+    return blockIdx.x / divisor;
+  };
   const int slot = tid / W;
-  const int64_t family = family_batch * p.block_families + slot / p.slots;
+  const int64_t family = static_cast<int64_t>(family_batch) * p.block_families + slot / p.slots;
   const int64_t member = static_cast<int64_t>(p.pass) * p.slots + slot % p.slots;
   const bool owner = slot / p.slots < p.block_families && family < p.families && member < p.group_heads;
-  const Lane lane = lane_of<W>(owner ? family * p.group_heads + member : s.heads, s.heads, s.head_dim);
-  const int64_t h = lane.head, kg = h / (s.heads / s.k_groups);
+  const bool all_own = __all_sync(kFullWarp, owner);
+  const int head = static_cast<int>(owner ? family * p.group_heads + member : s.heads),
+            heads = static_cast<int>(s.heads);
   const bool gated = in.gate.ptr != nullptr;
 
-  // The part of the sums over heads that this thread adds up, if any: sum `which` (dq, then dk), eight elements of a family.
-  // It falls to another warp at each token.
+  // Contributions of a warp to the sums of a token: (sums, rows of the warp, 2, W) float4, a row being the sum of `fold`
+  // lane groups.
   const int which_count = p.sum_q + p.sum_k;
-  const int folded = threads / W / p.fold;   // lane groups that reach shared memory
-  const int family_rows = p.slots / p.fold;  // of one family
-  const int pieces = p.block_families * which_count * W;
 
-  float bias[8], dbias[8];
-  load_bias(in, lane, bias);
+  float dbias[8];
   zero(dbias);
+  if (gated) {
+    float bias[8];
+    load_bias<T>(in, lane_of<W>(head, s.heads, s.head_dim), bias);
+    bias_at[0] = make_float4(bias[0], bias[1], bias[2], bias[3]);
+    bias_at[threads] = make_float4(bias[4], bias[5], bias[6], bias[7]);
+  }
 
+  int64_t item = tile_block() * p.tiles_per_block;
 #pragma unroll 1
-  for (int64_t item = tile_block * p.tiles_per_block; item < (tile_block + 1) * p.tiles_per_block && item < in.items;
-       ++item) {
+  for (int left = static_cast<int>(min(p.tiles_per_block, in.items - item)); left > 0; --left, ++item) {
     const Tile tile = tile_of(s, item, in.tile);
     if (tile.count == 0) continue;  // the same for the whole block
+    // Lanes and addresses are computed anew for each tile: kept, they cost 20 registers.
+    int head_again = head;
+    asm volatile("" : "+r"(head_again));
+    const Lane lane = lane_of<W>(head_again, s.heads, s.head_dim);
+    const int64_t h = lane.head;
+    const int q_group = kAttention ? static_cast<int>(h) / (heads / static_cast<int>(s.q_groups)) : 0;
+    const int k_group = static_cast<int>(h) / (heads / static_cast<int>(s.k_groups));
     const int64_t row = tile.sequence.batch, token = tile.token;
-    const T* q_row = kAttention ? row_of<T>(in.q, row, token, h / (s.heads / s.q_groups), lane.d) : nullptr;
-    const T* k_row = row_of<T>(in.k, row, token, kg, lane.d);
-    const T* v_row = kAttention ? row_of<T>(in.v, row, token, h, lane.d) : nullptr;
-    const T* gate_row = gated ? row_of<T>(in.gate, row, token, h, lane.d) : nullptr;
-    const T* dout_row = row_of<T>(p.dout, row, token, h, lane.d);
-    const int64_t scalars = (row * s.heads + h) * s.tokens + token;
-
-    const auto load_back = [&](int i, BackRows<T>& r) {
-      const int64_t t = i;
-      r.dout = load_raw<kVector>(dout_row + t * p.dout.token);
-      r.k = load_raw<kVector>(k_row + t * in.k.token);
-      if (gated) r.gate = load_raw<kVector>(gate_row + t * in.gate.token);
-      if constexpr (kAttention) {
-        r.q = load_raw<kVector>(q_row + t * in.q.token);
-        r.v = load_raw<kVector>(v_row + t * in.v.token);
-        r.probability = p.p_self[scalars + t];
-        r.ds = in.scale * p.ds_self[scalars + t];
-      }
+    // These walk forward over the tile and back.
+    const T* q_at = kAttention ? row_of<T>(in.q, row, token, q_group, lane.d) : nullptr;
+    const T* k_at = row_of<T>(in.k, row, token, k_group, lane.d);
+    const T* v_at = kAttention ? row_of<T>(in.v, row, token, h, lane.d) : nullptr;
+    const T* gate_at = gated ? row_of<T>(in.gate, row, token, h, lane.d) : nullptr;
+    const T* dout_at = row_of<T>(p.dout, row, token, h, lane.d);
+    T* dv_at = kAttention ? out_row_of<T>(p.dv, row, token, h, lane.d) : nullptr;
+    T* dgate_at = gated ? out_row_of<T>(p.dgate, row, token, h, lane.d) : nullptr;
+    int64_t scalar_at = (row * s.heads + h) * s.tokens + token;
+    const auto move_inputs = [&](int64_t tokens) {
+      k_at += tokens * in.k.token;
+      if constexpr (kAttention) v_at += tokens * in.v.token;
+      if (gated) gate_at += tokens * in.gate.token;
     };
-
+    const auto move_others = [&](int64_t tokens) {
+      dout_at += tokens * p.dout.token;
+      scalar_at += tokens;
+      if constexpr (kAttention) {
+        q_at += tokens * in.q.token;
+        dv_at += tokens * p.dv.token;
+      }
+      if (gated) dgate_at += tokens * p.dgate.token;
+    };
     float k_carry[8], v_carry[8];  // f_{t+1} a_{t+1} and f_{t+1} b_{t+1}
     zero(k_carry);
     zero(v_carry);
@@ -363,80 +395,87 @@ __global__ void __launch_bounds__(256) chunk_scan_bwd_kernel(const __grid_consta
           if constexpr (kAttention) pack(v_state, at[threads]);
         }
         ChunkClock clock(tile.position + begin, s.chunk_size);
-        constexpr int kStep = sizeof(T) == 4 ? 1 : 2;
-#pragma unroll 1
-        for (int i = begin; i < end; i += kStep) {
-          Raw8<T> k_raw[kStep], v_raw[kStep], gate_raw[kStep];
+        // N tokens: all rows are requested, then used one after the other.
+        const auto walk = [&](int i, auto tokens) {
+          constexpr int N = decltype(tokens)::value;
+          [[maybe_unused]] Raw8<T> k_raw[N], v_raw[kAttention ? N : 1], gate_raw[N];
 #pragma unroll
-          for (int u = 0; u < kStep; ++u) {
-            const int64_t t = min(i + u, end - 1);
-            gate_raw[u] = load_raw<kVector>(gate_row + t * in.gate.token);
-            k_raw[u] = load_raw<kVector>(k_row + t * in.k.token);
-            if constexpr (kAttention) v_raw[u] = load_raw<kVector>(v_row + t * in.v.token);
+          for (int u = 0; u < N; ++u) {
+            gate_raw[u] = load_raw<kVector>(take(gate_at, in.gate.token));
+            if constexpr (kAttention) v_raw[u] = load_raw<kVector>(take(v_at, in.v.token));
+            k_raw[u] = load_raw<kVector>(take(k_at, in.k.token));
           }
 #pragma unroll
-          for (int u = 0; u < kStep; ++u) {
-            if (i + u < end) {
-              if (clock.opens()) {
-                zero(k_state);
-                zero(v_state);
-              }
-              clock.next();
-              if (keep) {
-                Raw8<T> raw;
-                pack(k_state, raw);
-                states[(i + u - begin) * kStreams * threads] = raw;
-                if constexpr (kAttention) {
-                  pack(v_state, raw);
-                  states[((i + u - begin) * kStreams + 1) * threads] = raw;
-                }
-              }
-              float f[8], g[8], x[8];
-              gates_of(gate_raw[u], bias, true, f, g);
-              unpack(k_raw[u], x);
-              advance(f, g, x, k_state);
-              if constexpr (kAttention) {
-                unpack(v_raw[u], x);
-                advance(f, g, x, v_state);
-              }
+          for (int u = 0; u < N; ++u) {
+            if (clock.opens()) {
+              zero(k_state);
+              zero(v_state);
+            }
+            clock.next();
+            if (keep) {
+              Raw8<T>* const to = state_at(i + u - begin);
+              pack(k_state, to[0]);
+              if constexpr (kAttention) pack(v_state, to[32]);
+            }
+            float f[8], g[8], x[8], bias[8];
+            read_bias(bias);
+            gates_of(gate_raw[u], bias, true, f, g);
+            unpack(k_raw[u], x);
+            advance(f, g, x, k_state);
+            if constexpr (kAttention) {
+              unpack(v_raw[u], x);
+              advance(f, g, x, v_state);
             }
           }
-        }
+        };
+        constexpr int kStep = sizeof(T) == 4 ? 1 : 4;
+        int i = begin;
+#pragma unroll 1
+        for (; i + kStep <= end; i += kStep) walk(i, std::integral_constant<int, kStep>());
+#pragma unroll 1
+        for (; i < end; ++i) walk(i, std::integral_constant<int, 1>());
       }
-      if (!keep) continue;
+      if (!keep) {
+        move_others(end - begin);
+        continue;
+      }
 
-      BackRows<T> ahead;
-      load_back(end - 1, ahead);
+      if (!gated) move_inputs(end - begin);
+      move_inputs(-1);
+      move_others(end - 1 - begin);
+      // Rows of a token are asked for when those of the token after it have been used.
+      Raw8<T> q_raw, k_raw, v_raw, gate_raw, dout_raw;
+      float probability = 0.0f, ds = 0.0f;
+      const auto load_scalars = [&] {
+        if constexpr (kAttention) {
+          probability = p.p_self[scalar_at];
+          ds = p.ds_self[scalar_at];
+          --scalar_at;
+        }
+      };
+      dout_raw = load_raw<kVector>(take(dout_at, -p.dout.token));
+      load_scalars();
+      if constexpr (kAttention) q_raw = load_raw<kVector>(take(q_at, -in.q.token));
+      if (gated) gate_raw = load_raw<kVector>(take(gate_at, -in.gate.token));
+      k_raw = load_raw<kVector>(take(k_at, -in.k.token));
+      if constexpr (kAttention) v_raw = load_raw<kVector>(take(v_at, -in.v.token));
 #pragma unroll 1
       for (int i = end - 1; i >= begin; --i) {
-        const BackRows<T> r = ahead;
-        if (i > begin) load_back(i - 1, ahead);
-        const int64_t t = token + i;
-
-        // What was summed before, for the thread that will store the sum: asked for early.
-        const int turned = tid + (i & 3) * 32;
-        const int piece = threads < 128 ? tid : turned < threads ? turned : turned - threads;
-        const int which = which_count == 2 ? piece / W & 1 : 0;
-        const int piece_slot = which_count == 2 ? piece / (2 * W) : piece / W;
-        const int64_t piece_family = family_batch * p.block_families + piece_slot;
-        const int piece_d = piece % W * 8;
-        const bool is_q = p.sum_q && which == 0;
-        const bool adds = piece < pieces && piece_d < s.head_dim && piece_family < p.families;
-        // Offset of (row, t, family) in dq_sum or dk_sum: sums run over all heads of a family, so families are groups.
-        const int64_t sum_at = ((row * s.tokens + t) * p.families + piece_family) * s.head_dim + piece_d;
-        float before[8];
-        zero(before);
-        if (adds && is_q) load_scratch(p.dq_sum + sum_at, before);
-        if (adds && !is_q && p.pass > 0) load_scratch(p.dk_sum + sum_at, before);
-
-        float x[8], f[8], g[8];
-        unpack(r.dout, x);
+        const bool more = i > begin;
+        const float ds_now = in.scale * ds;
+        float x[8], f[8], g[8], bias[8];
+        unpack(dout_raw, x);
+        if (more) dout_raw = load_raw<kVector>(take(dout_at, -p.dout.token));
         if constexpr (kAttention) {
 #pragma unroll
-          for (int j = 0; j < 8; ++j) v_carry[j] = fmaf(r.probability, x[j], v_carry[j]);
-          unpack(r.q, x);
+          for (int j = 0; j < 8; ++j) v_carry[j] = fmaf(probability, x[j], v_carry[j]);
+          unpack(q_raw, x);
+          if (more) {
+            q_raw = load_raw<kVector>(take(q_at, -in.q.token));
+            load_scalars();
+          }
 #pragma unroll
-          for (int j = 0; j < 8; ++j) k_carry[j] = fmaf(r.ds, x[j], k_carry[j]);
+          for (int j = 0; j < 8; ++j) k_carry[j] = fmaf(ds_now, x[j], k_carry[j]);
           if (back_clock.closes()) {
             add_chunk_grad<T, W>(p, lane, tile.sequence.index, back_clock.chunk, k_carry, v_carry);
           }
@@ -445,29 +484,35 @@ __global__ void __launch_bounds__(256) chunk_scan_bwd_kernel(const __grid_consta
           for (int j = 0; j < 8; ++j) k_carry[j] += x[j];
         }
         // k_carry and v_carry are now a_t and b_t.
-        gates_of(r.gate, bias, gated, f, g);
+        if (gated) read_bias(bias);
+        gates_of(gate_raw, bias, gated, f, g);
+        if (gated && more) gate_raw = load_raw<kVector>(take(gate_at, -in.gate.token));
         float k_before[8], v_before[8], dq[8], dk[8], dgate[8];
         zero(k_before);
         zero(v_before);
         if (gated) {
-          unpack(states[(i - begin) * kStreams * threads], k_before);
-          if constexpr (kAttention) unpack(states[((i - begin) * kStreams + 1) * threads], v_before);
+          const Raw8<T>* const from = state_at(i - begin);
+          unpack(from[0], k_before);
+          if constexpr (kAttention) unpack(from[32], v_before);
         }
-        unpack(r.k, x);
+        unpack(k_raw, x);
+        if (more) k_raw = load_raw<kVector>(take(k_at, -in.k.token));
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           dgate[j] = k_carry[j] * (k_before[j] - x[j]);
           dk[j] = g[j] * k_carry[j];
-          dq[j] = kAttention ? r.ds * fmaf(f[j], k_before[j], g[j] * x[j]) : 0.0f;
+          dq[j] = kAttention ? ds_now * fmaf(f[j], k_before[j], g[j] * x[j]) : 0.0f;
         }
         if constexpr (kAttention) {
-          unpack(r.v, x);
+          unpack(v_raw, x);
+          if (more) v_raw = load_raw<kVector>(take(v_at, -in.v.token));
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
             dgate[j] = fmaf(v_carry[j], v_before[j] - x[j], dgate[j]);
             x[j] = g[j] * v_carry[j];
           }
-          if (lane.live) store_row<kVector>(out_row_of<T>(p.dv, row, t, h, lane.d), x);
+          T* const to = take(dv_at, -p.dv.token);
+          if (lane.live) store_row<kVector>(to, x);
         }
         if (gated) {
 #pragma unroll
@@ -475,72 +520,116 @@ __global__ void __launch_bounds__(256) chunk_scan_bwd_kernel(const __grid_consta
             dgate[j] *= f[j] * g[j];
             dbias[j] += dgate[j];
           }
-          if (lane.live) store_row<kVector>(out_row_of<T>(p.dgate, row, t, h, lane.d), dgate);
+          T* const to = take(dgate_at, -p.dgate.token);
+          if (lane.live) store_row<kVector>(to, dgate);
         }
         const bool opens = back_clock.opens() || !gated;
         back_clock.back();
+        if (opens) {
+          zero(k_carry);
+          zero(v_carry);
+        } else {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          k_carry[j] = opens ? 0.0f : f[j] * k_carry[j];
-          v_carry[j] = opens ? 0.0f : f[j] * v_carry[j];
+          for (int j = 0; j < 8; ++j) {
+            k_carry[j] *= f[j];
+            v_carry[j] *= f[j];
+          }
         }
 
         if (kAttention && !p.sum_q && lane.live) {
-          const int64_t at = ((row * s.tokens + t) * s.heads + h) * s.head_dim + lane.d;
+          const int64_t at = ((row * s.tokens + token + i) * s.heads + h) * s.head_dim + lane.d;
           load_scratch(p.dq_sum + at, x);
 #pragma unroll
           for (int j = 0; j < 8; ++j) x[j] += dq[j];
-          store_row<kVector>(out_row_of<T>(p.dq, row, t, h, lane.d), x);
+          store_row<kVector>(out_row_of<T>(p.dq, row, token + i, h, lane.d), x);
         }
-        if (!p.sum_k && lane.live) store_row<kVector>(out_row_of<T>(p.dk, row, t, h, lane.d), dk);
+        if (!p.sum_k && lane.live) store_row<kVector>(out_row_of<T>(p.dk, row, token + i, h, lane.d), dk);
         if (which_count == 0) continue;
 
-        float4* const buffer = sums + (i & 1) * which_count * folded * 2 * W;
-        const auto contribute = [&](int index, float (&c)[8]) {
+        // What this warp adds to the sums of the token takes the place of its states of the token.
+        if (!all_own && !owner) {
+          zero(dq);
+          zero(dk);
+        }
+        __syncwarp();
+        float4* const to = warp_slot + (i - begin) * token_slots + in_warp % W;
+        const auto put = [&](int line, const float (&c)[8]) {
+          to[2 * W * line] = make_float4(c[0], c[1], c[2], c[3]);
+          to[2 * W * line + W] = make_float4(c[4], c[5], c[6], c[7]);
+        };
+        if (W < 32 && p.fold > 1) {
+          if (which_count == 2) {
+            // The lane groups of a pair swap: the even one adds up dq, the odd one dk.
+            const bool odd = in_warp & W % 32;
 #pragma unroll
-          for (int j = 0; j < 8; ++j) c[j] = lane.live ? c[j] : 0.0f;
+            for (int j = 0; j < 8; ++j) {
+              const float give = odd ? dq[j] : dk[j];
+              dq[j] = (odd ? dk[j] : dq[j]) + __shfl_xor_sync(kFullWarp, give, W % 32);
+            }
+          } else {
 #pragma unroll
-          for (int distance = W; distance < 32; distance *= 2) {
-            if (distance < W * p.fold) {
-#pragma unroll
-              for (int j = 0; j < 8; ++j) c[j] += __shfl_xor_sync(kFullWarp, c[j], distance);
+            for (int j = 0; j < 8; ++j) {
+              if (p.sum_k) dq[j] = dk[j];
+              dq[j] += __shfl_xor_sync(kFullWarp, dq[j], W % 32);
             }
           }
-          if (slot % p.fold == 0) {
-            float4* at = buffer + (index * folded + slot / p.fold) * 2 * W + tid % W;
-            at[0] = make_float4(c[0], c[1], c[2], c[3]);
-            at[W] = make_float4(c[4], c[5], c[6], c[7]);
+#pragma unroll
+          for (int distance = 2 * W; distance < 32; distance *= 2) {
+#pragma unroll
+            for (int j = 0; j < 8; ++j) dq[j] += __shfl_xor_sync(kFullWarp, dq[j], distance);
           }
-        };
-        if (kAttention && p.sum_q) contribute(0, dq);
-        if (p.sum_k) contribute(p.sum_q, dk);
-        __syncthreads();  // the buffer is full; the other one, of token i + 1, has been read by all
-        if (adds) {
-          const int first = piece_slot * family_rows;
-          for (int m = 0; m < family_rows; ++m) {
-            const float4* at = buffer + (which * folded + first + m) * 2 * W + piece % W;
-            const float4 low = at[0], high = at[W];
-            before[0] += low.x, before[1] += low.y, before[2] += low.z, before[3] += low.w;
-            before[4] += high.x, before[5] += high.y, before[6] += high.z, before[7] += high.w;
-          }
-          if (p.pass + 1 < p.passes) {
-            store_scratch((is_q ? p.dq_sum : p.dk_sum) + sum_at, before);
-          } else {
-            store_row<kVector>(out_row_of<T>(is_q ? p.dq : p.dk, row, t, piece_family, piece_d), before);
-          }
+          if (in_warp < W * which_count) put(in_warp / W, dq);
+        } else {
+          if (kAttention && p.sum_q) put(in_warp / W, dq);
+          if (p.sum_k) put(p.sum_q * p.warp_rows + in_warp / W, dk);
         }
       }
+      // All stand before `begin` now; the sub-block before this one is a whole one.
+      move_inputs(1 - p.sub_block);
+      move_others(1 - p.sub_block);
+      if (which_count == 0) continue;
+
+      __syncthreads();  // contributions to all tokens of the sub-block are there
+      const int pieces = (end - begin) * p.block_families * which_count * W;
+#pragma unroll 2
+      for (int piece = tid; piece < pieces; piece += threads) {
+        const int which = which_count == 2 ? piece / W & 1 : 0;
+        const int rest = which_count == 2 ? piece / (2 * W) : piece / W;
+        const int piece_slot = rest % p.block_families, i = rest / p.block_families, piece_d = piece % W * 8;
+        const int64_t piece_family = static_cast<int64_t>(family_batch) * p.block_families + piece_slot;
+        if (piece_d >= s.head_dim || piece_family >= p.families) continue;
+        const bool is_q = p.sum_q && which == 0;
+        const int64_t t = token + begin + i;
+        // Offset of (row, t, family) in dq_sum or dk_sum: sums run over all heads of a family, so families are groups.
+        const int64_t sum_at = ((row * s.tokens + t) * p.families + piece_family) * s.head_dim + piece_d;
+        float sum[8];
+        zero(sum);
+        if (is_q) load_scratch(p.dq_sum + sum_at, sum);
+        if (!is_q && p.pass > 0) load_scratch(p.dk_sum + sum_at, sum);
+        const float4* const lines = slots + i * token_slots + which * p.warp_rows * 2 * W + piece % W;
+        for (int m = piece_slot * p.family_rows; m < (piece_slot + 1) * p.family_rows; ++m) {
+          const float4* const at = lines + m / p.warp_rows * warp_slots + m % p.warp_rows * 2 * W;
+          const float4 low = at[0], high = at[W];
+          sum[0] += low.x, sum[1] += low.y, sum[2] += low.z, sum[3] += low.w;
+          sum[4] += high.x, sum[5] += high.y, sum[6] += high.z, sum[7] += high.w;
+        }
+        if (p.pass + 1 < p.passes) {
+          store_scratch((is_q ? p.dq_sum : p.dk_sum) + sum_at, sum);
+        } else {
+          store_row<kVector>(out_row_of<T>(is_q ? p.dq : p.dk, row, t, piece_family, piece_d), sum);
+        }
+      }
+      __syncthreads();  // all are added up: the next states may take their place
     }
     if (tile.first && p.dinitial_k && lane.live) {
       const int64_t at = (tile.sequence.index * s.heads + h) * s.head_dim + lane.d;
       store_floats(p.dinitial_k + at, k_carry);
       if (kAttention) store_floats(p.dinitial_v + at, v_carry);
     }
-    // The next tile's first token may use the buffer that this tile's last token is still being read from.
-    if (which_count) __syncthreads();
   }
+  const Lane lane = lane_of<W>(head, s.heads, s.head_dim);
   if (p.bias_partial && lane.live) {
-    store_scratch(p.bias_partial + (tile_block * s.heads + h) * s.head_dim + lane.d, dbias);
+    store_scratch(p.bias_partial + (tile_block() * s.heads + lane.head) * s.head_dim + lane.d, dbias);
   }
 }
 
@@ -587,8 +676,6 @@ Deal deal(ScanBwd& p, bool attention) {
   p.group_heads = s.heads / p.families;
   p.sum_q = attention && p.group_heads > 1;
   p.sum_k = s.k_groups != s.heads;
-  p.sub_block = !gated ? static_cast<int>(p.in.tile) : sizeof(typename V::T) == 4 || p.in.tile > 16 ? 8 : 16;
-  p.sub_blocks = static_cast<int>(ceil_div(p.in.tile, p.sub_block));
 
   int device = 0, shared_limit = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
@@ -601,11 +688,18 @@ Deal deal(ScanBwd& p, bool attention) {
     p.block_families = static_cast<int>(std::min<int64_t>(room, p.families));
     p.family_batches = ceil_div(p.families, p.block_families);
     p.fold = p.slots % (32 / V::W) == 0 ? 32 / V::W : 1;
+    p.warp_rows = 32 / V::W / p.fold;
+    p.family_rows = p.slots / p.fold;
     d.threads = static_cast<int>(round_up(int64_t{p.block_families} * p.slots * V::W, 32));
-    if (scan_bwd_shared<typename V::T>(p, attention, d.threads, V::W) <= static_cast<size_t>(shared_limit)) break;
+    const int state_words = gated ? (attention ? 2 : 1) * static_cast<int>(sizeof(Raw8<typename V::T>) / 16) : 0;
+    const int sum_words = static_cast<int>(ceil_div(2 * (p.sum_q + p.sum_k), p.fold));
+    p.slot = std::max(state_words, sum_words);
+    p.sub_block = static_cast<int>(std::min<int64_t>(p.in.tile, p.slot > 2 || (gated && p.in.tile > 16) ? 8 : 16));
+    p.sub_blocks = static_cast<int>(ceil_div(p.in.tile, p.sub_block));
+    if (scan_bwd_shared<typename V::T>(p, attention, d.threads) <= static_cast<size_t>(shared_limit)) break;
   }
   const int64_t blocks = p.in.items * p.family_batches;
-  p.tiles_per_block = std::min<int64_t>(64, std::max<int64_t>(1, blocks / 4096));
+  p.tiles_per_block = std::min<int64_t>(64, std::max<int64_t>(1, blocks / 8192));
   d.tile_blocks = ceil_div(p.in.items, p.tiles_per_block);
   return d;
 }
@@ -675,7 +769,7 @@ void launch_scan_bwd(ScanBwd p, float* dgate_bias, void* workspace, cudaStream_t
     const int64_t blocks = d.tile_blocks * p.family_batches;
     if (blocks == 0) return;
     const auto kernel = chunk_scan_bwd_kernel<T, V::W, V::kVector, kAttention>;
-    const size_t shared = scan_bwd_shared<T>(p, kAttention, d.threads, V::W);
+    const size_t shared = scan_bwd_shared<T>(p, kAttention, d.threads);
     if (shared > 48 * 1024) {
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
             "chunk_scan_bwd shared memory");

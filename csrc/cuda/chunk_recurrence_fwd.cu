@@ -7,7 +7,9 @@
 // A warp takes a tile of tokens and 32 / W heads, and walks the tile with the states in registers (scan.cuh). Rows of a few
 // tokens are requested before the first is used; many warps an SM hide the rest. Bytes a token in attention, elements of
 // two bytes: reads v, gate (4 H D) and q, k (4 G D, the heads of a group hit the L1 cache), writes v~ (2 H D), s_tt (4 H)
-// and 1/L of a key and a value. About 12 operations an element: memory-bound.
+// and 1/L of a key and a value. About 225 instructions a row and warp.
+#include <type_traits>
+
 #include "device/scan_launch.h"
 
 namespace rat::cuda {
@@ -17,7 +19,7 @@ constexpr int kThreads = 128;
 
 // Tokens requested at once: what keeps four blocks on an SM.
 template <class T, bool kAttention>
-constexpr int kTokens = (sizeof(T) == 4 ? 2 : 4) / (kAttention ? 2 : 1);
+constexpr int kTokens = (sizeof(T) == 4 ? 1 : 2) * (kAttention ? 1 : 2);
 
 struct PrepareFwd {
   ScanInput in;
@@ -47,69 +49,69 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 2)
   float* s_self = kAttention ? p.s_self + (row * s.heads + h) * s.tokens + token : nullptr;
 
   float bias[8], k_state[8], v_state[8];
-  load_bias(in, lane, bias);
+  load_bias<T>(in, lane, bias);
   entry_state<kAttention>(in, tile, lane, k_state, v_state);
   ChunkClock clock(tile.position, s.chunk_size);
 
-  constexpr int kStep = kTokens<T, kAttention>;
-#pragma unroll 1
-  for (int i = 0; i < tile.count; i += kStep) {
-    Raw8<T> q_raw[kStep], k_raw[kStep], v_raw[kStep], gate_raw[kStep];
+  // N tokens from token i on: all rows are requested, then used one after the other.
+  const auto walk = [&](int i, auto tokens) {
+    constexpr int N = decltype(tokens)::value;
+    [[maybe_unused]] Raw8<T> q_raw[N], k_raw[N], v_raw[N], gate_raw[N];
 #pragma unroll
-    for (int u = 0; u < kStep; ++u) {
-      const int64_t t = min(i + u, tile.count - 1);
-      k_raw[u] = load_raw<kVector>(k_row + t * in.k.token);
-      if constexpr (kAttention) {
-        q_raw[u] = load_raw<kVector>(q_row + t * in.q.token);
-        v_raw[u] = load_raw<kVector>(v_row + t * in.v.token);
-      }
-      if (gated) gate_raw[u] = load_raw<kVector>(gate_row + t * in.gate.token);
+    for (int u = 0; u < N; ++u) {
+      if constexpr (kAttention) v_raw[u] = load_raw<kVector>(take(v_row, in.v.token));
+      if (gated) gate_raw[u] = load_raw<kVector>(take(gate_row, in.gate.token));
+      k_raw[u] = load_raw<kVector>(take(k_row, in.k.token));
+      if constexpr (kAttention) q_raw[u] = load_raw<kVector>(take(q_row, in.q.token));
     }
-    float own[kStep];
+    [[maybe_unused]] float own[N];
 #pragma unroll
-    for (int u = 0; u < kStep; ++u) {
-      own[u] = 0.0f;
-      if (i + u < tile.count) {
-        if (clock.opens() || !gated) {
-          zero(k_state);
-          zero(v_state);
-        }
-        float f[8], g[8], x[8];
-        gates_of(gate_raw[u], bias, gated, f, g);
-        unpack(k_raw[u], x);
-        advance(f, g, x, k_state);
-        T* out = y_row + (i + u) * p.y.token;
-        if constexpr (kAttention) {
-          unpack(v_raw[u], x);
-          advance(f, g, x, v_state);
-          if (lane.live) store_row<kVector>(out, v_state);
-          unpack(q_raw[u], x);
-          own[u] = lane.live ? dot(x, k_state) : 0.0f;
-          if (clock.closes()) {
-            float turned[8];
-#pragma unroll
-            for (int j = 0; j < 8; ++j) turned[j] = k_state[j];
-            if (in.rotary.cos) rotate<W>(in.rotary, clock.chunk, s.head_dim, lane, 1.0f, turned);
-            if (lane.live) {
-              const int64_t at = chunk_offset(s, p.chunks, tile.sequence.index, h) + clock.chunk * s.head_dim + lane.d;
-              store_row<kVector>(static_cast<T*>(p.chunks.k) + at, turned);
-              store_row<kVector>(static_cast<T*>(p.chunks.v) + at, v_state);
-            }
-          }
-        } else {
-          if (lane.live) store_row<kVector>(out, k_state);
-        }
-        clock.next();
+    for (int u = 0; u < N; ++u) {
+      if (clock.opens() || !gated) {
+        zero(k_state);
+        zero(v_state);
       }
+      float f[8], g[8], x[8];
+      gates_of(gate_raw[u], bias, gated, f, g);
+      unpack(k_raw[u], x);
+      advance(f, g, x, k_state);
+      T* const out = take(y_row, p.y.token);
+      if constexpr (kAttention) {
+        unpack(v_raw[u], x);
+        advance(f, g, x, v_state);
+        if (lane.live) store_row<kVector>(out, v_state);
+        unpack(q_raw[u], x);
+        own[u] = lane.live ? dot(x, k_state) : 0.0f;
+        if (clock.closes()) {
+          float turned[8];
+#pragma unroll
+          for (int j = 0; j < 8; ++j) turned[j] = k_state[j];
+          if (in.rotary.cos) rotate<W>(in.rotary, clock.chunk, s.head_dim, lane, 1.0f, turned);
+          if (lane.live) {
+            const int64_t at = chunk_offset(s, p.chunks, tile.sequence.index, h) + clock.chunk * s.head_dim + lane.d;
+            store_row<kVector>(static_cast<T*>(p.chunks.k) + at, turned);
+            store_row<kVector>(static_cast<T*>(p.chunks.v) + at, v_state);
+          }
+        }
+      } else {
+        if (lane.live) store_row<kVector>(out, k_state);
+      }
+      clock.next();
     }
     if constexpr (kAttention) {
 #pragma unroll
-      for (int u = 0; u < kStep; ++u) {
+      for (int u = 0; u < N; ++u) {
         own[u] = group_sum<W>(own[u]);
-        if (lane.live && lane.index == 0 && i + u < tile.count) s_self[i + u] = in.scale * own[u];
+        if (lane.live && lane.index == 0) s_self[i + u] = in.scale * own[u];
       }
     }
-  }
+  };
+  constexpr int kStep = kTokens<T, kAttention>;
+  int i = 0;
+#pragma unroll 1
+  for (; i + kStep <= tile.count; i += kStep) walk(i, std::integral_constant<int, kStep>());
+#pragma unroll 1
+  for (; i < tile.count; ++i) walk(i, std::integral_constant<int, 1>());
   if (tile.last && p.running_k && lane.live) {
     const int64_t at = (tile.sequence.index * s.heads + h) * s.head_dim + lane.d;
     store_floats(p.running_k + at, k_state);
@@ -129,7 +131,7 @@ __global__ void __launch_bounds__(kThreads) chunk_carry_fwd_kernel(const __grid_
   const T* gate_row = row_of<T>(in.gate, row, token, h, lane.d);
 
   float bias[8], k_state[8], v_state[8], product[8];
-  load_bias(in, lane, bias);
+  load_bias<T>(in, lane, bias);
   zero(k_state);
   zero(v_state);
 #pragma unroll

@@ -88,15 +88,14 @@ __device__ __forceinline__ void pack(const float (&x)[8], Raw8<bf16>& raw) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-    raw.part[0].word[i] = __bfloat16_as_ushort(pair.x) | static_cast<uint32_t>(__bfloat16_as_ushort(pair.y)) << 16;
+    raw.part[0].word[i] = reinterpret_cast<const uint32_t&>(pair);
   }
 }
 __device__ __forceinline__ void pack(const float (&x)[8], Raw8<f16>& raw) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const __half2 pair = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
-    raw.part[0].word[i] =
-        __half_as_ushort(__low2half(pair)) | static_cast<uint32_t>(__half_as_ushort(__high2half(pair))) << 16;
+    raw.part[0].word[i] = reinterpret_cast<const uint32_t&>(pair);
   }
 }
 
@@ -132,20 +131,28 @@ __device__ __forceinline__ float group_sum(float x) {
   return x;
 }
 
-// f = sigmoid(x) and 1 - f = sigmoid(-x), neither by cancellation. T says how precise the exponential has to be.
+// Gates of elements of two bytes are computed from logits in units of -ln 2, so that e^-x is one multiply-add (the bias comes
+// in the same units) and one MUFU.EX2; float ones from plain logits.
+template <class T>
+constexpr float kLogitUnit = sizeof(T) == 4 ? 1.0f : -1.44269504089f;
+
+// f = sigmoid and 1 - f of x, a logit times kLogitUnit, neither by cancellation. T says how precise the exponential has to be.
 template <class T>
 __device__ __forceinline__ void gates(float x, float& f, float& g) {
-  float e, high;
   if constexpr (sizeof(T) == 4) {
-    e = expf(-fabsf(x));
-    high = 1.0f / (1.0f + e);
+    const float e = expf(-fabsf(x));
+    const float high = 1.0f / (1.0f + e);
+    const float low = e * high;
+    f = x < 0.0f ? low : high;
+    g = x < 0.0f ? high : low;
   } else {
-    e = __expf(-fabsf(x));
-    high = __fdividef(1.0f, 1.0f + e);
+    // f = 1 / (1 + e), 1 - f = e f. The limit keeps e finite and f normal, .NaN lets a NaN through.
+    float e;
+    asm("min.NaN.f32 %0, %1, 0f42FA0000;" : "=f"(e) : "f"(x));  // 125
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(e));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(f) : "f"(1.0f + e));
+    g = e * f;
   }
-  const float low = e * high;
-  f = x < 0.0f ? low : high;
-  g = x < 0.0f ? high : low;
 }
 
 // ---- lanes and tiles --------------------------------------------------------------------------------------------------
@@ -303,6 +310,14 @@ __device__ __forceinline__ T* out_row_of(const Rows& r, int64_t batch, int64_t t
   return static_cast<T*>(r.ptr) + batch * r.batch + token * r.token + head * r.head + d;
 }
 
+// The row that a pointer is at; moves the pointer to the next one.
+template <class P>
+__device__ __forceinline__ P* take(P*& row, int64_t stride) {
+  P* const at = row;
+  row += stride;
+  return at;
+}
+
 // Floats that the caller allocated: 4-byte alignment is all that is known.
 __device__ __forceinline__ void load_floats(const float* p, float (&x)[8]) {
 #pragma unroll
@@ -324,9 +339,13 @@ __device__ __forceinline__ void store_scratch(float* p, const float (&x)[8]) {
   reinterpret_cast<float4*>(p)[1] = make_float4(x[4], x[5], x[6], x[7]);
 }
 
+// In units of the gates.
+template <class T>
 __device__ __forceinline__ void load_bias(const ScanInput& in, const Lane& lane, float (&bias)[8]) {
   if (in.gate_bias) {
     load_floats(in.gate_bias + lane.head * in.size.head_dim + lane.d, bias);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) bias[i] *= kLogitUnit<T>;
   } else {
     zero(bias);
   }
@@ -362,7 +381,7 @@ __device__ __forceinline__ void gates_of(const Raw8<T>& raw, const float (&bias)
     float x[8];
     unpack(raw, x);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) gates<T>(x[i] + bias[i], f[i], g[i]);
+    for (int i = 0; i < 8; ++i) gates<T>(fmaf(x[i], kLogitUnit<T>, bias[i]), f[i], g[i]);
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
