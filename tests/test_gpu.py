@@ -128,6 +128,13 @@ def test_many_heads(device, op, batch, heads):
     check(make(device, torch.float32, gate_bias=False, **sizes))
 
 
+@pytest.mark.parametrize("dim, layout", [(40, "contiguous"), (120, "contiguous"), (128, "odd")])
+def test_many_keys_for_scalar_queries(device, dim, layout):
+    """Thousands of keys, and rows of q that cannot be read in 16-byte pieces."""
+    sizes = {"batch": 1, "heads": 2, "groups": 1, "tokens": 4200, "dim": dim, "chunk_size": 1, "layout": layout}
+    check(attention_case(device, torch.bfloat16, **sizes), backward=False)
+
+
 def test_many_sequences(device):
     sequences = [1, 0, 3, 2] * 20000
     check(attention_case(device, torch.float32, sequences=sequences[:400], heads=1, groups=1, dim=8, chunk_size=2))

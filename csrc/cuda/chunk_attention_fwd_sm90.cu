@@ -801,6 +801,7 @@ template <class T>
 using NarrowShort = Traits<T, 64, 3, 64>;
 constexpr int64_t kShortRows = 4096;        // chunk states a head, of 128 elements
 constexpr int64_t kShortNarrowRows = 1024;  // of 64
+constexpr int64_t kRowsForScalarQueries = 4096;
 
 int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
@@ -853,6 +854,12 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, cudaStr
 
 }  // namespace
 
+// Chunk rows of a sequence; of packed ones their mean.
+static int64_t rows_of_a_sequence(const AttentionFwdParams& params) {
+  const int64_t rows = params.chunks.rows;
+  return params.chunks.compact && params.size.sequences > 0 ? rows / params.size.sequences : rows;
+}
+
 bool chunk_attention_fwd_sm90_supported(const AttentionFwdParams& params) {
   const Sizes& s = params.size;
   const ChunkStates& c = params.chunks;
@@ -864,6 +871,8 @@ bool chunk_attention_fwd_sm90_supported(const AttentionFwdParams& params) {
   if (c.rows <= 0 || c.rows > kMany || c.head != c.rows * s.head_dim) return false;
   if (!c.compact && c.sequence != s.heads * c.head) return false;
   if (reinterpret_cast<uintptr_t>(c.k) % 16 != 0 || reinterpret_cast<uintptr_t>(c.v) % 16 != 0) return false;
+  // Rows of q that cannot be read in 16-byte pieces are read element by element, which only many keys make up for.
+  if ((!s.aligned16 || s.head_dim % 16 != 0) && rows_of_a_sequence(params) < kRowsForScalarQueries) return false;
   if (s.tokens > kMany || s.sequences * s.heads > kMany || work_items(s, 64) > kMany / s.heads) return false;
   return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
          device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
@@ -874,7 +883,7 @@ size_t chunk_attention_fwd_sm90_workspace(const AttentionFwdParams&) { return 0;
 namespace {
 template <class T>
 void launch_for(const AttentionFwdParams& params, const FwdScratch& scratch, cudaStream_t stream) {
-  const int64_t rows = params.chunks.compact ? params.chunks.rows / params.size.sequences : params.chunks.rows;
+  const int64_t rows = rows_of_a_sequence(params);
   if (params.size.head_dim > 64) {
     rows <= kShortRows ? launch<WideShort<T>>(params, scratch, stream) : launch<Wide<T>>(params, scratch, stream);
   } else {

@@ -163,6 +163,8 @@ __global__ void __launch_bounds__(kThreads, kVector && sizeof(T) == 2 ? 5 : 4)
     float state[8], f[8], g[8], x[8];
     zero(x);
     if (p.gate_bias) load_floats(static_cast<const float*>(p.gate_bias) + h * p.head_dim + lane.d, x);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x[j] *= kLogitUnit<T>;
     gates_of(load_raw<kVector>(row_of<T>(p.gate, b, 0, h, lane.d)), x, true, f, g);
 
     zero(state);
@@ -278,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, kVector && sizeof(T) == 2 ? 5 : 4)
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         float open, shut;
-        gates<T>(z[j], open, shut);
+        gates<T>(kLogitUnit<T> * z[j], open, shut);
         r.value[j] *= open;
       }
     }
