@@ -30,7 +30,7 @@ struct BwdScratch {
 void check_sequences(const Sizes&, int64_t chunk_rows, int64_t rotary_rows, int64_t initial_rows, int32_t* lengths_out,
                      cudaStream_t);
 
-// Forward phase 1 (chunk_recurrence.cu): scans k and v; writes v~ into y, s_self, closed chunk states (rotated), running
+// Forward phase 1 (chunk_recurrence_fwd.cu): scans k and v; writes v~ into y, s_self, closed chunk states (rotated), running
 // states; copies the initial chunk states to the front.
 size_t chunk_prepare_fwd_workspace(const AttentionFwdParams&);
 void chunk_prepare_fwd(const AttentionFwdParams&, const FwdScratch&, void* workspace, cudaStream_t);
@@ -47,7 +47,7 @@ size_t chunk_attention_fwd_sm90_workspace(const AttentionFwdParams&);
 void chunk_attention_fwd_sm90(const AttentionFwdParams&, const FwdScratch&, void* workspace, cudaStream_t);
 #endif
 
-// Backward phase 1 (chunk_recurrence.cu): do, dout_gate, Delta, p_self, ds_self.
+// Backward phase 1 (chunk_recurrence_bwd.cu): do, dout_gate, Delta, p_self, ds_self.
 size_t chunk_prepare_bwd_workspace(const AttentionBwdParams&);
 void chunk_prepare_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
 
@@ -56,7 +56,7 @@ void chunk_prepare_bwd(const AttentionBwdParams&, const BwdScratch&, void* works
 size_t chunk_attention_bwd_workspace(const AttentionBwdParams&);
 void chunk_attention_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
 
-// Backward phase 3 (chunk_recurrence.cu): reverse scan; dq, dk, dv, dgate, dgate_bias, dinitial.
+// Backward phase 3 (chunk_recurrence_bwd.cu): reverse scan; dq, dk, dv, dgate, dgate_bias, dinitial.
 size_t chunk_scan_bwd_workspace(const AttentionBwdParams&);
 void chunk_scan_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
 
