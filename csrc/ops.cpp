@@ -159,8 +159,8 @@ struct Context {
     return true;
   }
 
-  // On a GPU the plain call of the C interface: a forward and backward allocate 18 tensors, and through the boxed dispatcher
-  // that takes longer than all their launches. On the CPU the operator, which fills fresh memory where torch is told to.
+  // On a GPU the plain call of the C interface, which spares the boxed dispatcher: a forward and backward allocate many
+  // tensors. On the CPU the operator, which fills fresh memory where torch is told to.
   Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) const {
     if (!is_cuda) return torch::stable::new_empty(like, sizes, type);
     int64_t strides[4], stride = 1;
