@@ -40,7 +40,11 @@ Family choose_fwd(const AttentionFwdParams& p) {
 }
 
 Family choose_bwd(const AttentionBwdParams& p) {
-  static_cast<void>(portable_only());  // a bad name is an error in the backward too
+  const bool portable = portable_only();
+#ifdef RAT_EXT_SM90
+  if (!portable && chunk_attention_bwd_sm90_supported(p)) return Family::sm90;
+#endif
+  static_cast<void>(portable);
   return portable_family(p.fwd.size);
 }
 
@@ -68,6 +72,9 @@ void chunk_attention_fwd(const AttentionFwdParams& p, const FwdScratch& scratch,
 
 size_t chunk_attention_bwd_workspace(const AttentionBwdParams& p) {
   switch (choose_bwd(p)) {
+#ifdef RAT_EXT_SM90
+    case Family::sm90: return chunk_attention_bwd_sm90_workspace(p);
+#endif
     case Family::f32: return f32::chunk_attention_bwd_workspace(p);
     default: return sm80::chunk_attention_bwd_workspace(p);
   }
@@ -75,6 +82,9 @@ size_t chunk_attention_bwd_workspace(const AttentionBwdParams& p) {
 
 void chunk_attention_bwd(const AttentionBwdParams& p, const BwdScratch& scratch, void* workspace, cudaStream_t stream) {
   switch (choose_bwd(p)) {
+#ifdef RAT_EXT_SM90
+    case Family::sm90: return chunk_attention_bwd_sm90(p, scratch, workspace, stream);
+#endif
     case Family::f32: return f32::chunk_attention_bwd(p, scratch, workspace, stream);
     default: return sm80::chunk_attention_bwd(p, scratch, workspace, stream);
   }

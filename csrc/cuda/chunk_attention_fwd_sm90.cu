@@ -803,13 +803,6 @@ constexpr int64_t kShortRows = 4096;        // chunk states a head, of 128 eleme
 constexpr int64_t kShortNarrowRows = 1024;  // of 64
 constexpr int64_t kRowsForScalarQueries = 4096;
 
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device), "current device");
-  check(cudaDeviceGetAttribute(&value, attribute, device), "device attribute");
-  return value;
-}
-
 template <class C>
 void launch(const AttentionFwdParams& params, const FwdScratch& scratch, cudaStream_t stream) {
   const Sizes& s = params.size;

@@ -55,6 +55,7 @@ DeviceReport device_report() {
   const KernelList lists[] = {
 #ifdef RAT_EXT_SM90
       chunk_attention_fwd_sm90_kernels(),
+      chunk_attention_bwd_sm90_kernels(),
 #endif
       chunk_recurrence_kernels(),
       chunk_attention_fwd_sm80_kernels(),

@@ -56,6 +56,13 @@ void chunk_prepare_bwd(const AttentionBwdParams&, const BwdScratch&, void* works
 size_t chunk_attention_bwd_workspace(const AttentionBwdParams&);
 void chunk_attention_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
 
+// Backward phase 2 on Hopper (chunk_attention_bwd_sm90.cu), under the same conditions as the forward's.
+#ifdef RAT_EXT_SM90
+bool chunk_attention_bwd_sm90_supported(const AttentionBwdParams&);
+size_t chunk_attention_bwd_sm90_workspace(const AttentionBwdParams&);
+void chunk_attention_bwd_sm90(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
+#endif
+
 // Backward phase 3 (chunk_recurrence_bwd.cu): reverse scan; dq, dk, dv, dgate, dgate_bias, dinitial.
 size_t chunk_scan_bwd_workspace(const AttentionBwdParams&);
 void chunk_scan_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
@@ -76,6 +83,7 @@ KernelList chunk_attention_f32_kernels();
 KernelList decode_kernels();
 #ifdef RAT_EXT_SM90
 KernelList chunk_attention_fwd_sm90_kernels();
+KernelList chunk_attention_bwd_sm90_kernels();
 #endif
 
 }  // namespace rat::cuda

@@ -31,6 +31,14 @@ inline unsigned grid_x(int64_t blocks, const char* kernel) {
   return static_cast<unsigned>(blocks);
 }
 
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "current device");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "device attribute");
+  return value;
+}
+
 // Carves 256-byte aligned pieces; with base == nullptr it only counts.
 class Carver {
  public:

@@ -58,6 +58,9 @@ __device__ __forceinline__ uint64_t descriptor_add(uint64_t descriptor, uint32_t
 // c = a b^T, or c += a b^T: a 64 x 16 and b N x 16 both in shared memory, K contiguous.
 template <class T, int N, bool ACCUMULATE>
 __device__ __forceinline__ void wgmma_ss(float (&c)[N / 2], uint64_t a, uint64_t b);
+// c = a b, or c += a b: a 64 x 16 (K contiguous) and b 16 x N (N contiguous) both in shared memory.
+template <class T, int N, bool ACCUMULATE>
+__device__ __forceinline__ void wgmma_ss_n_major(float (&c)[N / 2], uint64_t a, uint64_t b);
 // c += a b: a 64 x 16 in registers, b 16 x N in shared memory, N contiguous.
 template <class T, int N>
 __device__ __forceinline__ void wgmma_rs(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b);
@@ -79,23 +82,18 @@ __device__ __forceinline__ void wgmma_rs(float (&c)[N / 2], const uint32_t (&a)[
       "+f"(c[i + 7])
 
 // P0 ... P4 are the numbers of the operands that follow C's registers.
+#define RAT_WGMMA_SS(FUNCTION, T, NAME, N, ACCUMULATE, SCALE, TRANSPOSE_B, P0, P1)                                         \
+  template <>                                                                                                          \
+  __device__ __forceinline__ void FUNCTION<T, N, ACCUMULATE>(float (&c)[N / 2], uint64_t a, uint64_t b) {              \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" RAT_LIST_N##N                    \
+                 "}, %" #P0 ", %" #P1 ", " #SCALE ", 1, 1, 0, " #TRANSPOSE_B ";\n"                                      \
+                 : RAT_C_N##N                                                                                          \
+                 : "l"(a), "l"(b)                                                                                      \
+                 : "memory");                                                                                          \
+  }
 #define RAT_WGMMA(T, NAME, N, P0, P1, P2, P3, P4)                                                                      \
-  template <>                                                                                                          \
-  __device__ __forceinline__ void wgmma_ss<T, N, false>(float (&c)[N / 2], uint64_t a, uint64_t b) {                   \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" RAT_LIST_N##N                    \
-                 "}, %" #P0 ", %" #P1 ", 0, 1, 1, 0, 0;\n"                                                             \
-                 : RAT_C_N##N                                                                                          \
-                 : "l"(a), "l"(b)                                                                                      \
-                 : "memory");                                                                                          \
-  }                                                                                                                    \
-  template <>                                                                                                          \
-  __device__ __forceinline__ void wgmma_ss<T, N, true>(float (&c)[N / 2], uint64_t a, uint64_t b) {                    \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" RAT_LIST_N##N                    \
-                 "}, %" #P0 ", %" #P1 ", 1, 1, 1, 0, 0;\n"                                                             \
-                 : RAT_C_N##N                                                                                          \
-                 : "l"(a), "l"(b)                                                                                      \
-                 : "memory");                                                                                          \
-  }                                                                                                                    \
+  RAT_WGMMA_SS(wgmma_ss, T, NAME, N, false, 0, 0, P0, P1)                                                              \
+  RAT_WGMMA_SS(wgmma_ss, T, NAME, N, true, 1, 0, P0, P1)                                                               \
   template <>                                                                                                          \
   __device__ __forceinline__ void wgmma_rs<T, N>(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b) {              \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" RAT_LIST_N##N                    \
@@ -137,6 +135,11 @@ RAT_WGMMA_TYPES(160, 80, 81, 82, 83, 84)
 RAT_WGMMA_TYPES(176, 88, 89, 90, 91, 92)
 RAT_WGMMA_TYPES(192, 96, 97, 98, 99, 100)
 
+RAT_WGMMA_SS(wgmma_ss_n_major, bf16, "bf16", 64, false, 0, 1, 32, 33)
+RAT_WGMMA_SS(wgmma_ss_n_major, bf16, "bf16", 64, true, 1, 1, 32, 33)
+RAT_WGMMA_SS(wgmma_ss_n_major, f16, "f16", 64, false, 0, 1, 32, 33)
+RAT_WGMMA_SS(wgmma_ss_n_major, f16, "f16", 64, true, 1, 1, 32, 33)
+
 #undef RAT_LIST_N64
 #undef RAT_C_N64
 #undef RAT_LIST_N80
@@ -168,6 +171,7 @@ RAT_WGMMA_TYPES(192, 96, 97, 98, 99, 100)
 #undef RAT_LIST_10
 #undef RAT_LIST_11
 #undef RAT_C8
+#undef RAT_WGMMA_SS
 #undef RAT_WGMMA
 #undef RAT_WGMMA_TYPES
 
