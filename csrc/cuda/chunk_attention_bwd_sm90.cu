@@ -14,12 +14,12 @@
 // of the group. Every (query tile, group) has a turn counter; a block adds when the counter shows its rank. Items are handed
 // out in that same order by a global counter, so a block only ever waits for blocks that began before it: no deadlock, whatever
 // else runs on the GPU. Blocks of one query tile start together and fall in step one tile behind each other; the waiting lies in
-// a warp of its own, one tile deep.
+// warps of its own, two tiles deep.
 //
 // One block a multiprocessor:
 //   warp 0           one thread takes items, tells the others, and feeds K, V (once an item) and the ring of q, do.
 //   warp 1           lse and Delta of the query tiles, beside do in the ring.
-//   warp 2           one thread waits for the turn of a query tile and adds dQ to it through the copy engine.
+//   warps 2, 3       one thread each waits for the turn of a query tile and adds dQ to it through the copy engine.
 //   warpgroups 1, 2  consumers, 64 keys each. dS of both meets in shared memory; each computes its half of dQ.
 // The products of a tile are queued so that the tensor cores have work meanwhile: dP^T during the exponentials, dV during dS,
 // dK while dQ leaves.
@@ -70,7 +70,7 @@ struct Traits {
 };
 
 // What an item is. Made by the thread that feeds, read by everyone. Query tile m has tokens [m, m + 1) * kQueries of its
-// sequence, in the item's order: last, last - 1, ... last - steps + 1.
+// sequence; the item walks tiles last, last - 1, ... last - steps + 1.
 struct Item {
   int64_t scalars;   // offset of the sequence's first token in lse and Delta
   int64_t states;    // offset of the first key in dchunk_k, dchunk_v
@@ -98,25 +98,27 @@ struct Shared {
   alignas(1024) T q[C::kStages][C::kRowsBytes / 2];
   alignas(1024) T dout[C::kStages][C::kRowsBytes / 2];
   alignas(1024) T ds[2][C::kScoreBytes / 2];  // [query][key]
-  alignas(1024) float dq[C::kTileFloats];
+  alignas(1024) float dq[2][C::kTileFloats];
   float minus_lse[C::kStages][C::kQueries];  // in powers of two
   float delta[C::kStages][C::kQueries];
   Item item[kItemSlots];
   alignas(8) uint64_t item_full[kItemSlots], item_empty[kItemSlots];
   uint64_t state_full, state_empty;
   uint64_t q_full[C::kStages], q_empty[C::kStages], dout_full[C::kStages], dout_empty[C::kStages];
-  uint64_t dq_full, dq_empty;
+  uint64_t dq_full[2], dq_empty[2];
 };
 
 enum NamedBarrier { kScoresWritten = 1, kRowsCleared = 2 };  // both consumers
 
-// Items in order. Per-sequence rows: (sequence, head) pairs run in sections, whole groups each; a section's key tiles go
-// first to last, in each the pairs. Compact rows: key tiles as key_tile() numbers them, in each the heads.
+// Items in order. Per-sequence rows: key tiles first to last, as early ones are seen by the most queries; in each the (sequence,
+// group) pairs in batches that fill the chip; in a batch the heads of a group, and in each of these the pairs. So the blocks
+// that become free together begin with different sums of dQ, and the heads of one begin one after the other.
+// Compact rows: key tiles as key_tile() numbers them, in each the heads.
 struct Schedule {
   uint32_t total = 0;
-  uint32_t tiles = 1;  // of a pair
-  uint32_t pairs = 1;
-  uint32_t section = 1;
+  uint32_t tiles = 1;   // of a sequence
+  uint32_t groups = 1;  // of all sequences
+  uint32_t batch = 1;
 };
 
 struct Arguments {
@@ -161,12 +163,14 @@ __device__ __forceinline__ bool describe_item(const Arguments& a, uint32_t index
     tile = key_tile(a.size, a.chunks, index / heads, C::kKeys);
   } else {
     const Schedule& s = a.schedule;
-    const uint32_t first = index / (s.section * s.tiles) * s.section;
-    const uint32_t width = min(s.section, s.pairs - first);
-    const uint32_t inside = index - first * s.tiles;
-    const uint32_t pair = first + inside % width;
+    const uint32_t pairs = s.groups * a.heads_per_group;
+    const uint32_t inside = index % pairs;
+    const uint32_t first = inside / (s.batch * a.heads_per_group) * s.batch;
+    const uint32_t width = min(s.batch, s.groups - first);
+    const uint32_t rest = inside - first * a.heads_per_group;
+    const uint32_t pair = (first + rest % width) * a.heads_per_group + rest / width;
     head = pair % heads;
-    tile = key_tile(a.size, a.chunks, static_cast<int64_t>(pair / heads) * s.tiles + inside / width, C::kKeys);
+    tile = key_tile(a.size, a.chunks, static_cast<int64_t>(pair / heads) * s.tiles + index / pairs, C::kKeys);
   }
   if (tile.first >= tile.closed) return false;
   const Sequence& q = tile.sequence;
@@ -299,7 +303,7 @@ __device__ __forceinline__ void feed_scalars(const Arguments& a, Shared<C>& shar
   }
 }
 
-// ---- warp 2: dQ to global memory, in turn -----------------------------------------------------------------------------
+// ---- warps 2, 3: dQ to global memory, in turn -----------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
   uint32_t x;
@@ -310,10 +314,12 @@ __device__ __forceinline__ void store_release(uint32_t* p, uint32_t x) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;\n" ::"l"(__cvta_generic_to_global(p)), "r"(x) : "memory");
 }
 
+// `slot`: this thread serves every other tile, those of one place of shared memory. A tile's way to global memory and back,
+// with the fences around it, takes longer than a tile's products, hence two threads.
 template <class C>
-__device__ __forceinline__ void drain(const Arguments& a, Shared<C>& shared) {
-  const uint32_t full = shared_address(&shared.dq_full), empty = shared_address(&shared.dq_empty);
-  const uint32_t source = shared_address(shared.dq);
+__device__ __forceinline__ void drain(const Arguments& a, Shared<C>& shared, uint32_t slot) {
+  const uint32_t full = shared_address(&shared.dq_full[slot]), empty = shared_address(&shared.dq_empty[slot]);
+  const uint32_t source = shared_address(shared.dq[slot]);
   uint32_t count = 0;
 #pragma unroll 1
   for (uint32_t items = 0;; ++items) {
@@ -326,23 +332,22 @@ __device__ __forceinline__ void drain(const Arguments& a, Shared<C>& shared) {
     int64_t tile = item.turns + item.last * a.size.q_groups;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step, ++count, tile -= a.size.q_groups) {
+      if (count % 2 != slot) continue;
       uint32_t* turn = a.turns + tile;
       float* target = a.dq_tiles + tile * C::kTileFloats;
-      mbarrier_wait(full, count % 2);
+      while (load_acquire(turn) != rank) {
+      }
+      mbarrier_wait(full, count / 2 % 2);
+      fence_proxy_async_all();  // the sums before, seen by the acquire, come before this one through the copy engine
       if (rank == 0) {
         bulk_store(target, source, C::kTileFloats * 4);
       } else {
-        while (load_acquire(turn) != rank) {
-        }
-        fence_proxy_async_all();  // the sums before, seen by the acquire, come before this one through the copy engine
         bulk_add(target, source, C::kTileFloats * 4);
       }
       bulk_commit();
-      bulk_wait_read();
-      mbarrier_arrive(empty);
       bulk_wait();
-      fence_proxy_async_all();
       store_release(turn, rank + 1);
+      mbarrier_arrive(empty);
     }
     mbarrier_arrive(shared_address(&shared.item_empty[item_slot]));
   }
@@ -433,7 +438,6 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
     mbarrier_wait(shared_address(&shared.state_full), items % 2);
     const int steps = item.steps;
     if (steps > 0) {
-      int row = item.last * C::kQueries;  // first query of the tile
       // Query row + c sees this thread's keys when row + c >= seen[h]; from `clear` on a tile's queries see all 64.
       int seen[2];
 #pragma unroll
@@ -448,25 +452,25 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
         mbarrier_wait(shared_address(&barriers[slot_of(n)]), parity_of(n));
       };
 
-      const int rows = item.length - row;
-      if (item.keys < C::kKeys || rows < C::kQueries) {
-        await(shared.q_full, count);
-        await(shared.dout_full, count);
-        const int both = threadIdx.x - 128;
-        clear_rows<C::kKeys, C::kPanels>(shared_address(shared.k), item.keys, both);
-        clear_rows<C::kKeys, C::kPanels>(shared_address(shared.v), item.keys, both);
-        if (rows < C::kQueries) {
-          clear_rows<C::kQueries, C::kPanels>(shared_address(shared.q[slot_of(count)]), rows, both);
-          clear_rows<C::kQueries, C::kPanels>(shared_address(shared.dout[slot_of(count)]), rows, both);
-        }
+      if (item.keys < C::kKeys) {
+        clear_rows<C::kKeys, C::kPanels>(shared_address(shared.k), item.keys, threadIdx.x - 128);
+        clear_rows<C::kKeys, C::kPanels>(shared_address(shared.v), item.keys, threadIdx.x - 128);
         fence_proxy_async();  // ordinary stores, read by wgmma
         named_barrier_sync(kRowsCleared, 256);
       }
       // One query tile. Nothing is in flight from one tile to the next: the compiler would not keep track of it.
 #pragma unroll 1
-      for (int step = 0; step < steps; ++step, ++count, row -= C::kQueries) {
+      for (int step = 0; step < steps; ++step, ++count) {
         const uint32_t slot = slot_of(count);
+        const int row = (item.last - step) * C::kQueries;  // first query of the tile
         await(shared.q_full, count);
+        if (step == 0 && item.length - row < C::kQueries) {
+          await(shared.dout_full, count);
+          clear_rows<C::kQueries, C::kPanels>(shared_address(shared.q[slot]), item.length - row, threadIdx.x - 128);
+          clear_rows<C::kQueries, C::kPanels>(shared_address(shared.dout[slot]), item.length - row, threadIdx.x - 128);
+          fence_proxy_async();
+          named_barrier_sync(kRowsCleared, 256);
+        }
         hold_registers(s);
         wgmma_fence();
         issue_scores(s, k_left, descriptor_add(q_columns, slot * C::kRowsBytes));
@@ -540,15 +544,16 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
         leave(shared.dout_empty[slot]);
         wgmma_wait<1>();
         hold_registers(dq);
-        mbarrier_wait(shared_address(&shared.dq_empty), (count % 2) ^ 1);
+        mbarrier_wait(shared_address(&shared.dq_empty[count % 2]), (count / 2 % 2) ^ 1);
+        const uint32_t dq_to = dq_thread + count % 2 * (C::kTileFloats * 4);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(dq_thread + i * 2048), "f"(dq[4 * i]),
+          asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(dq_to + i * 2048), "f"(dq[4 * i]),
                        "f"(dq[4 * i + 1]), "f"(dq[4 * i + 2]), "f"(dq[4 * i + 3])
                        : "memory");
         }
         fence_proxy_async();  // ordinary stores, read by the copy engine
-        leave(shared.dq_full);
+        leave(shared.dq_full[count % 2]);
         wgmma_wait<0>();
         hold_registers(dk);
         hold_operands(ds);
@@ -594,7 +599,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     constexpr int kConsumerWarps = 4 * C::kConsumers;
     for (int i = 0; i < kItemSlots; ++i) {
       mbarrier_init(shared_address(&shared.item_full[i]), 1);
-      mbarrier_init(shared_address(&shared.item_empty[i]), kConsumerWarps + 2);  // and warps 1 and 2
+      mbarrier_init(shared_address(&shared.item_empty[i]), kConsumerWarps + 3);  // and warps 1, 2, 3
     }
     for (int i = 0; i < C::kStages; ++i) {
       mbarrier_init(shared_address(&shared.q_full[i]), 1);
@@ -604,8 +609,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
     mbarrier_init(shared_address(&shared.state_full), 1);
     mbarrier_init(shared_address(&shared.state_empty), kConsumerWarps);
-    mbarrier_init(shared_address(&shared.dq_full), kConsumerWarps);
-    mbarrier_init(shared_address(&shared.dq_empty), 1);
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(shared_address(&shared.dq_full[i]), kConsumerWarps);
+      mbarrier_init(shared_address(&shared.dq_empty[i]), 1);
+    }
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -615,8 +622,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       feed<C>(a, k_map, v_map, q_map, dout_map, shared);
     } else if (threadIdx.x / 32 == 1) {
       feed_scalars<C>(a, shared, threadIdx.x % 32);
-    } else if (threadIdx.x == 64) {
-      drain<C>(a, shared);
+    } else if (threadIdx.x % 32 == 0) {
+      drain<C>(a, shared, threadIdx.x / 32 - 2);
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(C::kConsumerRegisters));
@@ -772,18 +779,18 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, void* worksp
   a.heads_per_group = static_cast<uint32_t>(s.heads / s.q_groups);
   a.tiles_per_row = static_cast<uint32_t>(ceil_div(s.tokens, C::kQueries));
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
-  const int64_t pairs = s.sequences * s.heads;
+  const int64_t blocks = std::min<int64_t>(plan.items, multiprocessors);
   a.schedule.total = static_cast<uint32_t>(plan.items);
   a.schedule.tiles = static_cast<uint32_t>(std::max<int64_t>(1, ceil_div(p.fwd.chunks.rows, C::kKeys)));
-  a.schedule.pairs = static_cast<uint32_t>(pairs);
-  // As many pairs as fill the chip: the blocks that run together then read the same tiles of q and do.
-  const int64_t fill = ceil_div(multiprocessors + multiprocessors / 2, a.schedule.tiles);
-  a.schedule.section = static_cast<uint32_t>(std::min(pairs, round_up(fill, a.heads_per_group)));
+  a.schedule.groups = static_cast<uint32_t>(s.sequences * s.q_groups);
+  a.schedule.batch = static_cast<uint32_t>(
+      std::min<int64_t>(a.schedule.groups, ceil_div(multiprocessors, a.heads_per_group)));
+  if (getenv("RAT_SECTION")) a.schedule.batch = std::min<int64_t>(a.schedule.groups, atoi(getenv("RAT_SECTION")));
 
   const CUtensorMapDataType type =
       std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const ChunkStates& c = p.fwd.chunks;
-  const int64_t outer = c.compact ? s.heads : pairs;
+  const int64_t outer = c.compact ? s.heads : s.sequences * s.heads;
   const CUtensorMap k_map = swizzled_rows_map(c.k, type, s.head_dim, c.rows, outer, C::kKeys);
   const CUtensorMap v_map = swizzled_rows_map(c.v, type, s.head_dim, c.rows, outer, C::kKeys);
   const CUtensorMap q_map = token_map(q, type, s, s.q_groups, C::kQueries);
@@ -793,7 +800,6 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, void* worksp
   static_assert(kBytes <= 227 * 1024);
   const char* name = "chunk_attention_dqkv_bwd_sm90_kernel";
   allow_shared_memory(chunk_attention_dqkv_bwd_sm90_kernel<C>, kBytes, name);
-  const int64_t blocks = std::min<int64_t>(plan.items, multiprocessors);
   chunk_attention_dqkv_bwd_sm90_kernel<C>
       <<<grid_x(blocks, name), C::kThreads, kBytes, stream>>>(a, k_map, v_map, q_map, dout_map);
   check_launch(name);
