@@ -579,12 +579,12 @@ struct Deal {
   int64_t tile, items, tiles_per_block, tile_blocks;
 };
 
-// About 8,192 blocks where there is so much work: enough to even out their ends, few enough that the partial sums stay small.
-Deal deal(const Sizes& s) {
+// A block for each tile is fastest; but with a bias each leaves partial sums, so about 8,192 blocks where there is so much work.
+Deal deal(const Sizes& s, bool bias) {
   Deal d;
   d.tile = tile_size(s, true, kShortChunk, kTokens);
   d.items = work_items(s, d.tile);
-  d.tiles_per_block = std::min<int64_t>(64, std::max<int64_t>(1, d.items * s.q_groups / 8192));
+  d.tiles_per_block = bias ? std::min<int64_t>(64, std::max<int64_t>(1, d.items * s.q_groups / 8192)) : 1;
   d.tile_blocks = ceil_div(d.items, d.tiles_per_block);
   return d;
 }
@@ -626,14 +626,14 @@ void chunk_prepare_short_bwd(const AttentionBwdParams& a, const BwdScratch& scra
 size_t chunk_scan_short_bwd_workspace(const AttentionBwdParams& a) {
   const Sizes& s = a.fwd.size;
   Carver carver(nullptr);
-  if (a.dgate_bias) carver.take<float>(deal(s).tile_blocks * s.heads * s.head_dim);
+  if (a.dgate_bias) carver.take<float>(deal(s, true).tile_blocks * s.heads * s.head_dim);
   return carver.used();
 }
 
 void chunk_scan_short_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, void* workspace,
                           cudaStream_t stream) {
   const Sizes& s = a.fwd.size;
-  const Deal d = deal(s);
+  const Deal d = deal(s, a.dgate_bias != nullptr);
   ScanShort p{};
   p.in = scan_input(a.fwd);
   p.in.tile = d.tile;
