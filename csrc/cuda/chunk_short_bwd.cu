@@ -242,10 +242,17 @@ __device__ __forceinline__ void add_chunk_grad(const ChunkGrad& c, float (&gk)[2
   gk[1] += fmaf(c.k.y, c.cosine.y, c.pair.y * c.sine.y);
 }
 
+// Before compute capability 9.0 the masked form needs one register more than kWarps warps leave it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kRoomy = true;
+#else
+constexpr bool kRoomy = false;
+#endif
+
 // kWhole: every tile is one chunk of kTokens tokens, all lanes have elements, and no state enters: nothing is masked. The bound
 // limits registers, so that kWarps warps fit: with 144 or 128 of them spills cost more than the added warps bring.
 template <class T, bool kWhole>
-__global__ void __launch_bounds__(kThreads, kWarps / (kThreads / 32))
+__global__ void __launch_bounds__(kThreads, kRoomy && !kWhole ? 2 : kWarps / (kThreads / 32))
     chunk_scan_short_bwd_kernel(const __grid_constant__ ScanShort p) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const Sizes& s = p.in.size;
