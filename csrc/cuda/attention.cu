@@ -29,8 +29,10 @@ BwdPlan carve(const AttentionBwdParams& a, Carver& carver) {
   BwdPlan plan{};
   const int64_t scalars = s.batch * s.heads * s.tokens;
   const int64_t states = (c.compact ? 1 : s.sequences) * s.heads * c.rows * s.head_dim;
-  plan.scratch.p_self = carver.take<float>(scalars);
-  plan.scratch.ds_self = carver.take<float>(scalars);
+  if (!short_chunks(a.fwd)) {
+    plan.scratch.p_self = carver.take<float>(scalars);
+    plan.scratch.ds_self = carver.take<float>(scalars);
+  }
   plan.scratch.delta = carver.take<float>(scalars);
   plan.scratch.dq = carver.take<float>(s.batch * s.tokens * s.q_groups * s.head_dim);
   plan.scratch.dchunk_k = carver.take<float>(states);

@@ -1,4 +1,5 @@
-// The backward scans. None of k~, v~ is saved by the forward: each kernel scans its tile again.
+// The backward scans. None of k~, v~ is saved by the forward: each kernel scans its tile again. In rat_attention short chunks
+// have kernels of their own, in chunk_short_bwd.cu.
 //
 //   chunk_prepare_bwd_kernel   do, d(out_gate), Delta, p_tt, ds_tt: all that the attention gradient and the reverse scan need
 //   chunk_carry_bwd_kernel     what a segment passes to the one before it from a zero end      long chunks only
@@ -779,12 +780,7 @@ void launch_scan_bwd(ScanBwd p, float* dgate_bias, void* workspace, cudaStream_t
       check_launch("chunk_scan_bwd");
     }
   });
-  if (dgate_bias) {
-    const int64_t columns = s.heads * s.head_dim;
-    gate_bias_reduce_kernel<<<grid_x(ceil_div(columns, 32), "gate_bias_reduce"), 512, 0, stream>>>(
-        w.bias_partial, bias_rows, columns, dgate_bias);
-    check_launch("gate_bias_reduce");
-  }
+  if (dgate_bias) reduce_gate_bias(w.bias_partial, bias_rows, s.heads * s.head_dim, dgate_bias, stream);
 }
 
 ScanBwd scan_bwd(const AttentionBwdParams& a) {
@@ -817,9 +813,18 @@ ScanBwd scan_bwd(const RecurrenceBwdParams& r) {
 
 }  // namespace
 
-size_t chunk_prepare_bwd_workspace(const AttentionBwdParams& a) { return chunk_prepare_fwd_workspace(a.fwd); }
+void reduce_gate_bias(const float* partial, int64_t rows, int64_t columns, float* dgate_bias, cudaStream_t stream) {
+  gate_bias_reduce_kernel<<<grid_x(ceil_div(columns, 32), "gate_bias_reduce"), 512, 0, stream>>>(partial, rows, columns,
+                                                                                                 dgate_bias);
+  check_launch("gate_bias_reduce");
+}
+
+size_t chunk_prepare_bwd_workspace(const AttentionBwdParams& a) {
+  return short_chunks(a.fwd) ? 0 : chunk_prepare_fwd_workspace(a.fwd);
+}
 
 void chunk_prepare_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, void* workspace, cudaStream_t stream) {
+  if (short_chunks(a.fwd)) return chunk_prepare_short_bwd(a, scratch, stream);
   PrepareBwd p{};
   p.in = scan_input(a.fwd);
   p.dy = a.dy;
@@ -848,6 +853,7 @@ void chunk_prepare_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, v
 }
 
 size_t chunk_scan_bwd_workspace(const AttentionBwdParams& a) {
+  if (short_chunks(a.fwd)) return chunk_scan_short_bwd_workspace(a);
   Carver carver(nullptr);
   int64_t rows;
   carve(scan_bwd(a), true, a.dgate_bias != nullptr, carver, &rows);
@@ -863,6 +869,7 @@ void chunk_scan_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, void
   p.dchunk_v = scratch.dchunk_v;
   p.dq_sum = scratch.dq;
   carry_state_bwd(a, scratch, stream);
+  if (short_chunks(a.fwd)) return chunk_scan_short_bwd(a, scratch, workspace, stream);
   launch_scan_bwd<true>(p, static_cast<float*>(a.dgate_bias), workspace, stream);
 }
 

@@ -15,8 +15,8 @@ struct FwdScratch {
 
 // Scratch of one backward. dchunk_{k,v} use the element offsets of ChunkStates.
 struct BwdScratch {
-  float* p_self;    // (B, H, T): p_tt
-  float* ds_self;   // (B, H, T): ds_tt, scale not included
+  float* p_self;    // (B, H, T): p_tt; null where short_chunks()
+  float* ds_self;   // (B, H, T): ds_tt, scale not included; null where short_chunks()
   float* delta;     // (B, H, T): Delta_t
   float* dq;        // (B, T, q_groups, D): the attention part of dq, rotated back, scale included, summed over a group
   float* dchunk_k;  // gradient of the rotated chunk keys from attention alone, scale included
@@ -47,7 +47,11 @@ size_t chunk_attention_fwd_sm90_workspace(const AttentionFwdParams&);
 void chunk_attention_fwd_sm90(const AttentionFwdParams&, const FwdScratch&, void* workspace, cudaStream_t);
 #endif
 
-// Backward phase 1 (chunk_recurrence_bwd.cu): do, dout_gate, Delta, p_self, ds_self.
+// Are chunks short enough, and the call of the kind, for phases 1 and 3 of chunk_short_bwd.cu? Phase 3 then makes p_tt and
+// ds_tt itself.
+bool short_chunks(const AttentionFwdParams&);
+
+// Backward phase 1 (chunk_recurrence_bwd.cu): do, dout_gate, Delta; p_self, ds_self unless short_chunks().
 size_t chunk_prepare_bwd_workspace(const AttentionBwdParams&);
 void chunk_prepare_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
 

@@ -243,6 +243,7 @@ KernelList chunk_recurrence_kernels() {
     KernelTable t;
     t.add(chunk_recurrence_fwd_kernels());
     t.add(chunk_recurrence_bwd_kernels());
+    t.add(chunk_short_bwd_kernels());
     t.add("check_sequences", reinterpret_cast<const void*>(check_sequences_kernel));
     t.add("carry_state_fwd<4 bytes>", reinterpret_cast<const void*>(carry_state_fwd_kernel<float>));
     t.add("carry_state_fwd<2 bytes>", reinterpret_cast<const void*>(carry_state_fwd_kernel<bf16>));

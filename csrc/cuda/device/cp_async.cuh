@@ -1,4 +1,4 @@
-// cp.async: 16 (or 4) bytes from global to shared memory without passing through registers. PTX ISA 9.7.9.25.3.
+// cp.async: 16 (or 8, or 4) bytes from global to shared memory without passing through registers. PTX ISA 9.7.9.25.3.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,14 @@ __device__ __forceinline__ void cp_async16(uint32_t target, const void* source, 
 __device__ __forceinline__ void cp_async4(uint32_t target, const void* source, bool valid) {
   const int bytes = valid ? 4 : 0;
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(target), "l"(__cvta_generic_to_global(source)),
+               "r"(bytes)
+               : "memory");
+}
+
+// 8-byte aligned.
+__device__ __forceinline__ void cp_async8(uint32_t target, const void* source, bool valid) {
+  const int bytes = valid ? 8 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(target), "l"(__cvta_generic_to_global(source)),
                "r"(bytes)
                : "memory");
 }

@@ -79,6 +79,8 @@ class KernelTable {
 // The longest chunk that one lane group walks alone.
 constexpr int64_t kMaxChunkFwd = 128;
 constexpr int64_t kMaxChunkBwd = 64;
+// The longest that the kernels of chunk_short_bwd.cu keep in registers.
+constexpr int64_t kShortChunk = 16;
 
 // Does a recurrence reach across tiles? Never where the states are given (no gate).
 inline bool segmented(const Sizes& s, bool gated, int64_t max_chunk) { return gated && s.chunk_size > max_chunk; }
@@ -152,7 +154,17 @@ void carry_state_bwd(const AttentionBwdParams&, const BwdScratch&, cudaStream_t)
 // dinitial or final state of empty sequences in chunk_recurrence: (N, H, D), from `source` or zeros.
 void copy_empty(const Sizes&, const float* source, float* target, cudaStream_t);
 
+// The backward phases 1 and 3 of rat_attention where chunks are short (chunk_short_bwd.cu): short_chunks() says whether.
+// Phase 1 leaves p_self and ds_self alone, phase 3 makes them itself.
+void chunk_prepare_short_bwd(const AttentionBwdParams&, const BwdScratch&, cudaStream_t);
+size_t chunk_scan_short_bwd_workspace(const AttentionBwdParams&);
+void chunk_scan_short_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
+
+// dgate_bias = sum over rows of partial, (rows, columns), in a fixed order (chunk_recurrence_bwd.cu).
+void reduce_gate_bias(const float* partial, int64_t rows, int64_t columns, float* dgate_bias, cudaStream_t stream);
+
 KernelList chunk_recurrence_fwd_kernels();
 KernelList chunk_recurrence_bwd_kernels();
+KernelList chunk_short_bwd_kernels();
 
 }  // namespace rat::cuda
