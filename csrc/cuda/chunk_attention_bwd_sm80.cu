@@ -497,26 +497,6 @@ __global__ void __launch_bounds__(DkdvTraits<DPAD>::kThreads, DkdvTraits<DPAD>::
   }
 }
 
-// Adds the shares of the queries, in order. Rows that are not valid hold anything before and after.
-__global__ void __launch_bounds__(256)
-    chunk_attention_reduce_bwd_sm80_kernel(const float* shares_k, const float* shares_v, int shares,
-                                           int64_t share_stride, int64_t count, float* dchunk_k, float* dchunk_v) {
-  const int64_t index = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
-  if (index >= 2 * count) return;
-  const bool second = index >= count;
-  const int64_t offset = second ? index - count : index;
-  const float* from = (second ? shares_v : shares_k) + offset;
-  float4 sum = *reinterpret_cast<const float4*>(from);
-  for (int s = 1; s < shares; ++s) {
-    const float4 x = *reinterpret_cast<const float4*>(from + s * share_stride);
-    sum.x += x.x;
-    sum.y += x.y;
-    sum.z += x.z;
-    sum.w += x.w;
-  }
-  *reinterpret_cast<float4*>((second ? dchunk_v : dchunk_k) + offset) = sum;
-}
-
 // ---- host -------------------------------------------------------------------------------------------------------------
 
 // How the workspace is cut, from sizes alone.
@@ -537,9 +517,7 @@ Plan make_plan(const AttentionBwdParams& p) {
   plan.copy_dout = !s.aligned16;
   plan.rotated_count = plan.rotate ? s.batch * s.tokens * s.q_groups * s.head_dim : 0;
   plan.dout_count = plan.copy_dout ? s.batch * s.tokens * s.heads * s.head_dim : 0;
-  plan.extent = s.sequences * s.heads == 0
-                    ? 0
-                    : (c.compact ? 0 : (s.sequences - 1) * c.sequence) + (s.heads - 1) * c.head + c.rows * s.head_dim;
+  plan.extent = states_extent(s, c);
   // Enough blocks for two on each of 132 multiprocessors, but no share under 256 queries.
   const int64_t keys = s.head_dim <= 128 ? DkdvTraits<128>::kKeys : DkdvTraits<256>::kKeys;
   const int64_t blocks = key_tiles(s, c, keys) * s.heads;
@@ -652,12 +630,7 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, void* worksp
     launch_products<T, 256>(k, stream);
   }
 
-  if (plan.shares > 1 && plan.extent > 0) {
-    const char* name = "chunk_attention_reduce_bwd_sm80_kernel";
-    chunk_attention_reduce_bwd_sm80_kernel<<<grid_x(ceil_div(2 * plan.extent / 4, 256), name), 256, 0, stream>>>(
-        pieces.shares_k, pieces.shares_v, plan.shares, plan.extent, plan.extent, scratch.dchunk_k, scratch.dchunk_v);
-    check_launch(name);
-  }
+  if (plan.shares > 1) add_shares(pieces.shares_k, pieces.shares_v, plan.shares, plan.extent, scratch, stream);
 }
 
 }  // namespace
@@ -699,7 +672,7 @@ KernelList chunk_attention_bwd_sm80_kernels() {
       RAT_ENTRY(f16, 256),
       {"chunk_attention_rotate_bwd<bf16>", reinterpret_cast<const void*>(&chunk_attention_rotate_bwd_kernel<bf16>)},
       {"chunk_attention_rotate_bwd<f16>", reinterpret_cast<const void*>(&chunk_attention_rotate_bwd_kernel<f16>)},
-      {"chunk_attention_reduce_bwd_sm80", reinterpret_cast<const void*>(&chunk_attention_reduce_bwd_sm80_kernel)},
+      {"chunk_attention_reduce_bwd", reinterpret_cast<const void*>(&chunk_attention_reduce_bwd_kernel<float>)},
   };
 #undef RAT_ENTRY
   return {entries, static_cast<int>(sizeof(entries) / sizeof(entries[0]))};

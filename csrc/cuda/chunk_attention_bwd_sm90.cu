@@ -1,13 +1,14 @@
 // Chunk attention backward on Hopper (sm_90a), for bfloat16 and float16 and heads up to 128. Deterministic: no sum depends on
 // which block comes first.
 //
-// With P_tj = exp(scale (R q)_t . K_j - lse_t) and dS_tj = P_tj (do_t . V_j - Delta_t), three kernels:
+// With P_tj = exp(scale (R q)_t . K_j - lse_t) and dS_tj = P_tj (do_t . V_j - Delta_t), three steps:
 //  0. rotate (attention_tiles.cuh): R q in T to the workspace.
 //  1. dqkv: everything in five products, each 2 D FLOP a query and visible key. A block owns the dK, dV of (128 chunk states,
 //     head) in registers and walks the query tiles that see them, from the last token of the sequence backwards:
 //       S^T = K Q^T,  dP^T = V dO^T,  dV += P^T dO,  dK += dS^T Q,  and  dQ = dS K,  which it adds to a sum in global memory.
 //     The transposed scores are, rounded, left operands in registers: P never passes through shared memory, dS once.
-//  2. finish: dQ from its tiles to (B, T, G, D), rotated back and scaled.
+//     Where there are few key tiles, shares of the queries are items of their own.
+//  2. finish: dQ from its tiles to (B, T, G, D), rotated back and scaled. Then the shares, if any, are added up.
 // Reads per (128 keys, query, head): q and do, 2 D elements of T through L2, 8 bytes of lse and Delta; adds D floats in L2.
 //
 // The sum of dQ over key tiles and over the heads of a group is taken in one order: key tiles first to last, in each the heads
@@ -72,21 +73,21 @@ struct Traits {
 // What an item is. Made by the thread that feeds, read by everyone. Query tile m has tokens [m, m + 1) * kQueries of its
 // sequence; the item walks tiles last, last - 1, ... last - steps + 1.
 struct Item {
-  int64_t scalars;   // offset of the sequence's first token in lse and Delta
-  int64_t states;    // offset of the first key in dchunk_k, dchunk_v
-  int64_t seen;      // query r of the sequence sees key j of the item when r >= seen + j * chunk_size
-  int64_t turns;     // offset of tile 0 of this group in the turn counters; its dQ starts at kTileFloats times that
-  int32_t token;     // of the sequence's first token
+  int64_t scalars;  // offset of the sequence's first token in lse and Delta
+  int64_t states;   // offset of the first key in dchunk_k, dchunk_v
+  int64_t seen;     // query r of the sequence sees key j of the item when r >= seen + j * chunk_size
+  int64_t turns;    // offset of tile 0 of this group in the turn counters; its dQ starts at kTileFloats times that
+  int32_t token;    // of the sequence's first token
   int32_t batch;
   int32_t head;
   int32_t group;
-  int32_t length;    // tokens of the sequence
+  int32_t length;  // tokens of the sequence
   int32_t last;
   int32_t steps;
-  int32_t keys;      // valid chunk states; 0: no more items
-  int32_t key_row;   // of the first one in the tensor map
+  int32_t keys;     // valid chunk states; 0: no more items
+  int32_t key_row;  // of the first one in the tensor map
   int32_t key_outer;
-  int32_t rank;      // turn at which this item adds
+  int32_t rank;  // turn at which this item adds
 };
 constexpr int kItemSlots = 4;
 
@@ -110,15 +111,13 @@ struct Shared {
 
 enum NamedBarrier { kScoresWritten = 1, kRowsCleared = 2 };  // both consumers
 
-// Items in order. Per-sequence rows: key tiles first to last, as early ones are seen by the most queries; in each the (sequence,
-// group) pairs in batches that fill the chip; in a batch the heads of a group, and in each of these the pairs. So the blocks
-// that become free together begin with different sums of dQ, and the heads of one begin one after the other.
-// Compact rows: key tiles as key_tile() numbers them, in each the heads.
+// Items in order: key tiles first to last, as early ones are seen by the most queries; in each the (sequence, head) pairs, and
+// of each the shares of the queries. Compact rows: key tiles as key_tile() numbers them, then heads, then shares.
 struct Schedule {
   uint32_t total = 0;
-  uint32_t tiles = 1;   // of a sequence
-  uint32_t groups = 1;  // of all sequences
-  uint32_t batch = 1;
+  uint32_t tiles = 1;  // of a sequence
+  uint32_t pairs = 1;
+  uint32_t shares = 1;
 };
 
 struct Arguments {
@@ -128,11 +127,12 @@ struct Arguments {
   float scale_log2;
   const float* lse;
   const float* delta;
-  float* dq_tiles;   // (query tiles, groups, kTileFloats)
-  uint32_t* turns;   // (query tiles, groups), zero at the start
-  uint32_t* next;    // item counter, zero at the start
-  float* dchunk_k;
+  float* dq_tiles;  // (query tiles, groups, kTileFloats)
+  uint32_t* turns;  // (query tiles, groups), zero at the start
+  uint32_t* next;   // item counter, zero at the start
+  float* dchunk_k;  // share s of the queries adds s * share_stride
   float* dchunk_v;
+  int64_t share_stride;
   uint32_t heads_per_group;
   uint32_t tiles_per_row;  // query tiles of a dense sequence
   Schedule schedule;
@@ -156,27 +156,23 @@ __device__ __forceinline__ int clamp_token(int64_t token) {
 template <class C>
 __device__ __forceinline__ bool describe_item(const Arguments& a, uint32_t index, Item& item) {
   const uint32_t heads = static_cast<uint32_t>(a.size.heads);
-  KeyTile tile;
+  const uint32_t share = index % a.schedule.shares, tile_pair = index / a.schedule.shares;
+  int64_t tile_index;
   uint32_t head;
   if (a.chunks.compact) {
-    head = index % heads;
-    tile = key_tile(a.size, a.chunks, index / heads, C::kKeys);
+    head = tile_pair % heads;
+    tile_index = tile_pair / heads;
   } else {
-    const Schedule& s = a.schedule;
-    const uint32_t pairs = s.groups * a.heads_per_group;
-    const uint32_t inside = index % pairs;
-    const uint32_t first = inside / (s.batch * a.heads_per_group) * s.batch;
-    const uint32_t width = min(s.batch, s.groups - first);
-    const uint32_t rest = inside - first * a.heads_per_group;
-    const uint32_t pair = (first + rest % width) * a.heads_per_group + rest / width;
+    const uint32_t pair = tile_pair % a.schedule.pairs;
     head = pair % heads;
-    tile = key_tile(a.size, a.chunks, static_cast<int64_t>(pair / heads) * s.tiles + index / pairs, C::kKeys);
+    tile_index = static_cast<int64_t>(pair / heads) * a.schedule.tiles + tile_pair / a.schedule.pairs;
   }
+  const KeyTile tile = key_tile(a.size, a.chunks, tile_index, C::kKeys);
   if (tile.first >= tile.closed) return false;
   const Sequence& q = tile.sequence;
   const int length = static_cast<int>(q.end - q.begin);
   item.scalars = (q.batch * a.size.heads + head) * a.size.tokens + q.begin;
-  item.states = chunk_offset(a.size, a.chunks, q.index, head) + tile.first * a.size.head_dim;
+  item.states = chunk_offset(a.size, a.chunks, q.index, head) + tile.first * a.size.head_dim + share * a.share_stride;
   item.seen = (tile.first + 1) * a.size.chunk_size - q.start;
   item.token = static_cast<int>(q.begin);
   item.batch = static_cast<int>(q.batch);
@@ -185,8 +181,13 @@ __device__ __forceinline__ bool describe_item(const Arguments& a, uint32_t index
   item.turns = first_query_tile<C::kQueries>(a.size, q.index, q.begin, a.tiles_per_row) * a.size.q_groups + item.group;
   item.length = length;
   const int first_seen = clamp_token(item.seen);
-  item.last = (length - 1) / C::kQueries;
-  item.steps = first_seen < length ? item.last - first_seen / C::kQueries + 1 : 0;
+  // Query tiles that see the first key, counted from the last token backwards; this share has [begin, end).
+  const int last = (length - 1) / C::kQueries;
+  const int64_t seen_tiles = first_seen < length ? last - first_seen / C::kQueries + 1 : 0;
+  const int begin = static_cast<int>(seen_tiles * share / a.schedule.shares);
+  const int end = static_cast<int>(seen_tiles * (share + 1) / a.schedule.shares);
+  item.last = last - begin;
+  item.steps = end - begin;
   item.keys = static_cast<int>(min(static_cast<int64_t>(C::kKeys), tile.closed - tile.first));
   item.key_row = static_cast<int>(first_chunk_row(a.size, a.chunks, q.index) + tile.first);
   item.key_outer = static_cast<int>(a.chunks.compact ? head : q.index * heads + head);
@@ -220,7 +221,8 @@ __device__ __forceinline__ void feed(const Arguments& a, const CUtensorMap& k_ma
     }
     mbarrier_arrive(shared_address(&shared.item_full[slot]));
   };
-  const auto load_rows = [&](const CUtensorMap& map, uint32_t target, uint32_t barrier, int token, int head, int batch) {
+  const auto load_rows = [&](const CUtensorMap& map, uint32_t target, uint32_t barrier, int token, int head,
+                             int batch) {
     mbarrier_arrive_expect(barrier, C::kRowsBytes);
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) {
@@ -390,10 +392,9 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
   const uint64_t q_rows = descriptor_n_major(shared_address(shared.q), C::kRowsPanel);
   const uint64_t dout_rows = descriptor_n_major(shared_address(shared.dout), C::kRowsPanel);
   // dQ: wide heads are halved by columns, narrow ones by queries.
-  const uint64_t ds_left =
-      descriptor_k_major(shared_address(shared.ds) + (C::kPanels == 1 ? warpgroup * 64 * 128 : 0));
-  const uint64_t k_rows = descriptor_n_major(
-      shared_address(shared.k) + (C::kPanels == 1 ? 0 : warpgroup * C::kStatePanel), C::kStatePanel);
+  const uint64_t ds_left = descriptor_k_major(shared_address(shared.ds) + (C::kPanels == 1 ? warpgroup * 64 * 128 : 0));
+  const uint64_t k_rows =
+      descriptor_n_major(shared_address(shared.k) + (C::kPanels == 1 ? 0 : warpgroup * C::kStatePanel), C::kStatePanel);
   // This lane's address for stmatrix: matrices 0 ... 3 of step k are (queries 16 k ..., keys 0 ...), (same, keys 8 ...),
   // (queries 16 k + 8 ..., keys 0 ...), (same, keys 8 ...) of the warp's 16 keys.
   const uint32_t ds_lane = shared_address(shared.ds) + warpgroup * C::kScorePanel + (lane / 16 * 8 + lane % 8) * 128 +
@@ -432,7 +433,8 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
     if (item.keys == 0) break;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) dk[i] = dv[i] = 0.0f;
-    hold_registers(dk);  // else the zeros move to where the first products are in flight, which then wait for each other
+    hold_registers(
+        dk);  // else the zeros move to where the first products are in flight, which then wait for each other
     hold_registers(dv);
 
     mbarrier_wait(shared_address(&shared.state_full), items % 2);
@@ -695,12 +697,11 @@ __global__ void __launch_bounds__(256)
 
 // ---- launcher ---------------------------------------------------------------------------------------------------------
 
-// Fewer items leave so much of the chip idle that the portable kernels, which cut the queries too, are faster.
-constexpr int64_t kFewestItems = 1;
-
 struct Plan {
   int64_t query_tiles = 0;
+  int64_t shares = 1;
   int64_t items = 0;
+  int64_t extent = 0;  // elements of one dchunk tensor
 };
 
 template <int DIM>
@@ -709,7 +710,11 @@ Plan make_plan(const AttentionBwdParams& p) {
   using C = Traits<bf16, DIM>;
   Plan plan;
   plan.query_tiles = query_tiles<C::kQueries>(s);
-  plan.items = key_tiles(s, p.fwd.chunks, C::kKeys) * s.heads;
+  plan.extent = states_extent(s, p.fwd.chunks);
+  const int64_t items = key_tiles(s, p.fwd.chunks, C::kKeys) * s.heads;
+  // Two items for each of 132 multiprocessors, but no share under 1024 queries.
+  if (items > 0) plan.shares = std::clamp<int64_t>(ceil_div(264, items), 1, std::max<int64_t>(1, s.tokens / 1024));
+  plan.items = items * plan.shares;
   return plan;
 }
 Plan make_plan(const AttentionBwdParams& p) { return p.fwd.size.head_dim > 64 ? make_plan<128>(p) : make_plan<64>(p); }
@@ -721,6 +726,8 @@ struct Pieces {
   float* dq_tiles;
   uint32_t* counters;  // turns, then the item counter
   int64_t counter_count;
+  float* shares_k;  // (shares, extent) each, where there are several
+  float* shares_v;
   size_t bytes;
 };
 
@@ -733,6 +740,9 @@ Pieces carve(const AttentionBwdParams& p, void* workspace) {
   pieces.dq_tiles = carver.take<float>(plan.query_tiles * s.q_groups * kTileFloats);
   pieces.counter_count = plan.query_tiles * s.q_groups + 1;
   pieces.counters = carver.take<uint32_t>(pieces.counter_count);
+  const int64_t partial = plan.shares > 1 ? plan.shares * plan.extent : 0;
+  pieces.shares_k = carver.take<float>(partial);
+  pieces.shares_v = carver.take<float>(partial);
   pieces.bytes = carver.used();
   return pieces;
 }
@@ -774,18 +784,17 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, void* worksp
   a.dq_tiles = pieces.dq_tiles;
   a.turns = pieces.counters;
   a.next = pieces.counters + pieces.counter_count - 1;
-  a.dchunk_k = scratch.dchunk_k;
-  a.dchunk_v = scratch.dchunk_v;
+  a.dchunk_k = plan.shares > 1 ? pieces.shares_k : scratch.dchunk_k;
+  a.dchunk_v = plan.shares > 1 ? pieces.shares_v : scratch.dchunk_v;
+  a.share_stride = plan.extent;
   a.heads_per_group = static_cast<uint32_t>(s.heads / s.q_groups);
   a.tiles_per_row = static_cast<uint32_t>(ceil_div(s.tokens, C::kQueries));
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t blocks = std::min<int64_t>(plan.items, multiprocessors);
   a.schedule.total = static_cast<uint32_t>(plan.items);
   a.schedule.tiles = static_cast<uint32_t>(std::max<int64_t>(1, ceil_div(p.fwd.chunks.rows, C::kKeys)));
-  a.schedule.groups = static_cast<uint32_t>(s.sequences * s.q_groups);
-  a.schedule.batch = static_cast<uint32_t>(
-      std::min<int64_t>(a.schedule.groups, ceil_div(multiprocessors, a.heads_per_group)));
-  if (getenv("RAT_SECTION")) a.schedule.batch = std::min<int64_t>(a.schedule.groups, atoi(getenv("RAT_SECTION")));
+  a.schedule.pairs = static_cast<uint32_t>(s.sequences * s.heads);
+  a.schedule.shares = static_cast<uint32_t>(plan.shares);
 
   const CUtensorMapDataType type =
       std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
@@ -808,6 +817,7 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, void* worksp
   chunk_attention_finish_bwd_sm90_kernel<C><<<grid_x(plan.query_tiles * s.q_groups, name), 256, 0, stream>>>(
       s, pieces.dq_tiles, pieces.counters, a.tiles_per_row, cos, sin, a.scale, scratch.dq);
   check_launch(name);
+  if (plan.shares > 1) add_shares(pieces.shares_k, pieces.shares_v, plan.shares, plan.extent, scratch, stream);
 }
 
 // A tensor map wants strides that are multiples of 16 bytes, which aligned16 says, and none of zero.
@@ -837,7 +847,6 @@ bool chunk_attention_bwd_sm90_supported(const AttentionBwdParams& p) {
   if (plan.items > kMany || plan.query_tiles * s.q_groups > kMany) return false;
   // Every sequence pads its last tile: many short ones would take more memory than their gradient.
   if (plan.query_tiles * kTileFloats > 2 * s.batch * s.tokens * std::max<int64_t>(s.head_dim, 64)) return false;
-  if (plan.items < kFewestItems) return false;
   return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
          device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
 }
@@ -857,12 +866,12 @@ void chunk_attention_bwd_sm90(const AttentionBwdParams& p, const BwdScratch& scr
 }
 
 KernelList chunk_attention_bwd_sm90_kernels() {
-#define RAT_ENTRY(T, DIM)                                                                        \
-  {"chunk_attention_dqkv_bwd_sm90<" #T ", " #DIM ">",                                            \
-   reinterpret_cast<const void*>(&chunk_attention_dqkv_bwd_sm90_kernel<Traits<T, DIM>>)},        \
-  {                                                                                              \
-    "chunk_attention_finish_bwd_sm90<" #T ", " #DIM ">",                                         \
-        reinterpret_cast<const void*>(&chunk_attention_finish_bwd_sm90_kernel<Traits<T, DIM>>)   \
+#define RAT_ENTRY(T, DIM)                                                                                              \
+  {"chunk_attention_dqkv_bwd_sm90<" #T ", " #DIM ">",                                                                  \
+   reinterpret_cast<const void*>(&chunk_attention_dqkv_bwd_sm90_kernel<Traits<T, DIM>>)},                              \
+  {                                                                                                                    \
+    "chunk_attention_finish_bwd_sm90<" #T ", " #DIM ">",                                                               \
+        reinterpret_cast<const void*>(&chunk_attention_finish_bwd_sm90_kernel<Traits<T, DIM>>)                         \
   }
   static const KernelEntry entries[] = {RAT_ENTRY(bf16, 64), RAT_ENTRY(bf16, 128), RAT_ENTRY(f16, 64),
                                         RAT_ENTRY(f16, 128)};

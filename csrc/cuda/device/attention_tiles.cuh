@@ -2,6 +2,7 @@
 // are launched, and the rotation of q.
 #pragma once
 
+#include "../kernels.h"
 #include "elements.cuh"
 #include "launch.h"
 #include "sequence.cuh"
@@ -181,6 +182,42 @@ __device__ __forceinline__ KeyTile key_tile(const Sizes& s, const ChunkStates& c
   }
   k.closed = (k.sequence.start + k.sequence.end - k.sequence.begin) / s.chunk_size;
   return k;
+}
+
+// Elements between the first and the last of a head's chunk rows, in the offsets of ChunkStates.
+inline int64_t states_extent(const Sizes& s, const ChunkStates& c) {
+  if (s.sequences * s.heads == 0) return 0;
+  return (c.compact ? 0 : (s.sequences - 1) * c.sequence) + (s.heads - 1) * c.head + c.rows * s.head_dim;
+}
+
+// Adds the shares of the queries, in order. Rows that are not valid hold anything before and after.
+template <class Acc>
+__global__ void __launch_bounds__(256)
+    chunk_attention_reduce_bwd_kernel(const Acc* shares_k, const Acc* shares_v, int shares, int64_t share_stride,
+                                      int64_t count, Acc* dchunk_k, Acc* dchunk_v) {
+  const int64_t index = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+  if (index >= 2 * count) return;
+  const bool second = index >= count;
+  const int64_t offset = second ? index - count : index;
+  const float* from = (second ? shares_v : shares_k) + offset;
+  float4 sum = *reinterpret_cast<const float4*>(from);
+  for (int s = 1; s < shares; ++s) {
+    const float4 x = *reinterpret_cast<const float4*>(from + s * share_stride);
+    sum.x += x.x;
+    sum.y += x.y;
+    sum.z += x.z;
+    sum.w += x.w;
+  }
+  *reinterpret_cast<float4*>((second ? dchunk_v : dchunk_k) + offset) = sum;
+}
+
+inline void add_shares(const float* shares_k, const float* shares_v, int64_t shares, int64_t extent,
+                       const BwdScratch& scratch, cudaStream_t stream) {
+  if (extent == 0) return;
+  const char* name = "chunk_attention_reduce_bwd_kernel";
+  chunk_attention_reduce_bwd_kernel<float><<<grid_x(ceil_div(2 * extent / 4, 256), name), 256, 0, stream>>>(
+      shares_k, shares_v, static_cast<int>(shares), extent, extent, scratch.dchunk_k, scratch.dchunk_v);
+  check_launch(name);
 }
 
 // Raises the limit of dynamic shared memory where a kernel needs more than the 48 KB that need no asking.

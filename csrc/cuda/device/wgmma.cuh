@@ -82,11 +82,11 @@ __device__ __forceinline__ void wgmma_rs(float (&c)[N / 2], const uint32_t (&a)[
       "+f"(c[i + 7])
 
 // P0 ... P4 are the numbers of the operands that follow C's registers.
-#define RAT_WGMMA_SS(FUNCTION, T, NAME, N, ACCUMULATE, SCALE, TRANSPOSE_B, P0, P1)                                         \
+#define RAT_WGMMA_SS(FUNCTION, T, NAME, N, ACCUMULATE, SCALE, TRANSPOSE_B, P0, P1)                                     \
   template <>                                                                                                          \
   __device__ __forceinline__ void FUNCTION<T, N, ACCUMULATE>(float (&c)[N / 2], uint64_t a, uint64_t b) {              \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" RAT_LIST_N##N                    \
-                 "}, %" #P0 ", %" #P1 ", " #SCALE ", 1, 1, 0, " #TRANSPOSE_B ";\n"                                      \
+                 "}, %" #P0 ", %" #P1 ", " #SCALE ", 1, 1, 0, " #TRANSPOSE_B ";\n"                                     \
                  : RAT_C_N##N                                                                                          \
                  : "l"(a), "l"(b)                                                                                      \
                  : "memory");                                                                                          \
