@@ -712,8 +712,8 @@ Plan make_plan(const AttentionBwdParams& p) {
   plan.query_tiles = query_tiles<C::kQueries>(s);
   plan.extent = states_extent(s, p.fwd.chunks);
   const int64_t items = key_tiles(s, p.fwd.chunks, C::kKeys) * s.heads;
-  // Two items for each of 132 multiprocessors, but no share under 1024 queries.
-  if (items > 0) plan.shares = std::clamp<int64_t>(ceil_div(264, items), 1, std::max<int64_t>(1, s.tokens / 1024));
+  // An item for each of 132 multiprocessors, but no share under 1024 queries. More only lengthens the queues of dQ.
+  if (items > 0) plan.shares = std::clamp<int64_t>(132 / items, 1, std::max<int64_t>(1, s.tokens / 1024));
   plan.items = items * plan.shares;
   return plan;
 }
