@@ -11,6 +11,8 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +48,54 @@ class Deadline:
 
     def seconds(self) -> float:
         return time.perf_counter() - self.begin
+
+
+# ---- kernel families -------------------------------------------------------------------------------------------------
+
+FAMILIES = {"auto": "", "sm80": " portable kernels"}  # what the name of a row ends in
+
+
+def kernels() -> str:
+    """The kernel family of this process: rat_ext reads the variable once."""
+    return os.environ.get("RAT_EXT_KERNELS") or "auto"
+
+
+def in_family(family: str, words: list[str], **options: object) -> subprocess.CompletedProcess:
+    """Runs a Python program whose CUDA kernels are those of ``family``."""
+    return subprocess.run([sys.executable, *words], env=os.environ | {"RAT_EXT_KERNELS": family}, **options)
+
+
+def add_kernels(p: argparse.ArgumentParser) -> None:
+    families = "auto (what is chosen), sm80 (the portable ones)"
+    p.add_argument("--kernels", default=kernels(), metavar="A,B", help=f"kernel families to time, on a GPU: {families}")
+
+
+def each_family(p: argparse.ArgumentParser, options: argparse.Namespace, deadline: Deadline) -> int | None:
+    """Runs the bench in a process for each family of --kernels and writes one result with all their rows.
+
+    None where this process is all that was asked for. Peers do not depend on the family: "auto" alone has them.
+    """
+    asked = options.kernels.split(",")
+    if unknown := [family for family in asked if family not in FAMILIES]:
+        p.error(f"--kernels: {', '.join(unknown)!r}; known: {', '.join(FAMILIES)}")
+    if asked == [kernels()]:
+        return None
+    if options.device != "cuda":
+        p.error("--kernels: only a GPU has several kernel families")
+    result, code = None, 0
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        for family in asked:
+            left = options.time_limit - deadline.seconds()
+            words = [*sys.argv, "--kernels", family, "--out", str(out), "--time-limit", str(left)]
+            code |= in_family(family, words + ([] if family == "auto" else ["--no-peers"])).returncode
+            if not out.exists():
+                return code or 1
+            found = json.loads(out.read_text())
+            out.unlink()
+            result = {**result, "rows": result["rows"] + found["rows"]} if result else found
+    save(result | {"kernels": options.kernels}, options)
+    return code
 
 
 # ---- clocks ----------------------------------------------------------------------------------------------------------
@@ -166,6 +216,7 @@ def record(bench: str, device: torch.device, **more: object) -> dict:
         "cuda": torch.version.cuda,
         "rat_ext": info["version"],
         "build": info["build"],
+        "kernels": kernels() if device.type == "cuda" else None,
         "python": platform.python_version(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),

@@ -1,25 +1,23 @@
-"""Forward time of the kernel families on one GPU, shape by shape: no shape may be slower on the one that is chosen.
+"""Forward and forward + backward of the kernel families on one GPU, shape by shape: no shape may be slower on the one that
+is chosen.
 
-Each family is forced in a process of its own (RAT_EXT_KERNELS is read once). Times are device times of one forward, by CUDA
+Each family is forced in a process of its own (RAT_EXT_KERNELS is read once). Times are device times of one call, by CUDA
 graph replay, so that launches cost no more than they do in a training step.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
-from common import Clock, parser, record, save, table
+from common import FAMILIES, Clock, free, in_family, parser, record, save, table
 
 import rat_ext
 from rat_ext import RATCache
-
-FAMILIES = ("sm80", "auto")
 
 # batch, tokens, H, G, D, L, tokens seen before, dtype, what is special
 SHAPES = [
@@ -50,8 +48,11 @@ def name(shape: tuple) -> str:
     return f"T={tokens}{after} B={batch} H={heads} G={groups} D={dim} L={size} {dtype}{' ' + special if special else ''}"
 
 
-def call(shape: tuple):
-    """The forward of a shape, as a function without arguments."""
+PHASES = ("forward", "forward + backward")
+
+
+def calls(shape: tuple) -> tuple:
+    """Forward and forward + backward of a shape, as functions without arguments."""
     batch, tokens, heads, groups, dim, size, seen, dtype, special = shape
     dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[dtype]
     shift = 1 if special == "unaligned" else 0
@@ -71,48 +72,64 @@ def call(shape: tuple):
         state.lengths.fill_(seen)
         state.length_bound = seen
         options["initial_state"] = state
-    return lambda: rat_ext.rat_attention(q, k, v, gate, size, **options)
+    leaves = [x.requires_grad_() for x in (q, k, v, gate, out_gate)]
+    dy = torch.randn_like(v)
+
+    def forward() -> torch.Tensor:
+        return rat_ext.rat_attention(q, k, v, gate, size, **options)
+
+    def training() -> None:
+        torch.autograd.grad(forward(), leaves, dy)
+
+    return torch.no_grad()(forward), training
 
 
-@torch.no_grad()
-def measure(pattern: str, quick: bool) -> dict[str, float]:
+def replay_ms(function, clock: Clock) -> float:
+    stream = torch.cuda.Stream()  # the first call, and what it loads, may not be captured
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return clock.median(graph.replay, 60, 30)
+
+
+def measure(pattern: str, quick: bool) -> dict[str, list[float]]:
     clock, found = Clock(torch.device("cuda"), quick), {}
     for shape in SHAPES:
-        if not re.search(pattern, name(shape)):
-            continue
-        function = call(shape)
-        function()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            function()
-        found[name(shape)] = clock.median(graph.replay, 60, 30)
-        del graph, function
+        if re.search(pattern, name(shape)):
+            found[name(shape)] = [replay_ms(function, clock) for function in calls(shape)]
+            free()
     return found
 
 
 def main() -> int:
-    options = parser(__doc__).parse_args()
+    p = parser(__doc__)
+    p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # prints this process's times, as JSON
+    options = p.parse_args()
     if options.device != "cuda":
         print("only a GPU has several kernel families")
         return 0
-    if os.environ.get("RAT_EXT_FAMILY_CHILD"):
+    if options.child:
         print(json.dumps(measure(options.rows, options.quick)))
         return 0
     found = {}
     for family in FAMILIES:
-        child = os.environ | {"RAT_EXT_KERNELS": family, "RAT_EXT_FAMILY_CHILD": "1"}
-        words = [sys.executable, str(Path(__file__)), "--rows", options.rows, *(["--quick"] if options.quick else [])]
-        out = subprocess.run(words, env=child, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found[family] = json.loads(out.splitlines()[-1])
-    result = record("families", torch.device("cuda"), families=FAMILIES, ms=found)
-    shown = []
-    for row, portable in found["sm80"].items():
-        chosen = found["auto"][row]
-        shown.append(
-            [row, f"{portable:.4f}", f"{chosen:.4f}", f"{portable / chosen:.2f}x", "SLOWER" if chosen > 1.03 * portable else ""]
+        words = [*sys.argv, "--child"]
+        found[family] = json.loads(
+            in_family(family, words, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
         )
-    table(["forward, ms", "sm80", "auto", "gain", ""], shown)
+    result = record("families", torch.device("cuda"), kernels=",".join(FAMILIES), ms=found)
+    for i, phase in enumerate(PHASES):
+        shown = []
+        for row, chosen in found["auto"].items():
+            mine, portable = chosen[i], found["sm80"][row][i]
+            gain = [f"{portable / mine:.2f}x", "SLOWER" if mine > 1.03 * portable else ""]
+            shown.append([row, f"{portable:.4f}", f"{mine:.4f}", *gain])
+        table([f"{phase}, ms", "sm80", "auto", "gain", ""], shown)
+        print()
     save(result, options)
     return 0
 

@@ -4,7 +4,7 @@ Peers: the eager definition (rat_ext.reference), the compiled definition (bench/
 scan, FlexAttention; CUDA), dense causal attention by scaled_dot_product_attention with H heads of keys and values
 (CUDA: the flash and cuDNN backends, each by name; CPU: its only one). RAT's rows have G = 2, an output gate and
 rotation; the dense ones have none of these. A row is refused when rat_ext is further from float64 than twice the eager
-definition.
+definition. --kernels auto,sm80 times the portable kernels too, in rows of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,21 @@ import subprocess
 import sys
 
 import torch
-from common import Clock, Deadline, ceilings, free, number, parser, record, save, table
+from common import (
+    FAMILIES,
+    Clock,
+    Deadline,
+    add_kernels,
+    ceilings,
+    each_family,
+    free,
+    kernels,
+    number,
+    parser,
+    record,
+    save,
+    table,
+)
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -42,6 +56,10 @@ class Row:
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"T={self.tokens} B={self.batch} H={self.heads} G={self.groups} D={self.dim} L={self.chunk_size} {dtype}"
+
+    def label(self) -> str:
+        """The name in results: with the kernel family that was forced, if one was."""
+        return f"{self}{FAMILIES[kernels()]}"
 
     def flops(self, backward: bool) -> float:
         """Needed products only: 2 in the forward, 5 in the backward, each T x C / 2 x D a head, 2 operations an
@@ -101,16 +119,21 @@ def errors(function, row: Row, tensors, table_pair, dy, exact=None) -> tuple[dic
     return values, far
 
 
-def check(row: Row, device: torch.device, peer: bool) -> dict:
-    """Errors of rat_ext, the eager definition and the compiled peer against float64 at B = 1 and a T of 16 chunks or
-    more.
+def check_row(row: Row, device: torch.device) -> Row:
+    """What stands for all rows of one configuration in its check: the same but for B and T. On a GPU 256 chunks and
+    several sequences, so that the kernels that need many of them run too; what float64 scores take bounds it.
     """
-    tokens = min(row.tokens, max(1024, 16 * row.chunk_size))
-    tensors = inputs(row, device, 1, tokens, seed=1)
+    tokens = max(4096, 256 * row.chunk_size) if device.type == "cuda" else max(1024, 16 * row.chunk_size)
+    return dataclasses.replace(row, batch=max(1, 32768 // tokens) if device.type == "cuda" else 1, tokens=tokens)
+
+
+def check(row: Row, device: torch.device, peer: bool) -> dict:
+    """Errors of rat_ext, the eager definition and the compiled peer against float64 at the size of ``row``."""
+    tensors = inputs(row, device, row.batch, row.tokens, seed=1)
     dy = torch.randn(tensors[2].shape, device=device, dtype=row.dtype, generator=torch.Generator(device).manual_seed(2))
-    low, double = tables(row, device, tokens), tables(row, device, tokens, torch.float64)
+    low, double = tables(row, device, row.tokens), tables(row, device, row.tokens, torch.float64)
     exact, _ = errors(reference.rat_attention, row, [x.double() for x in tensors], double, dy.double())
-    found = {"tokens": tokens}
+    found = {"batch": row.batch, "tokens": row.tokens}
     _, found["rat_ext"] = errors(rat_ext.rat_attention, row, tensors, low, dy, exact)
     _, found["eager"] = errors(reference.rat_attention, row, tensors, low, dy, exact)
     if peer:
@@ -120,6 +143,21 @@ def check(row: Row, device: torch.device, peer: bool) -> dict:
     unit = ROUNDINGS * torch.finfo(row.dtype).eps
     found["wrong"] = [key for key, e in found["rat_ext"].items() if not e <= 2 * found["eager"][key] + unit]
     return found
+
+
+def checked(row: Row, device: torch.device, known: dict, peer: bool = False) -> dict:
+    """The beginning of a row's entry in the results, with its check, kept in ``known`` for other rows; says how it went."""
+    small = check_row(row, device)
+    if small not in known:
+        known[small] = check(small, device, peer)
+        free()
+    found = known[small]
+    figures = ", ".join(f"{n} {max(e.values()):.1e}" for n, e in found.items() if isinstance(e, dict))
+    print(f"{row.label()}\n  largest relative error at T={small.tokens} B={small.batch}: {figures}")
+    if found["wrong"]:
+        print(f"  WRONG in {', '.join(found['wrong'])}: not timed\n")
+    fields = dataclasses.asdict(row) | {"dtype": str(row.dtype).removeprefix("torch."), "kernels": kernels()}
+    return {"name": row.label(), **fields, "check": found}
 
 
 # ---- fast? -----------------------------------------------------------------------------------------------------------
@@ -235,9 +273,12 @@ def memory(tokens: int) -> dict:
 def main() -> int:
     p = parser(__doc__)
     p.add_argument("--no-compiled", action="store_true", help="leave the compiled peer out: compiling takes its time")
+    add_kernels(p)
     options = p.parse_args()
-    device = torch.device(options.device)
     deadline = Deadline(options.time_limit)
+    if (code := each_family(p, options, deadline)) is not None:
+        return code
+    device = torch.device(options.device)
     listed = [row for row in rows(device, options.quick) if re.search(options.rows, str(row))]
     if not listed:
         p.error(f"--rows {options.rows!r} matches none")
@@ -258,23 +299,10 @@ def main() -> int:
             result["stopped_before"] = str(row)
             break
         free()
-        config = dataclasses.replace(row, batch=1, tokens=0)
-        if config not in checks:
-            checks[config] = check(row, device, compiled_peer)
-            free()
-        checked = checks[config]
-        figures = ", ".join(f"{n} {max(e.values()):.1e}" for n, e in checked.items() if isinstance(e, dict))
-        entry = {
-            "name": str(row),
-            **dataclasses.asdict(row),
-            "dtype": str(row.dtype).removeprefix("torch."),
-            "check": checked,
-        }
+        entry = checked(row, device, checks, compiled_peer)
         result["rows"].append(entry)
-        print(f"{row}\n  largest relative error at T={checked['tokens']}: {figures}")
-        if checked["wrong"]:
+        if entry["check"]["wrong"]:
             wrong = True
-            print(f"  WRONG in {', '.join(checked['wrong'])}: not timed\n")
             continue
         entry |= time_row(row, device, clock, not options.no_peers, compiled_peer)
         show(row, entry, limits)

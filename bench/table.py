@@ -83,7 +83,30 @@ def phases(result: dict) -> str:
     return "\n\n".join(parts)
 
 
-MAKERS = {"op": op, "host": host, "decode": decode, "recurrence": recurrence, "phases": phases}
+BACKWARD = ["attention ms", "TFLOP/s", "prepare ms", "of copy", "scan ms", "of copy", "all kernels ms", "peak GB"]
+
+
+def backward_cells(row: dict, show=number) -> list[str]:
+    """The figures of a row under BACKWARD, with the target that was reached, or MISSED, where there is one."""
+
+    def figure(key: str) -> str:
+        text = f"{row[key]:.0%}" if key.endswith("of_copy") else show(row[key])
+        return text + (f" ({row['targets'][key][2]})" if key in row["targets"] else "")
+
+    ms = row["ms"]
+    line = [show(ms["attention"]), figure("attention_tflop_s")]
+    for phase in ("prepare", "scan"):
+        line += [show(ms[phase]), figure(f"{phase}_of_copy")]
+    return [*line, show(ms["all kernels"]), figure("peak_gb")]
+
+
+def backward(result: dict) -> str:
+    wrong = ["wrong: not timed", *[""] * (len(BACKWARD) - 1)]
+    lines = [[f"`{row['name']}`", *(backward_cells(row) if "ms" in row else wrong)] for row in result["rows"]]
+    return markdown(["backward", *BACKWARD], lines)
+
+
+MAKERS = {"op": op, "backward": backward, "host": host, "decode": decode, "recurrence": recurrence, "phases": phases}
 
 
 def merged(bench: str, folder: Path) -> list[dict]:

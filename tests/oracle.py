@@ -9,6 +9,7 @@ asserts that the compiled op is at most twice as far from float64 as the eager o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -285,6 +286,20 @@ def evaluate(function, case: Case, *, double: bool = False, grads: dict[str, Ten
     if lengths is not None:
         values["lengths"] = lengths
     return values, grads
+
+
+def training(case: Case) -> Callable[[], dict[str, Tensor]]:
+    """Forward + backward of y alone and nothing else, on tensors that stay: what graphs capture and streams run."""
+    leaves = {key: x.detach().requires_grad_() for key, x in case.tensors.items()}
+    dy = Random(case.seed + 1, leaves["q"].device, case.dtype).normal(*leaves["v" if "v" in leaves else "v_states"].shape)
+
+    def run() -> dict[str, Tensor]:
+        result = getattr(rat_ext, case.op)(**leaves, chunk_size=case.chunk_size, initial_state=case.state, **case.options)
+        y = result[0] if isinstance(result, tuple) else result
+        grads = torch.autograd.grad(y, list(leaves.values()), dy)
+        return {"y": y.detach()} | {"d" + key: g for key, g in zip(leaves, grads, strict=True)}
+
+    return run
 
 
 # ---- the rule --------------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ import rat_ext
 DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PADDED_HEAD_SIZES = (24, 64, 96, 128, 192, 256)
+# Chunk states of 16 tokens, enough for the kernels that serve many; and heads to fill more than a few blocks.
+MANY = {"heads": 16, "groups": 2}
 
 
 def cases():
@@ -39,6 +41,10 @@ def cases():
         yield attention_case(DEVICE, dtype, sequences=[10, 0, 35, 1], lengths=[3, 16, 0, 31], return_state=True, dim=64)
         yield attention_case(DEVICE, dtype, op="chunk_attention", tokens=45, chunk_size=4, dim=64, **small)
         yield attention_case(DEVICE, dtype, tokens=600, chunk_size=2**40, dim=64, **small)
+        if dtype != torch.float32:
+            for dim in (64, 128):
+                yield attention_case(DEVICE, dtype, batch=1, tokens=4200, dim=dim, **MANY)
+                yield attention_case(DEVICE, dtype, sequences=[2100, 0, 16, 1, 2083], dim=dim, **MANY)
         yield recurrence_case(DEVICE, dtype, tokens=3000, chunk_size=2**40, dim=16, **small)
         yield recurrence_case(DEVICE, dtype, sequences=[10, 0, 35], lengths=[3, 16, 0], return_state=True, dim=64)
 
