@@ -183,12 +183,4 @@ __device__ __forceinline__ KeyTile key_tile(const Sizes& s, const ChunkStates& c
   return k;
 }
 
-// Raises the limit of dynamic shared memory where a kernel needs more than the 48 KB that need no asking.
-template <class Kernel>
-inline void allow_shared_memory(Kernel kernel, int bytes, const char* name) {
-  if (bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
-  }
-}
-
 }  // namespace rat::cuda
