@@ -26,6 +26,20 @@ class Nothing(torch.autograd.Function):
         return dy
 
 
+class NothingOfSix(torch.autograd.Function):
+    """The same with as many inputs as rat_attention has gradients, which it saves, as it does its output."""
+
+    @staticmethod
+    def forward(ctx, *inputs: torch.Tensor) -> torch.Tensor:
+        y = inputs[2].clone()
+        ctx.save_for_backward(*inputs, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return ctx.saved_tensors[:6]
+
+
 def measure(device: torch.device, quick: bool) -> dict[str, float]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     batch, tokens, heads, groups, dim, chunk_size = 1, 32, 2, 1, 64, 16
@@ -57,6 +71,8 @@ def measure(device: torch.device, quick: bool) -> dict[str, float]:
     found["forward + backward"] = host(lambda: torch.autograd.grad(forward(), (*leaves, bias), dy))
     found["packed forward + backward"] = host(lambda: torch.autograd.grad(forward_packed(), (packed, bias), dy))
     found["a function that does nothing"] = host(lambda: torch.autograd.grad(Nothing.apply(leaves[2]), leaves[2], dy))
+    six = (*leaves, bias)
+    found["a function of six inputs that does nothing"] = host(lambda: torch.autograd.grad(NothingOfSix.apply(*six), six, dy))
     # On a GPU autograd runs a backward on a thread of its own; the hand-over is host time that no op can save.
     with torch.autograd.set_multithreading_enabled(False):
         call = "forward + backward, autograd on the calling thread"
@@ -65,6 +81,8 @@ def measure(device: torch.device, quick: bool) -> dict[str, float]:
         found[call] = host(lambda: torch.autograd.grad(forward_packed(), (packed, bias), dy))
         call = "a function that does nothing, autograd on the calling thread"
         found[call] = host(lambda: torch.autograd.grad(Nothing.apply(leaves[2]), leaves[2], dy))
+        call = "a function of six inputs that does nothing, autograd on the calling thread"
+        found[call] = host(lambda: torch.autograd.grad(NothingOfSix.apply(*six), six, dy))
     with torch.no_grad():
         token = [normal(batch, h, dim) for h in counts]
         cache = rat_ext.RATCache.empty(batch, heads, dim, chunk_size, 1 << 16, dtype=dtype, device=device)

@@ -430,7 +430,9 @@ AttentionFwdParams projection_params(const Context& c, const Tensor& projection,
   return p;
 }
 
-using FwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// y, lse, chunk states; the returned running states and lengths where wanted. An absent output is none rather than an empty
+// tensor, which would cost the host as much as one with elements.
+using FwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor, MaybeTensor, MaybeTensor, MaybeTensor>;
 
 // Allocates y, lse, chunk states and the returned state, and runs the forward.
 FwdResult run_forward(const Context& c, AttentionFwdParams& p, const Tensor& like, bool return_state) {
@@ -440,18 +442,18 @@ FwdResult run_forward(const Context& c, AttentionFwdParams& p, const Tensor& lik
   const int64_t owners = p.chunks.compact ? 1 : s.sequences;
   Tensor chunk_k = c.empty(like, {owners, s.heads, p.chunks.rows, s.head_dim}, c.dtype);
   Tensor chunk_v = c.empty(like, {owners, s.heads, p.chunks.rows, s.head_dim}, c.dtype);
-  const int64_t n = return_state ? s.sequences : 0;
-  Tensor running_k = c.empty(like, {n, s.heads, s.head_dim}, c.acc);
-  Tensor running_v = c.empty(like, {n, s.heads, s.head_dim}, c.acc);
-  Tensor lengths = c.empty(like, {n}, ScalarType::Int);
+  MaybeTensor running_k, running_v, lengths;
   p.y = Context::rows_of(y);
   p.lse = lse.data_ptr();
   p.chunks.k = chunk_k.data_ptr();
   p.chunks.v = chunk_v.data_ptr();
   if (return_state) {
-    p.running_k = running_k.data_ptr();
-    p.running_v = running_v.data_ptr();
-    p.lengths_out = static_cast<int32_t*>(lengths.data_ptr());
+    running_k = c.empty(like, {s.sequences, s.heads, s.head_dim}, c.acc);
+    running_v = c.empty(like, {s.sequences, s.heads, s.head_dim}, c.acc);
+    lengths = c.empty(like, {s.sequences}, ScalarType::Int);
+    p.running_k = running_k->data_ptr();
+    p.running_v = running_v->data_ptr();
+    p.lengths_out = static_cast<int32_t*>(lengths->data_ptr());
   }
   if (s.sequences > 0 && s.heads > 0 && (s.batch * s.tokens > 0 || return_state)) RAT_LAUNCH(c, like, attention_fwd, p);
   return {y, lse, chunk_k, chunk_v, running_k, running_v, lengths};
@@ -494,13 +496,16 @@ struct SavedAndGrads {
   const Tensor& saved_chunk_v;
 };
 
+// Each present where its argument is.
 struct StateGrads {
-  Tensor dgate_bias, dchunk_k, dchunk_v, drunning_k, drunning_v;
+  MaybeTensor dgate_bias, dchunk_k, dchunk_v, drunning_k, drunning_v;
 };
 
-// `b.fwd` and the gradient rows are set; checks and sets the rest, allocates the small gradients, runs the backward.
+// `b.fwd` and the gradient rows are set; checks and sets the rest, allocates the small gradients, runs the backward. Pointers
+// do not tell what was given: those of tensors without elements are null.
 // Incoming gradients with a last dimension that is not contiguous (those of a sum are expanded scalars) are copied.
-StateGrads run_backward(const Context& c, AttentionBwdParams& b, const Tensor& like, const SavedAndGrads& g) {
+StateGrads run_backward(const Context& c, AttentionBwdParams& b, const Tensor& like, const SavedAndGrads& g,
+                        bool has_bias, bool carried) {
   AttentionFwdParams& p = b.fwd;
   const Sizes& s = p.size;
   p.y = c.rows("y", g.y, {s.batch, s.tokens, s.heads, s.head_dim});
@@ -527,31 +532,30 @@ StateGrads run_backward(const Context& c, AttentionBwdParams& b, const Tensor& l
   b.drunning_k = state_grad(2, "drunning_k", g.drunning_k, c.acc, {s.sequences, s.heads, s.head_dim});
   b.drunning_v = state_grad(3, "drunning_v", g.drunning_v, c.acc, {s.sequences, s.heads, s.head_dim});
 
-  const bool carried = p.initial.k != nullptr || s.lengths != nullptr;
-  const int64_t n = carried ? s.sequences : 0;
-  const bool has_bias = p.gate_bias != nullptr;
-  StateGrads out{
-      c.empty(like, {has_bias ? s.heads : 0, s.head_dim}, c.acc),
-      c.empty(like, {n, s.heads, p.initial.rows, s.head_dim}, c.dtype),
-      c.empty(like, {n, s.heads, p.initial.rows, s.head_dim}, c.dtype),
-      c.empty(like, {n, s.heads, s.head_dim}, c.acc),
-      c.empty(like, {n, s.heads, s.head_dim}, c.acc),
-  };
-  if (has_bias) b.dgate_bias = out.dgate_bias.data_ptr();
+  StateGrads out;
+  if (has_bias) {
+    out.dgate_bias = c.empty(like, {s.heads, s.head_dim}, c.acc);
+    b.dgate_bias = out.dgate_bias->data_ptr();
+  }
   if (carried) {
-    b.dinitial = CarriedState{out.dchunk_k.data_ptr(), out.dchunk_v.data_ptr(), p.initial.rows,
-                              out.drunning_k.data_ptr(), out.drunning_v.data_ptr()};
+    out.dchunk_k = c.empty(like, {s.sequences, s.heads, p.initial.rows, s.head_dim}, c.dtype);
+    out.dchunk_v = c.empty(like, {s.sequences, s.heads, p.initial.rows, s.head_dim}, c.dtype);
+    out.drunning_k = c.empty(like, {s.sequences, s.heads, s.head_dim}, c.acc);
+    out.drunning_v = c.empty(like, {s.sequences, s.heads, s.head_dim}, c.acc);
+    b.dinitial = CarriedState{out.dchunk_k->data_ptr(), out.dchunk_v->data_ptr(), p.initial.rows,
+                              out.drunning_k->data_ptr(), out.drunning_v->data_ptr()};
   }
   p.size.aligned16 = c.aligned({p.q, p.k, p.v, p.gate, p.out_gate, p.y, b.dy, b.dq, b.dk, b.dv, b.dgate, b.dout_gate});
   if (s.sequences > 0 && s.heads > 0 && (s.batch * s.tokens > 0 || carried)) {
     RAT_LAUNCH(c, like, attention_bwd, b);
-  } else if (has_bias) {
-    torch::stable::zero_(out.dgate_bias);
+  } else if (out.dgate_bias) {
+    torch::stable::zero_(*out.dgate_bias);
   }
   return out;
 }
 
-using BwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using BwdResult = std::tuple<Tensor, Tensor, Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor,
+                             MaybeTensor, MaybeTensor>;
 
 BwdResult rat_attention_backward(Tensor dy, MaybeTensor dchunk_k, MaybeTensor dchunk_v, MaybeTensor drunning_k,
                                  MaybeTensor drunning_v, Tensor q, Tensor k, Tensor v, MaybeTensor gate,
@@ -570,15 +574,17 @@ BwdResult rat_attention_backward(Tensor dy, MaybeTensor dchunk_k, MaybeTensor dc
   Tensor dq = c.empty(q, {s.batch, s.tokens, s.q_groups, s.head_dim}, c.dtype);
   Tensor dk = c.empty(q, {s.batch, s.tokens, s.k_groups, s.head_dim}, c.dtype);
   Tensor dv = c.empty(q, {s.batch, s.tokens, s.heads, s.head_dim}, c.dtype);
-  Tensor dgate = c.empty(q, {s.batch, s.tokens, gate ? s.heads : 0, s.head_dim}, c.dtype);
-  Tensor dout_gate = c.empty(q, {s.batch, s.tokens, out_gate ? s.heads : 0, s.head_dim}, c.dtype);
+  MaybeTensor dgate, dout_gate;
+  if (gate) dgate = c.empty(q, {s.batch, s.tokens, s.heads, s.head_dim}, c.dtype);
+  if (out_gate) dout_gate = c.empty(q, {s.batch, s.tokens, s.heads, s.head_dim}, c.dtype);
   b.dq = Context::rows_of(dq);
   b.dk = Context::rows_of(dk);
   b.dv = Context::rows_of(dv);
-  if (gate) b.dgate = Context::rows_of(dgate);
-  if (out_gate) b.dout_gate = Context::rows_of(dout_gate);
+  if (dgate) b.dgate = Context::rows_of(*dgate);
+  if (dout_gate) b.dout_gate = Context::rows_of(*dout_gate);
   StateGrads small =
-      run_backward(c, b, q, {dy, dchunk_k, dchunk_v, drunning_k, drunning_v, y, lse, saved_chunk_k, saved_chunk_v});
+      run_backward(c, b, q, {dy, dchunk_k, dchunk_v, drunning_k, drunning_v, y, lse, saved_chunk_k, saved_chunk_v},
+                   gate_bias.has_value(), lengths.has_value());
   return {dq,
           dk,
           dv,
@@ -591,7 +597,7 @@ BwdResult rat_attention_backward(Tensor dy, MaybeTensor dchunk_k, MaybeTensor dc
           small.drunning_v};
 }
 
-using PackedBwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using PackedBwdResult = std::tuple<Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
 
 PackedBwdResult rat_attention_packed_backward(Tensor dy, MaybeTensor dchunk_k, MaybeTensor dchunk_v,
                                               MaybeTensor drunning_k, MaybeTensor drunning_v, Tensor projection,
@@ -619,7 +625,8 @@ PackedBwdResult rat_attention_packed_backward(Tensor dy, MaybeTensor dchunk_k, M
   b.dgate = grads.gate;
   b.dout_gate = grads.out_gate;
   StateGrads small = run_backward(
-      c, b, projection, {dy, dchunk_k, dchunk_v, drunning_k, drunning_v, y, lse, saved_chunk_k, saved_chunk_v});
+      c, b, projection, {dy, dchunk_k, dchunk_v, drunning_k, drunning_v, y, lse, saved_chunk_k, saved_chunk_v},
+      gate_bias.has_value(), lengths.has_value());
   return {dprojection, small.dgate_bias, small.dchunk_k, small.dchunk_v, small.drunning_k, small.drunning_v};
 }
 
@@ -659,25 +666,26 @@ RecurrenceFwdParams recurrence_params(const Context& c, const Tensor& x, const T
   return p;
 }
 
-std::tuple<Tensor, Tensor> chunk_recurrence(Tensor x, Tensor gate, MaybeTensor gate_bias, MaybeTensor cu_seqlens,
-                                            MaybeTensor initial_state, MaybeTensor lengths, int64_t chunk_size,
-                                            bool return_state) {
+std::tuple<Tensor, MaybeTensor> chunk_recurrence(Tensor x, Tensor gate, MaybeTensor gate_bias, MaybeTensor cu_seqlens,
+                                                 MaybeTensor initial_state, MaybeTensor lengths, int64_t chunk_size,
+                                                 bool return_state) {
   const Context c("chunk_recurrence", "x", x);
   RecurrenceFwdParams p = recurrence_params(c, x, gate, gate_bias, cu_seqlens, initial_state, lengths, chunk_size);
   const Sizes& s = p.size;
   Tensor y = c.empty(x, {s.batch, s.tokens, s.heads, s.head_dim}, c.dtype);
-  Tensor final_state = c.empty(x, {return_state ? s.sequences : 0, s.heads, s.head_dim}, c.acc);
+  MaybeTensor final_state;
   p.y = Context::rows_of(y);
-  if (return_state) p.final_state = final_state.data_ptr();
+  if (return_state) {
+    final_state = c.empty(x, {s.sequences, s.heads, s.head_dim}, c.acc);
+    p.final_state = final_state->data_ptr();
+  }
   if (s.sequences > 0 && s.heads > 0 && (s.batch * s.tokens > 0 || return_state)) RAT_LAUNCH(c, x, recurrence_fwd, p);
   return {y, final_state};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_recurrence_backward(Tensor dy, MaybeTensor dfinal, Tensor x,
-                                                                     Tensor gate, MaybeTensor gate_bias,
-                                                                     MaybeTensor cu_seqlens, MaybeTensor initial_state,
-                                                                     MaybeTensor lengths, Tensor y,
-                                                                     int64_t chunk_size) {
+std::tuple<Tensor, Tensor, MaybeTensor, MaybeTensor> chunk_recurrence_backward(
+    Tensor dy, MaybeTensor dfinal, Tensor x, Tensor gate, MaybeTensor gate_bias, MaybeTensor cu_seqlens,
+    MaybeTensor initial_state, MaybeTensor lengths, Tensor y, int64_t chunk_size) {
   const Context c("chunk_recurrence_backward", "x", x);
   RecurrenceBwdParams b;
   b.fwd = recurrence_params(c, x, gate, gate_bias, cu_seqlens, initial_state, lengths, chunk_size);
@@ -694,17 +702,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_recurrence_backward(Tensor dy, 
   }
   Tensor dx = c.empty(x, {s.batch, s.tokens, s.k_groups, s.head_dim}, c.dtype);
   Tensor dgate = c.empty(x, {s.batch, s.tokens, s.heads, s.head_dim}, c.dtype);
-  Tensor dgate_bias = c.empty(x, {gate_bias ? s.heads : 0, s.head_dim}, c.acc);
-  Tensor dinitial = c.empty(x, {initial_state ? s.sequences : 0, s.heads, s.head_dim}, c.acc);
+  MaybeTensor dgate_bias, dinitial;
   b.dx = Context::rows_of(dx);
   b.dgate = Context::rows_of(dgate);
-  if (gate_bias) b.dgate_bias = dgate_bias.data_ptr();
-  if (initial_state) b.dinitial = dinitial.data_ptr();
+  if (gate_bias) {
+    dgate_bias = c.empty(x, {s.heads, s.head_dim}, c.acc);
+    b.dgate_bias = dgate_bias->data_ptr();
+  }
+  if (initial_state) {
+    dinitial = c.empty(x, {s.sequences, s.heads, s.head_dim}, c.acc);
+    b.dinitial = dinitial->data_ptr();
+  }
   b.fwd.size.aligned16 = c.aligned({b.fwd.x, b.fwd.gate, b.fwd.y, b.dy, b.dx, b.dgate});
   if (s.sequences > 0 && s.heads > 0 && (s.batch * s.tokens > 0 || initial_state)) {
     RAT_LAUNCH(c, x, recurrence_bwd, b);
-  } else if (gate_bias) {
-    torch::stable::zero_(dgate_bias);
+  } else if (dgate_bias) {
+    torch::stable::zero_(*dgate_bias);
   }
   return {dx, dgate, dgate_bias, dinitial};
 }
@@ -815,30 +828,31 @@ int cpu::num_threads() { return static_cast<int>(torch::stable::get_num_threads(
   "Tensor projection, SymInt num_heads, SymInt num_groups, bool has_out_gate, Tensor? gate_bias, " RAT_STATE_ARGS
 #define RAT_GRAD_ARGS "Tensor dy, Tensor? dchunk_k, Tensor? dchunk_v, Tensor? drunning_k, Tensor? drunning_v, "
 #define RAT_SAVED_ARGS "Tensor y, Tensor lse, Tensor saved_chunk_k, Tensor saved_chunk_v, "
+#define RAT_FWD_RESULT                                                                                                 \
+  "(Tensor y, Tensor lse, Tensor chunk_k_out, Tensor chunk_v_out, Tensor? running_k_out, Tensor? running_v_out, "      \
+  "Tensor? lengths_out)"
+#define RAT_STATE_GRADS                                                                                                \
+  "Tensor? dinitial_chunk_k, Tensor? dinitial_chunk_v, Tensor? dinitial_running_k, Tensor? dinitial_running_v"
 
 STABLE_TORCH_LIBRARY(rat_ext, m) {
   m.def("rat_attention(" RAT_INPUT_ARGS
-        "SymInt chunk_size, float scale, SymInt chunk_rows, bool return_state) -> (Tensor y, Tensor lse, Tensor "
-        "chunk_k_out, "
-        "Tensor chunk_v_out, Tensor running_k_out, Tensor running_v_out, Tensor lengths_out)");
+        "SymInt chunk_size, float scale, SymInt chunk_rows, bool return_state) -> " RAT_FWD_RESULT);
   m.def("rat_attention_backward(" RAT_GRAD_ARGS RAT_INPUT_ARGS RAT_SAVED_ARGS
-        "SymInt chunk_size, float scale, bool return_state) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgate, "
-        "Tensor dgate_bias, Tensor dout_gate, Tensor dinitial_chunk_k, Tensor dinitial_chunk_v, "
-        "Tensor dinitial_running_k, Tensor dinitial_running_v)");
+        "SymInt chunk_size, float scale, bool return_state) -> (Tensor dq, Tensor dk, Tensor dv, Tensor? dgate, "
+        "Tensor? dgate_bias, Tensor? dout_gate, " RAT_STATE_GRADS ")");
   m.def("rat_attention_packed(" RAT_PACKED_ARGS
-        "SymInt chunk_size, float scale, SymInt chunk_rows, bool return_state) -> (Tensor y, Tensor lse, Tensor "
-        "chunk_k_out, "
-        "Tensor chunk_v_out, Tensor running_k_out, Tensor running_v_out, Tensor lengths_out)");
-  m.def("rat_attention_packed_backward(" RAT_GRAD_ARGS RAT_PACKED_ARGS RAT_SAVED_ARGS
-        "SymInt chunk_size, float scale, bool return_state) -> (Tensor dprojection, Tensor dgate_bias, "
-        "Tensor dinitial_chunk_k, Tensor dinitial_chunk_v, Tensor dinitial_running_k, Tensor dinitial_running_v)");
+        "SymInt chunk_size, float scale, SymInt chunk_rows, bool return_state) -> " RAT_FWD_RESULT);
+  m.def(
+      "rat_attention_packed_backward(" RAT_GRAD_ARGS RAT_PACKED_ARGS RAT_SAVED_ARGS
+      "SymInt chunk_size, float scale, bool return_state) -> (Tensor dprojection, Tensor? dgate_bias, " RAT_STATE_GRADS
+      ")");
   m.def(
       "chunk_recurrence(Tensor x, Tensor gate, Tensor? gate_bias, Tensor? cu_seqlens, Tensor? initial_state, "
-      "Tensor? lengths, SymInt chunk_size, bool return_state) -> (Tensor y, Tensor final_state)");
+      "Tensor? lengths, SymInt chunk_size, bool return_state) -> (Tensor y, Tensor? final_state)");
   m.def(
       "chunk_recurrence_backward(Tensor dy, Tensor? dfinal, Tensor x, Tensor gate, Tensor? gate_bias, "
       "Tensor? cu_seqlens, Tensor? initial_state, Tensor? lengths, Tensor y, SymInt chunk_size) -> (Tensor dx, "
-      "Tensor dgate, Tensor dgate_bias, Tensor dinitial)");
+      "Tensor dgate, Tensor? dgate_bias, Tensor? dinitial)");
   m.def(
       "rat_decode_step(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor? gate_bias, Tensor? out_gate, "
       "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? slots, Tensor(a!) chunk_k, Tensor(b!) chunk_v, "

@@ -37,11 +37,12 @@ def _table(name: str, x: Tensor | None, dtype: torch.dtype, differentiable: bool
     return x.contiguous()
 
 
-def _autocast(device: torch.device, tensors: tuple) -> tuple:
+def _autocast(tensors: tuple) -> tuple:
     """Under autocast, float32 inputs are computed in the autocast dtype; their gradients come back in float32."""
-    if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
+    device = "cuda" if tensors[0].is_cuda else "cpu"  # asking a torch.device for its type makes a string each time
+    if not torch.is_autocast_enabled(device) or not (tensors[0].is_cuda or tensors[0].is_cpu):
         return tensors
-    dtype = torch.get_autocast_dtype(device.type)
+    dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
@@ -66,15 +67,15 @@ def _state_args(op: str, chunk_size: int, tokens: int, cu_seqlens: Tensor | None
     return tensors, max(state.chunk_k.shape[2], bound // step, fewest), bound
 
 
-def _default_scale(v: Tensor) -> float:
-    return max(v.shape[-1], 1) ** -0.5 if v.dim() else 1.0
+def _default_scale(shape: torch.Size) -> float:
+    return max(shape[-1], 1) ** -0.5 if shape else 1.0
 
 
-def _finish(result: tuple, chunk_size: int, bound: int, return_state: bool):
-    y, _, chunk_k, chunk_v, running_k, running_v, lengths = result
-    if not return_state:
-        return y
-    return y, RATCache(chunk_k, chunk_v, running_k, running_v, lengths, chunk_size, bound)
+def _finish(result: Tensor | tuple, chunk_size: int, bound: int):
+    if isinstance(result, Tensor):
+        return result
+    y, *state = result
+    return y, RATCache(*state, chunk_size, bound)
 
 
 # ---- the ops ----------------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def rat_attention(
         >>> tuple(y.shape)
         (2, 100, 4, 32)
     """
-    q, k, v, gate, out_gate = _autocast(q.device, (q, k, v, gate, out_gate))
+    q, k, v, gate, out_gate = _autocast((q, k, v, gate, out_gate))
     return _rat_attention(
         "rat_attention", q, k, v, gate, chunk_size, gate_bias, out_gate, rotary_cos, rotary_sin, scale, cu_seqlens,
         initial_state, return_state,
@@ -176,7 +177,7 @@ def chunk_attention(
     The other arguments, the returned values and the errors are those of :func:`rat_attention`; the running state that it
     returns is that of the last token, and the initial one is not used.
     """
-    q, k_states, v_states, out_gate = _autocast(q.device, (q, k_states, v_states, out_gate))
+    q, k_states, v_states, out_gate = _autocast((q, k_states, v_states, out_gate))
     return _rat_attention(
         "chunk_attention", q, k_states, v_states, None, chunk_size, None, out_gate, rotary_cos, rotary_sin, scale, cu_seqlens,
         initial_state, return_state,
@@ -189,14 +190,16 @@ def _rat_attention(
     acc = state_dtype(q.dtype)
     gate_bias = _table("gate_bias", gate_bias, acc, differentiable=True)
     rotary_cos, rotary_sin = _table("rotary_cos", rotary_cos, acc), _table("rotary_sin", rotary_sin, acc)
-    tokens = v.shape[1] if v.dim() == 4 else 0
+    shape = v.shape
+    tokens = shape[1] if len(shape) == 4 else 0
     state, rows, bound = _state_args(op, chunk_size, tokens, cu_seqlens, initial_state, return_state)
     if scale is None:
-        scale = _default_scale(v)
-    result = _differentiable("rat_attention")(
-        q, k, v, gate, gate_bias, out_gate, rotary_cos, rotary_sin, cu_seqlens, *state, chunk_size, scale, rows, return_state
-    )
-    return _finish(result, chunk_size, bound, return_state)
+        scale = _default_scale(shape)
+    inputs = (q, k, v, gate, gate_bias, out_gate)
+    args = (*inputs, rotary_cos, rotary_sin, cu_seqlens, *state, chunk_size, scale, rows, return_state)
+    if initial_state is not None:
+        inputs += state[:4]
+    return _finish(_call("rat_attention", args, inputs), chunk_size, bound)
 
 
 def rat_attention_packed(
@@ -236,7 +239,7 @@ def rat_attention_packed(
         >>> projection.grad.shape == projection.shape
         True
     """
-    (projection,) = _autocast(projection.device, (projection,))
+    (projection,) = _autocast((projection,))
     acc = state_dtype(projection.dtype)
     gate_bias = _table("gate_bias", gate_bias, acc, differentiable=True)
     rotary_cos, rotary_sin = _table("rotary_cos", rotary_cos, acc), _table("rotary_sin", rotary_sin, acc)
@@ -245,11 +248,12 @@ def rat_attention_packed(
     if scale is None:
         parts = 2 * num_groups + (3 if has_out_gate else 2) * num_heads
         scale = max(projection.shape[-1] // max(parts, 1), 1) ** -0.5
-    result = _differentiable("rat_attention_packed")(
+    args = (
         projection, num_heads, num_groups, has_out_gate, gate_bias, rotary_cos, rotary_sin, cu_seqlens, *state, chunk_size,
         scale, rows, return_state,
     )  # fmt: skip
-    return _finish(result, chunk_size, bound, return_state)
+    inputs = (projection, gate_bias) if initial_state is None else (projection, gate_bias, *state[:4])
+    return _finish(_call("rat_attention_packed", args, inputs), chunk_size, bound)
 
 
 def chunk_recurrence(
@@ -283,13 +287,11 @@ def chunk_recurrence(
     Raises:
         ValueError, RuntimeError: as :func:`rat_attention`.
     """
-    x, gate = _autocast(x.device, (x, gate))
+    x, gate = _autocast((x, gate))
     acc = state_dtype(x.dtype)
     gate_bias = _table("gate_bias", gate_bias, acc, differentiable=True)
-    y, final_state = _differentiable("chunk_recurrence")(
-        x, gate, gate_bias, cu_seqlens, initial_state, lengths, chunk_size, return_state
-    )
-    return (y, final_state) if return_state else y
+    args = (x, gate, gate_bias, cu_seqlens, initial_state, lengths, chunk_size, return_state)
+    return _call("chunk_recurrence", args, (x, gate, gate_bias, initial_state))
 
 
 @torch.compiler.assume_constant_result  # an operator that returns a number cannot be traced
@@ -352,7 +354,7 @@ def rat_decode_step(
                     f"rat_ext.rat_decode_step: {name}: expected a tensor that needs no gradient (decoding has none; use "
                     "torch.no_grad() or RATCache.detach()), got one that does"
                 )
-    q, k, v, gate, out_gate = _autocast(q.device, (q, k, v, gate, out_gate))
+    q, k, v, gate, out_gate = _autocast((q, k, v, gate, out_gate))
     acc = state_dtype(q.dtype)
     if cache.workspace is None:
         size = _decode_workspace_bytes(*cache.chunk_k.shape) if cache.chunk_k.is_cuda else 0
@@ -360,7 +362,7 @@ def rat_decode_step(
     y = _ops.rat_decode_step.default(
         q, k, v, gate, _table("gate_bias", gate_bias, acc), out_gate, _table("rotary_cos", rotary_cos, acc),
         _table("rotary_sin", rotary_sin, acc), slots, cache.chunk_k, cache.chunk_v, cache.running_k, cache.running_v,
-        cache.lengths, cache.workspace, cache.chunk_size, _default_scale(v) if scale is None else scale,
+        cache.lengths, cache.workspace, cache.chunk_size, _default_scale(v.shape) if scale is None else scale,
     )  # fmt: skip
     cache.length_bound += 1
     return y
@@ -393,15 +395,14 @@ def _fake_forward(like, batch, tokens, heads, dim, cu_seqlens, lengths, chunk_ro
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     compact = cu_seqlens is not None and lengths is None and not return_state
     owners = 1 if compact else sequences
-    kept = sequences if return_state else 0
     return (
         like.new_empty(batch, tokens, heads, dim),
         like.new_empty(batch, heads, tokens, dtype=acc),
         like.new_empty(owners, heads, chunk_rows, dim),
         like.new_empty(owners, heads, chunk_rows, dim),
-        like.new_empty(kept, heads, dim, dtype=acc),
-        like.new_empty(kept, heads, dim, dtype=acc),
-        like.new_empty(kept, dtype=torch.int32),
+        like.new_empty(sequences, heads, dim, dtype=acc) if return_state else None,
+        like.new_empty(sequences, heads, dim, dtype=acc) if return_state else None,
+        like.new_empty(sequences, dtype=torch.int32) if return_state else None,
     )
 
 
@@ -419,16 +420,11 @@ def _(projection, num_heads, num_groups, has_out_gate, gate_bias, rotary_cos, ro
     return _fake_forward(projection, batch, tokens, num_heads, dim, cu_seqlens, lengths, chunk_rows, return_state)
 
 
-def _fake_state_grads(like, heads, dim, gate_bias, chunk_k, lengths):
+def _fake_state_grads(like, gate_bias, *state):
     acc = state_dtype(like.dtype)
-    n = 0 if lengths is None else lengths.shape[0]
-    rows = 0 if chunk_k is None else chunk_k.shape[2]
-    return (
-        like.new_empty(0 if gate_bias is None else heads, dim, dtype=acc),
-        like.new_empty(n, heads, rows, dim),
-        like.new_empty(n, heads, rows, dim),
-        like.new_empty(n, heads, dim, dtype=acc),
-        like.new_empty(n, heads, dim, dtype=acc),
+    dtypes = (acc, like.dtype, like.dtype, acc, acc)
+    return tuple(
+        None if x is None else like.new_empty(x.shape, dtype=d) for x, d in zip((gate_bias, *state), dtypes, strict=True)
     )
 
 
@@ -436,45 +432,31 @@ def _fake_state_grads(like, heads, dim, gate_bias, chunk_k, lengths):
 def _(dy, dchunk_k, dchunk_v, drunning_k, drunning_v, q, k, v, gate, gate_bias, out_gate, rotary_cos, rotary_sin, cu_seqlens,
       chunk_k, chunk_v, running_k, running_v, lengths, y, lse, saved_chunk_k, saved_chunk_v, chunk_size, scale,
       return_state):  # fmt: skip
-    batch, tokens, heads, dim = v.shape
-    bias, *state = _fake_state_grads(q, heads, dim, gate_bias, chunk_k, lengths)
-    return (
-        q.new_empty(q.shape),
-        q.new_empty(k.shape),
-        q.new_empty(v.shape),
-        q.new_empty(batch, tokens, 0 if gate is None else heads, dim),
-        bias,
-        q.new_empty(batch, tokens, 0 if out_gate is None else heads, dim),
-        *state,
-    )
+    bias, *state = _fake_state_grads(q, gate_bias, chunk_k, chunk_v, running_k, running_v)
+    dq, dk, dv, dgate, dout_gate = (None if x is None else q.new_empty(x.shape) for x in (q, k, v, gate, out_gate))
+    return dq, dk, dv, dgate, bias, dout_gate, *state
 
 
 @_fake("rat_attention_packed_backward")
 def _(dy, dchunk_k, dchunk_v, drunning_k, drunning_v, projection, num_heads, num_groups, has_out_gate, gate_bias, rotary_cos,
       rotary_sin, cu_seqlens, chunk_k, chunk_v, running_k, running_v, lengths, y, lse, saved_chunk_k, saved_chunk_v,
       chunk_size, scale, return_state):  # fmt: skip
-    bias, *state = _fake_state_grads(projection, num_heads, y.shape[3], gate_bias, chunk_k, lengths)
-    return (projection.new_empty(projection.shape), bias, *state)
+    small = _fake_state_grads(projection, gate_bias, chunk_k, chunk_v, running_k, running_v)
+    return (projection.new_empty(projection.shape), *small)
 
 
 @_fake("chunk_recurrence")
 def _(x, gate, gate_bias, cu_seqlens, initial_state, lengths, chunk_size, return_state):
     batch, _, heads, dim = gate.shape
-    n = (batch if cu_seqlens is None else cu_seqlens.shape[0] - 1) if return_state else 0
-    return x.new_empty(gate.shape), x.new_empty(n, heads, dim, dtype=state_dtype(x.dtype))
+    n = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(gate.shape), x.new_empty(n, heads, dim, dtype=state_dtype(x.dtype)) if return_state else None
 
 
 @_fake("chunk_recurrence_backward")
 def _(dy, dfinal, x, gate, gate_bias, cu_seqlens, initial_state, lengths, y, chunk_size):
-    _, _, heads, dim = gate.shape
     acc = state_dtype(x.dtype)
-    n = 0 if initial_state is None else initial_state.shape[0]
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(gate.shape),
-        x.new_empty(0 if gate_bias is None else heads, dim, dtype=acc),
-        x.new_empty(n, heads, dim, dtype=acc),
-    )
+    dbias, dinitial = (None if t is None else x.new_empty(t.shape, dtype=acc) for t in (gate_bias, initial_state))
+    return x.new_empty(x.shape), x.new_empty(gate.shape), dbias, dinitial
 
 
 @_fake("rat_decode_step")
@@ -484,6 +466,12 @@ def _(q, k, v, gate, gate_bias, out_gate, rotary_cos, rotary_sin, slots, chunk_k
 
 
 # ---- gradients --------------------------------------------------------------------------------------------------------
+#
+# Each op has its gradient twice, from the same operator. Tracing takes the operator itself, whose autograd torch.library
+# registers: one input and one output for each of the schema. In eager mode that costs the host more than a small op costs a
+# GPU, for autograd's work grows with every input and output, and torch.library looks up the schema argument by argument. There
+# the wrappers go through an autograd.Function that shows autograd only what has a gradient: `args`, all arguments of the
+# operator in a tuple, is opaque to it, and so are lse and chunk states that are only saved.
 
 
 def _below_autograd(operator, *args):
@@ -494,118 +482,131 @@ def _below_autograd(operator, *args):
         return operator(*args)
 
 
-def _given(x: Tensor | None, grad: Tensor) -> Tensor | None:
-    """The gradient of an optional argument: the backward returns an empty tensor where there was none."""
-    return None if x is None else grad
+# What the backward reads is saved in the order of the backward operator's arguments.
 
 
-def _attention_context(ctx, inputs, output):
-    *tensors, ctx.chunk_size, ctx.scale, _, ctx.return_state = inputs
-    y, lse, chunk_k, chunk_v, running_k, running_v, lengths = output
-    states = () if ctx.return_state else (chunk_k, chunk_v, running_k, running_v)
-    ctx.mark_non_differentiable(lse, lengths, *states)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, y, lse, chunk_k, chunk_v)
-
-
-def _attention_backward(ctx, dy, _dlse, dchunk_k, dchunk_v, drunning_k, drunning_v, _dlengths):
-    q, k, v, gate, gate_bias, out_gate, *rest, y, lse, saved_k, saved_v = ctx.saved_tensors
+def _attention_grads(ctx, dy, dchunk_k=None, dchunk_v=None, drunning_k=None, drunning_v=None, _dlengths=None):
+    saved = ctx.saved_tensors
     if dy is None:
-        dy = torch.zeros_like(y)
-    dq, dk, dv, dgate, dbias, dout_gate, *dstate = _below_autograd(
-        _ops.rat_attention_backward.default, dy, dchunk_k, dchunk_v, drunning_k, drunning_v, q, k, v, gate, gate_bias,
-        out_gate, *rest, y, lse, saved_k, saved_v, ctx.chunk_size, ctx.scale, ctx.return_state,
-    )  # fmt: skip
-    cos_sin_cu = (None, None, None)
-    state = (_given(x, g) for x, g in zip(rest[3:7], dstate, strict=True))
-    return (
-        dq, dk, dv, _given(gate, dgate), _given(gate_bias, dbias), _given(out_gate, dout_gate), *cos_sin_cu, *state, None,
-        None, None, None, None,
-    )  # fmt: skip
-
-
-def _packed_context(ctx, inputs, output):
-    projection, ctx.num_heads, ctx.num_groups, ctx.has_out_gate, *tensors, ctx.chunk_size, ctx.scale, _, ctx.return_state = (
-        inputs
+        dy = torch.zeros_like(saved[-4])
+    return _below_autograd(
+        _ops.rat_attention_backward.default, dy, dchunk_k, dchunk_v, drunning_k, drunning_v, *saved, *ctx.numbers
     )
-    y, lse, chunk_k, chunk_v, running_k, running_v, lengths = output
-    states = () if ctx.return_state else (chunk_k, chunk_v, running_k, running_v)
-    ctx.mark_non_differentiable(lse, lengths, *states)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(projection, *tensors, y, lse, chunk_k, chunk_v)
 
 
-def _packed_backward(ctx, dy, _dlse, dchunk_k, dchunk_v, drunning_k, drunning_v, _dlengths):
-    projection, gate_bias, *rest, y, lse, saved_k, saved_v = ctx.saved_tensors
+def _packed_grads(ctx, dy, dchunk_k=None, dchunk_v=None, drunning_k=None, drunning_v=None, _dlengths=None):
+    projection, *saved = ctx.saved_tensors
     if dy is None:
-        dy = torch.zeros_like(y)
-    dprojection, dbias, *dstate = _below_autograd(
-        _ops.rat_attention_packed_backward.default, dy, dchunk_k, dchunk_v, drunning_k, drunning_v, projection,
-        ctx.num_heads, ctx.num_groups, ctx.has_out_gate, gate_bias, *rest, y, lse, saved_k, saved_v, ctx.chunk_size,
-        ctx.scale, ctx.return_state,
-    )  # fmt: skip
-    state = (_given(x, g) for x, g in zip(rest[3:7], dstate, strict=True))
-    return (
-        dprojection, None, None, None, _given(gate_bias, dbias), None, None, None, *state, None, None, None, None, None,
+        dy = torch.zeros_like(saved[-4])
+    return _below_autograd(
+        _ops.rat_attention_packed_backward.default, dy, dchunk_k, dchunk_v, drunning_k, drunning_v, projection, *ctx.counts,
+        *saved, *ctx.numbers,
     )  # fmt: skip
 
 
-def _recurrence_context(ctx, inputs, output):
-    *tensors, ctx.chunk_size, return_state = inputs
-    if not return_state:
-        ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+def _recurrence_grads(ctx, dy, dfinal=None):
+    saved = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(saved[-1])
+    return _below_autograd(_ops.chunk_recurrence_backward.default, dy, dfinal, *saved, ctx.chunk_size)
+
+
+# Tracing: contexts and gradients of the operators.
+
+
+def _save_attention(ctx, inputs, output):
+    *tensors, chunk_size, scale, _, return_state = inputs
+    ctx.numbers = chunk_size, scale, return_state
+    ctx.save_for_backward(*tensors, *output[:4])
+
+
+def _save_packed(ctx, inputs, output):
+    projection, *ctx.counts = inputs[:4]
+    *tensors, chunk_size, scale, _, return_state = inputs[4:]
+    ctx.numbers = chunk_size, scale, return_state
+    ctx.save_for_backward(projection, *tensors, *output[:4])
+
+
+def _save_recurrence(ctx, inputs, output):
+    *tensors, ctx.chunk_size, _ = inputs
     ctx.save_for_backward(*tensors, output[0])
 
 
+def _operator_context(save):
+    def context(ctx, inputs, output):
+        if len(output) == 7:
+            _, lse, *chunk_states, running_k, _, lengths = output
+            ctx.mark_non_differentiable(lse, *((lengths,) if running_k is not None else chunk_states))
+        ctx.set_materialize_grads(False)
+        save(ctx, inputs, output)
+
+    return context
+
+
+def _attention_backward(ctx, dy, _dlse, dchunk_k, dchunk_v, drunning_k, drunning_v, _dlengths):
+    grads = _attention_grads(ctx, dy, dchunk_k, dchunk_v, drunning_k, drunning_v)
+    return *grads[:6], *(None,) * 3, *grads[6:], *(None,) * 5
+
+
+def _packed_backward(ctx, dy, _dlse, dchunk_k, dchunk_v, drunning_k, drunning_v, _dlengths):
+    dprojection, dbias, *dstate = _packed_grads(ctx, dy, dchunk_k, dchunk_v, drunning_k, drunning_v)
+    return dprojection, *(None,) * 3, dbias, *(None,) * 3, *dstate, *(None,) * 5
+
+
 def _recurrence_backward(ctx, dy, dfinal):
-    x, gate, gate_bias, cu_seqlens, initial_state, lengths, y = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros_like(y)
-    dx, dgate, dbias, dinitial = _below_autograd(
-        _ops.chunk_recurrence_backward.default,
-        dy,
-        dfinal,
-        x,
-        gate,
-        gate_bias,
-        cu_seqlens,
-        initial_state,
-        lengths,
-        y,
-        ctx.chunk_size,
-    )
-    return dx, dgate, _given(gate_bias, dbias), None, _given(initial_state, dinitial), None, None, None
+    dx, dgate, dbias, dinitial = _recurrence_grads(ctx, dy, dfinal)
+    return dx, dgate, dbias, None, dinitial, None, None, None
 
 
-# torch.library's own autograd costs the host more than a small op costs a GPU: it looks up the schema argument by argument. In
-# eager mode the wrappers reach an operator through a function of the same context and backward; tracing takes the operator.
-def _function(name: str, context, backward):
+# Eager mode: functions of `args`, all arguments of the operator in one tuple, and of those that may have a gradient, in the
+# order in which the backward operator returns theirs. They return y, or y and the returned state.
+
+
+def _eager_function(name: str, save, grads):
     operator = getattr(_ops, name).default
 
-    def forward(ctx, *args):
-        output = _below_autograd(operator, *args)
-        context(ctx, args, output)
-        return output
+    def forward(ctx, args, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = operator(*args)
+        save(ctx, args, output)
+        if output[-1] is None:  # no state is returned, and autograd gives zeros for a gradient of y that is missing
+            return output[0]
+        ctx.set_materialize_grads(False)
+        return _without_lse(output)
 
-    return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}).apply
+    def backward(ctx, *grads_of_outputs):
+        # Those past the last input (of a state that was not given) are None, which autograd takes.
+        return None, *grads(ctx, *grads_of_outputs)
+
+    function = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    # What Function.apply comes to outside torch.func, whose wrappers it looks for in every argument.
+    return function.apply, super(torch.autograd.Function, function).apply
 
 
 _functions = {}
-for _name, _context, _backward in (
-    ("rat_attention", _attention_context, _attention_backward),
-    ("rat_attention_packed", _packed_context, _packed_backward),
-    ("chunk_recurrence", _recurrence_context, _recurrence_backward),
+for _name, _save, _grads, _backward in (
+    ("rat_attention", _save_attention, _attention_grads, _attention_backward),
+    ("rat_attention_packed", _save_packed, _packed_grads, _packed_backward),
+    ("chunk_recurrence", _save_recurrence, _recurrence_grads, _recurrence_backward),
 ):
-    torch.library.register_autograd(f"rat_ext::{_name}", _backward, setup_context=_context)
-    _functions[_name] = _function(_name, _context, _backward)
+    torch.library.register_autograd(f"rat_ext::{_name}", _backward, setup_context=_operator_context(_save))
+    _functions[_name] = _eager_function(_name, _save, _grads)
 
 
-def _differentiable(name: str):
-    """The operator as the wrappers call it, see above."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _functions[name]
-    return getattr(_ops, name).default
+def _without_lse(output: tuple) -> tuple:
+    return output if len(output) == 2 else (output[0], *output[2:])
+
+
+def _call(name: str, args: tuple, inputs: tuple) -> tuple | Tensor:
+    """Runs an operator as the wrappers call it, see above: y, or y and the returned state."""
+    if torch.compiler.is_compiling():
+        output = getattr(_ops, name).default(*args)
+    elif torch.is_grad_enabled():
+        under_func, plain = _functions[name]
+        return (under_func if torch._C._are_functorch_transforms_active() else plain)(args, *inputs)
+    else:
+        output = _below_autograd(getattr(_ops, name).default, *args)
+    return output[0] if output[-1] is None else _without_lse(output)
 
 
 def _no_second_derivative(ctx, *grads):

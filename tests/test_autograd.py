@@ -254,6 +254,27 @@ def test_gate_bias_of_another_dtype(device):
     assert same_bits(wide["dgate_bias"].to(torch.bfloat16), values["dgate_bias"])
 
 
+def test_what_is_returned_without_a_gradient(device):
+    """Lengths are numbers of tokens; y and the states are functions of the inputs."""
+    case = attention_case(device, torch.float32, return_state=True)
+    leaves = {key: x.requires_grad_() for key, x in case.tensors.items()}
+    y, state = rat_ext.rat_attention(**leaves, chunk_size=16, **case.options)
+    assert all(x.requires_grad for x in (y, state.chunk_k, state.chunk_v, state.running_k, state.running_v))
+    assert not state.lengths.requires_grad
+
+
+def test_a_tensor_without_elements_has_a_gradient_too(device):
+    """No heads: what is absent is told from what is empty."""
+    q, v = (
+        torch.zeros(1, 4, 1, 8, device=device, requires_grad=True),
+        torch.zeros(1, 4, 0, 8, device=device, requires_grad=True),
+    )
+    bias = torch.zeros(0, 8, device=device, requires_grad=True)
+    y = rat_ext.rat_attention(q, q, v, v, 2, gate_bias=bias, out_gate=v)
+    got = torch.autograd.grad(y.sum(), (q, v, bias))
+    assert [x.shape for x in got] == [q.shape, v.shape, bias.shape]
+
+
 # ---- the gradient that comes in --------------------------------------------------------------------------------------
 
 
@@ -276,6 +297,28 @@ def test_strides_of_dy(device, op, form):
     expected, _ = evaluate(function, case, grads={"y": dy.contiguous()})
     for key in values:
         torch.testing.assert_close(values[key], expected[key], rtol=1e-5, atol=1e-5)
+
+
+class Forgets(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@pytest.mark.parametrize("return_state", [False, True])
+@pytest.mark.parametrize("op", ["rat_attention", "chunk_recurrence"])
+def test_a_gradient_that_does_not_come_is_zero(device, op, return_state):
+    make = attention_case if op == "rat_attention" else recurrence_case
+    case = make(device, torch.float32, return_state=return_state)
+    leaves = {key: x.requires_grad_() for key, x in case.tensors.items()}
+    result = getattr(rat_ext, op)(**leaves, chunk_size=16, **case.options)
+    y = result[0] if return_state else result
+    grads = torch.autograd.grad(Forgets.apply(y).sum(), list(leaves.values()))
+    assert all(not g.any() for g in grads)
 
 
 def test_sum_backward(device):

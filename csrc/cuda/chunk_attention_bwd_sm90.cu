@@ -789,7 +789,7 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, void* worksp
   a.share_stride = plan.extent;
   a.heads_per_group = static_cast<uint32_t>(s.heads / s.q_groups);
   a.tiles_per_row = static_cast<uint32_t>(ceil_div(s.tokens, C::kQueries));
-  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+  const int multiprocessors = device_attribute<cudaDevAttrMultiProcessorCount>();
   const int64_t blocks = std::min<int64_t>(plan.items, multiprocessors);
   a.schedule.total = static_cast<uint32_t>(plan.items);
   a.schedule.tiles = static_cast<uint32_t>(std::max<int64_t>(1, ceil_div(p.fwd.chunks.rows, C::kKeys)));
@@ -847,8 +847,8 @@ bool chunk_attention_bwd_sm90_supported(const AttentionBwdParams& p) {
   if (plan.items > kMany || plan.query_tiles * s.q_groups > kMany) return false;
   // Every sequence pads its last tile: many short ones would take more memory than their gradient.
   if (plan.query_tiles * kTileFloats > 2 * s.batch * s.tokens * std::max<int64_t>(s.head_dim, 64)) return false;
-  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
-         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
+  return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9 &&
+         device_attribute<cudaDevAttrComputeCapabilityMinor>() == 0;
 }
 
 size_t chunk_attention_bwd_sm90_workspace(const AttentionBwdParams& p) { return carve(p, nullptr).bytes; }

@@ -838,9 +838,8 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, cudaStr
   constexpr int kBytes = shared_bytes<C>();
   static_assert(kBytes <= 227 * 1024);
   const char* name = "chunk_attention_fwd_sm90";
-  check(cudaFuncSetAttribute(chunk_attention_fwd_sm90_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-        name);
-  const int64_t blocks = std::min<int64_t>(total, device_attribute(cudaDevAttrMultiProcessorCount));
+  allow_shared_memory(chunk_attention_fwd_sm90_kernel<C>, kBytes, name);
+  const int64_t blocks = std::min<int64_t>(total, device_attribute<cudaDevAttrMultiProcessorCount>());
   chunk_attention_fwd_sm90_kernel<C><<<grid_x(blocks, name), C::kThreads, kBytes, stream>>>(a, k_map, v_map);
   check_launch(name);
 }
@@ -867,8 +866,8 @@ bool chunk_attention_fwd_sm90_supported(const AttentionFwdParams& params) {
   // Rows of q that cannot be read in 16-byte pieces are read element by element, which only many keys make up for.
   if ((!s.aligned16 || s.head_dim % 16 != 0) && rows_of_a_sequence(params) < kRowsForScalarQueries) return false;
   if (s.tokens > kMany || s.sequences * s.heads > kMany || work_items(s, 64) > kMany / s.heads) return false;
-  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
-         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
+  return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9 &&
+         device_attribute<cudaDevAttrComputeCapabilityMinor>() == 0;
 }
 
 size_t chunk_attention_fwd_sm90_workspace(const AttentionFwdParams&) { return 0; }

@@ -220,12 +220,4 @@ inline void add_shares(const float* shares_k, const float* shares_v, int64_t sha
   check_launch(name);
 }
 
-// Raises the limit of dynamic shared memory where a kernel needs more than the 48 KB that need no asking.
-template <class Kernel>
-inline void allow_shared_memory(Kernel kernel, int bytes, const char* name) {
-  if (bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
-  }
-}
-
 }  // namespace rat::cuda

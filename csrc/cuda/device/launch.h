@@ -3,10 +3,14 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace rat::cuda {
 
@@ -22,6 +26,40 @@ inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel)
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+inline int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "current device");
+  return device;
+}
+
+// An attribute of the current device. The runtime takes most of a microsecond to look one up, and a call wants several.
+template <cudaDeviceAttr kAttribute>
+int device_attribute() {
+  static std::atomic<int64_t> known[64] = {};  // value + 1, by device
+  const int device = current_device();
+  int value = 0;
+  if (device < 64) {
+    if (const int64_t found = known[device].load(std::memory_order_relaxed)) return static_cast<int>(found - 1);
+  }
+  check(cudaDeviceGetAttribute(&value, kAttribute, device), "device attribute");
+  if (device < 64) known[device].store(int64_t{value} + 1, std::memory_order_relaxed);
+  return value;
+}
+
+// Raises the limit of dynamic shared memory where a kernel needs more than the 48 KB that need no asking. The limit holds
+// until the process ends: the runtime, which takes microseconds, is told once for each kernel and device.
+template <class Kernel>
+void allow_shared_memory(Kernel* kernel, int bytes, const char* name) {
+  if (bytes <= 48 * 1024) return;
+  static std::mutex mutex;
+  static std::map<std::pair<Kernel*, int>, int> told;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& limit = told[{kernel, current_device()}];
+  if (bytes <= limit) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
+  limit = bytes;
+}
+
 // Grids are one-dimensional in x (limit 2^31 - 1); y and z stop at 65,535 and are not used for data-dependent sizes.
 inline unsigned grid_x(int64_t blocks, const char* kernel) {
   if (blocks > INT32_MAX) {
@@ -29,14 +67,6 @@ inline unsigned grid_x(int64_t blocks, const char* kernel) {
                              " blocks, more than one grid can hold (2147483647)");
   }
   return static_cast<unsigned>(blocks);
-}
-
-// Of the current device.
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device), "current device");
-  check(cudaDeviceGetAttribute(&value, attribute, device), "device attribute");
-  return value;
 }
 
 // Carves 256-byte aligned pieces; with base == nullptr it only counts.
