@@ -25,13 +25,14 @@ def rows(device: torch.device, quick: bool) -> list[Row]:
 class Training:
     """A call runs forward + backward of a row, on inputs made once, and returns y and the gradients."""
 
-    def __init__(self, row: Row, device: torch.device):
+    def __init__(self, row: Row, device: torch.device, **options):
+        self.options = options  # of rat_attention
         self.row, self.tables = row, tables(row, device, row.tokens)
         self.leaves = [x.requires_grad_() for x in inputs(row, device, row.batch, row.tokens)]
         self.dy = torch.randn_like(self.leaves[2]).detach()
 
     def __call__(self) -> tuple[torch.Tensor, ...]:
-        y = rat(rat_ext.rat_attention, self.row, self.leaves, self.tables)
+        y = rat(rat_ext.rat_attention, self.row, self.leaves, self.tables, **self.options)
         return y, *torch.autograd.grad(y, self.leaves, self.dy)
 
 

@@ -462,7 +462,8 @@ FwdResult run_forward(const Context& c, AttentionFwdParams& p, const Tensor& lik
 FwdResult rat_attention(Tensor q, Tensor k, Tensor v, MaybeTensor gate, MaybeTensor gate_bias, MaybeTensor out_gate,
                         MaybeTensor rotary_cos, MaybeTensor rotary_sin, MaybeTensor cu_seqlens, MaybeTensor chunk_k,
                         MaybeTensor chunk_v, MaybeTensor running_k, MaybeTensor running_v, MaybeTensor lengths,
-                        int64_t chunk_size, double scale, int64_t chunk_rows, bool return_state) {
+                        int64_t chunk_size, double scale, int64_t chunk_rows, bool return_state,
+                        bool /*deterministic*/) {
   const Context c(gate ? "rat_attention" : "chunk_attention", "q", q);
   AttentionFwdParams p = attention_params(c, q, k, v, gate, out_gate,
                                           {gate_bias, rotary_cos, rotary_sin, cu_seqlens, chunk_k, chunk_v, running_k,
@@ -474,7 +475,7 @@ FwdResult rat_attention_packed(Tensor projection, int64_t num_heads, int64_t num
                                MaybeTensor gate_bias, MaybeTensor rotary_cos, MaybeTensor rotary_sin,
                                MaybeTensor cu_seqlens, MaybeTensor chunk_k, MaybeTensor chunk_v, MaybeTensor running_k,
                                MaybeTensor running_v, MaybeTensor lengths, int64_t chunk_size, double scale,
-                               int64_t chunk_rows, bool return_state) {
+                               int64_t chunk_rows, bool return_state, bool /*deterministic*/) {
   const Context c("rat_attention_packed", "projection", projection);
   AttentionFwdParams p = projection_params(c, projection, num_heads, num_groups,
                                            {gate_bias, rotary_cos, rotary_sin, cu_seqlens, chunk_k, chunk_v, running_k,
@@ -563,10 +564,11 @@ BwdResult rat_attention_backward(Tensor dy, MaybeTensor dchunk_k, MaybeTensor dc
                                  MaybeTensor rotary_sin, MaybeTensor cu_seqlens, MaybeTensor chunk_k,
                                  MaybeTensor chunk_v, MaybeTensor running_k, MaybeTensor running_v, MaybeTensor lengths,
                                  Tensor y, Tensor lse, Tensor saved_chunk_k, Tensor saved_chunk_v, int64_t chunk_size,
-                                 double scale, bool return_state) {
+                                 double scale, bool return_state, bool deterministic) {
   const Context c(gate ? "rat_attention_backward" : "chunk_attention_backward", "q", q);
   c.check_rank("chunk_k", saved_chunk_k, 4, "(sequences, H, chunks, D)");
   AttentionBwdParams b;
+  b.deterministic = deterministic;
   b.fwd = attention_params(c, q, k, v, gate, out_gate,
                            {gate_bias, rotary_cos, rotary_sin, cu_seqlens, chunk_k, chunk_v, running_k, running_v,
                             lengths, chunk_size, scale, saved_chunk_k.size(2), return_state});
@@ -606,10 +608,11 @@ PackedBwdResult rat_attention_packed_backward(Tensor dy, MaybeTensor dchunk_k, M
                                               MaybeTensor cu_seqlens, MaybeTensor chunk_k, MaybeTensor chunk_v,
                                               MaybeTensor running_k, MaybeTensor running_v, MaybeTensor lengths,
                                               Tensor y, Tensor lse, Tensor saved_chunk_k, Tensor saved_chunk_v,
-                                              int64_t chunk_size, double scale, bool return_state) {
+                                              int64_t chunk_size, double scale, bool return_state, bool deterministic) {
   const Context c("rat_attention_packed_backward", "projection", projection);
   c.check_rank("chunk_k", saved_chunk_k, 4, "(sequences, H, chunks, D)");
   AttentionBwdParams b;
+  b.deterministic = deterministic;
   b.fwd = projection_params(c, projection, num_heads, num_groups,
                             {gate_bias, rotary_cos, rotary_sin, cu_seqlens, chunk_k, chunk_v, running_k, running_v,
                              lengths, chunk_size, scale, saved_chunk_k.size(2), return_state},
@@ -836,16 +839,16 @@ int cpu::num_threads() { return static_cast<int>(torch::stable::get_num_threads(
 
 STABLE_TORCH_LIBRARY(rat_ext, m) {
   m.def("rat_attention(" RAT_INPUT_ARGS
-        "SymInt chunk_size, float scale, SymInt chunk_rows, bool return_state) -> " RAT_FWD_RESULT);
+        "SymInt chunk_size, float scale, SymInt chunk_rows, bool return_state, bool deterministic) -> " RAT_FWD_RESULT);
   m.def("rat_attention_backward(" RAT_GRAD_ARGS RAT_INPUT_ARGS RAT_SAVED_ARGS
-        "SymInt chunk_size, float scale, bool return_state) -> (Tensor dq, Tensor dk, Tensor dv, Tensor? dgate, "
+        "SymInt chunk_size, float scale, bool return_state, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv, "
+        "Tensor? dgate, "
         "Tensor? dgate_bias, Tensor? dout_gate, " RAT_STATE_GRADS ")");
   m.def("rat_attention_packed(" RAT_PACKED_ARGS
-        "SymInt chunk_size, float scale, SymInt chunk_rows, bool return_state) -> " RAT_FWD_RESULT);
-  m.def(
-      "rat_attention_packed_backward(" RAT_GRAD_ARGS RAT_PACKED_ARGS RAT_SAVED_ARGS
-      "SymInt chunk_size, float scale, bool return_state) -> (Tensor dprojection, Tensor? dgate_bias, " RAT_STATE_GRADS
-      ")");
+        "SymInt chunk_size, float scale, SymInt chunk_rows, bool return_state, bool deterministic) -> " RAT_FWD_RESULT);
+  m.def("rat_attention_packed_backward(" RAT_GRAD_ARGS RAT_PACKED_ARGS RAT_SAVED_ARGS
+        "SymInt chunk_size, float scale, bool return_state, bool deterministic) -> (Tensor dprojection, Tensor? "
+        "dgate_bias, " RAT_STATE_GRADS ")");
   m.def(
       "chunk_recurrence(Tensor x, Tensor gate, Tensor? gate_bias, Tensor? cu_seqlens, Tensor? initial_state, "
       "Tensor? lengths, SymInt chunk_size, bool return_state) -> (Tensor y, Tensor? final_state)");

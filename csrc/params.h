@@ -99,7 +99,8 @@ struct AttentionFwdParams {
 // Backward of the same. All input fields as in the forward (y, lse and chunks are inputs now).
 struct AttentionBwdParams {
   AttentionFwdParams fwd;
-  Rows dy;  // (B, T, H, D) of T
+  bool deterministic = true;  // false: sums may be taken in any order, where that is faster
+  Rows dy;                    // (B, T, H, D) of T
   // Gradients of the returned state, or null (zero): chunk states as (N, H, chunks.rows, D) of T contiguous (never with a
   // compact layout; rows that are not valid are to be ignored), running states (N, H, D) acc.
   const void* dchunk_k = nullptr;

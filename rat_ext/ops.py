@@ -96,6 +96,7 @@ def rat_attention(
     cu_seqlens: Tensor | None = None,
     initial_state: RATCache | None = None,
     return_state: bool = False,
+    deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, RATCache]:
     """RAT: a gated linear recurrence inside chunks of L tokens, softmax attention across the states of the chunks.
 
@@ -120,6 +121,8 @@ def rat_attention(
             (B = 1). Each sequence has its own chunks from its own start. Empty ones are legal. Never read by the host.
         initial_state: a :class:`RATCache` of B (or N) sequences to continue from, cut anywhere, also inside a chunk.
         return_state: also return the state after the last token. For packed sequences each gets room for T // L chunks.
+        deterministic: gradients have the same bits every time. False lets the backward add up dq in any order, which is a few
+            percent faster on Hopper GPUs and changes nothing elsewhere.
 
     q, k, v, gate and out_gate share one dtype (bfloat16, float16, float32; on the CPU also float64) and one device. They may
     have any strides with a contiguous last dimension; no copy is made. Under autocast they are cast to its dtype.
@@ -146,7 +149,7 @@ def rat_attention(
     q, k, v, gate, out_gate = _autocast((q, k, v, gate, out_gate))
     return _rat_attention(
         "rat_attention", q, k, v, gate, chunk_size, gate_bias, out_gate, rotary_cos, rotary_sin, scale, cu_seqlens,
-        initial_state, return_state,
+        initial_state, return_state, deterministic,
     )  # fmt: skip
 
 
@@ -163,6 +166,7 @@ def chunk_attention(
     cu_seqlens: Tensor | None = None,
     initial_state: RATCache | None = None,
     return_state: bool = False,
+    deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, RATCache]:
     """Attention across chunks over per-token states that any recurrence made: the second half of :func:`rat_attention`.
 
@@ -180,13 +184,14 @@ def chunk_attention(
     q, k_states, v_states, out_gate = _autocast((q, k_states, v_states, out_gate))
     return _rat_attention(
         "chunk_attention", q, k_states, v_states, None, chunk_size, None, out_gate, rotary_cos, rotary_sin, scale, cu_seqlens,
-        initial_state, return_state,
+        initial_state, return_state, deterministic,
     )  # fmt: skip
 
 
 def _rat_attention(
-    op, q, k, v, gate, chunk_size, gate_bias, out_gate, rotary_cos, rotary_sin, scale, cu_seqlens, initial_state, return_state
-):
+    op, q, k, v, gate, chunk_size, gate_bias, out_gate, rotary_cos, rotary_sin, scale, cu_seqlens, initial_state,
+    return_state, deterministic,
+):  # fmt: skip
     acc = state_dtype(q.dtype)
     gate_bias = _table("gate_bias", gate_bias, acc, differentiable=True)
     rotary_cos, rotary_sin = _table("rotary_cos", rotary_cos, acc), _table("rotary_sin", rotary_sin, acc)
@@ -196,7 +201,7 @@ def _rat_attention(
     if scale is None:
         scale = _default_scale(shape)
     inputs = (q, k, v, gate, gate_bias, out_gate)
-    args = (*inputs, rotary_cos, rotary_sin, cu_seqlens, *state, chunk_size, scale, rows, return_state)
+    args = (*inputs, rotary_cos, rotary_sin, cu_seqlens, *state, chunk_size, scale, rows, return_state, deterministic)
     if initial_state is not None:
         inputs += state[:4]
     return _finish(_call("rat_attention", args, inputs), chunk_size, bound)
@@ -216,6 +221,7 @@ def rat_attention_packed(
     cu_seqlens: Tensor | None = None,
     initial_state: RATCache | None = None,
     return_state: bool = False,
+    deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, RATCache]:
     """:func:`rat_attention` on one projection that holds all its inputs; the gradient comes back as one tensor too.
 
@@ -250,7 +256,7 @@ def rat_attention_packed(
         scale = max(projection.shape[-1] // max(parts, 1), 1) ** -0.5
     args = (
         projection, num_heads, num_groups, has_out_gate, gate_bias, rotary_cos, rotary_sin, cu_seqlens, *state, chunk_size,
-        scale, rows, return_state,
+        scale, rows, return_state, deterministic,
     )  # fmt: skip
     inputs = (projection, gate_bias) if initial_state is None else (projection, gate_bias, *state[:4])
     return _finish(_call("rat_attention_packed", args, inputs), chunk_size, bound)
@@ -408,13 +414,13 @@ def _fake_forward(like, batch, tokens, heads, dim, cu_seqlens, lengths, chunk_ro
 
 @_fake("rat_attention")
 def _(q, k, v, gate, gate_bias, out_gate, rotary_cos, rotary_sin, cu_seqlens, chunk_k, chunk_v, running_k, running_v, lengths,
-      chunk_size, scale, chunk_rows, return_state):  # fmt: skip
+      chunk_size, scale, chunk_rows, return_state, deterministic):  # fmt: skip
     return _fake_forward(q, *v.shape, cu_seqlens, lengths, chunk_rows, return_state)
 
 
 @_fake("rat_attention_packed")
 def _(projection, num_heads, num_groups, has_out_gate, gate_bias, rotary_cos, rotary_sin, cu_seqlens, chunk_k, chunk_v,
-      running_k, running_v, lengths, chunk_size, scale, chunk_rows, return_state):  # fmt: skip
+      running_k, running_v, lengths, chunk_size, scale, chunk_rows, return_state, deterministic):  # fmt: skip
     batch, tokens, width = projection.shape
     dim = width // (2 * num_groups + (3 if has_out_gate else 2) * num_heads)
     return _fake_forward(projection, batch, tokens, num_heads, dim, cu_seqlens, lengths, chunk_rows, return_state)
@@ -431,7 +437,7 @@ def _fake_state_grads(like, gate_bias, *state):
 @_fake("rat_attention_backward")
 def _(dy, dchunk_k, dchunk_v, drunning_k, drunning_v, q, k, v, gate, gate_bias, out_gate, rotary_cos, rotary_sin, cu_seqlens,
       chunk_k, chunk_v, running_k, running_v, lengths, y, lse, saved_chunk_k, saved_chunk_v, chunk_size, scale,
-      return_state):  # fmt: skip
+      return_state, deterministic):  # fmt: skip
     bias, *state = _fake_state_grads(q, gate_bias, chunk_k, chunk_v, running_k, running_v)
     dq, dk, dv, dgate, dout_gate = (None if x is None else q.new_empty(x.shape) for x in (q, k, v, gate, out_gate))
     return dq, dk, dv, dgate, bias, dout_gate, *state
@@ -440,7 +446,7 @@ def _(dy, dchunk_k, dchunk_v, drunning_k, drunning_v, q, k, v, gate, gate_bias, 
 @_fake("rat_attention_packed_backward")
 def _(dy, dchunk_k, dchunk_v, drunning_k, drunning_v, projection, num_heads, num_groups, has_out_gate, gate_bias, rotary_cos,
       rotary_sin, cu_seqlens, chunk_k, chunk_v, running_k, running_v, lengths, y, lse, saved_chunk_k, saved_chunk_v,
-      chunk_size, scale, return_state):  # fmt: skip
+      chunk_size, scale, return_state, deterministic):  # fmt: skip
     small = _fake_state_grads(projection, gate_bias, chunk_k, chunk_v, running_k, running_v)
     return (projection.new_empty(projection.shape), *small)
 
@@ -515,15 +521,15 @@ def _recurrence_grads(ctx, dy, dfinal=None):
 
 
 def _save_attention(ctx, inputs, output):
-    *tensors, chunk_size, scale, _, return_state = inputs
-    ctx.numbers = chunk_size, scale, return_state
+    *tensors, chunk_size, scale, _, return_state, deterministic = inputs
+    ctx.numbers = chunk_size, scale, return_state, deterministic
     ctx.save_for_backward(*tensors, *output[:4])
 
 
 def _save_packed(ctx, inputs, output):
     projection, *ctx.counts = inputs[:4]
-    *tensors, chunk_size, scale, _, return_state = inputs[4:]
-    ctx.numbers = chunk_size, scale, return_state
+    *tensors, chunk_size, scale, _, return_state, deterministic = inputs[4:]
+    ctx.numbers = chunk_size, scale, return_state, deterministic
     ctx.save_for_backward(projection, *tensors, *output[:4])
 
 
@@ -545,12 +551,12 @@ def _operator_context(save):
 
 def _attention_backward(ctx, dy, _dlse, dchunk_k, dchunk_v, drunning_k, drunning_v, _dlengths):
     grads = _attention_grads(ctx, dy, dchunk_k, dchunk_v, drunning_k, drunning_v)
-    return *grads[:6], *(None,) * 3, *grads[6:], *(None,) * 5
+    return *grads[:6], *(None,) * 3, *grads[6:], *(None,) * 6
 
 
 def _packed_backward(ctx, dy, _dlse, dchunk_k, dchunk_v, drunning_k, drunning_v, _dlengths):
     dprojection, dbias, *dstate = _packed_grads(ctx, dy, dchunk_k, dchunk_v, drunning_k, drunning_v)
-    return dprojection, *(None,) * 3, dbias, *(None,) * 3, *dstate, *(None,) * 5
+    return dprojection, *(None,) * 3, dbias, *(None,) * 3, *dstate, *(None,) * 6
 
 
 def _recurrence_backward(ctx, dy, dfinal):

@@ -3,6 +3,7 @@ derivatives.
 """
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from oracle import (
     Random,
     assert_same,
     attention_case,
+    check,
     compare,
     cu_seqlens_of,
     evaluate,
@@ -343,6 +345,13 @@ def test_backward_twice_gives_the_same_bits(device, dtype):
     assert same_bits(before, y)
     for a, b in zip(first, second, strict=True):
         assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=name)
+def test_sums_in_any_order(device, dtype):
+    """deterministic=False: many key tiles and heads add to one dq."""
+    case = attention_case(device, dtype, tokens=1500, heads=8, chunk_size=4, dim=64)
+    check(case, function=functools.partial(rat_ext.rat_attention, deterministic=False))
 
 
 @pytest.mark.parametrize("op", ["rat_attention", "chunk_recurrence", "packed"])

@@ -31,7 +31,7 @@ def arguments(device, kind: str, grad: bool):
         out_gate = bias = cos = sin = None
     inputs = [x.requires_grad_() if grad and x is not None else x for x in (q, k, v, gate, bias, out_gate)]
     state = [x.requires_grad_() if grad and x is not None and x.is_floating_point() else x for x in state]
-    return [*inputs, cos, sin, cu, *state, L, D**-0.5, rows, keep]
+    return [*inputs, cos, sin, cu, *state, L, D**-0.5, rows, keep, True]
 
 
 @pytest.fixture(autouse=True)
@@ -58,28 +58,28 @@ def test_rat_attention_with_dead_rows(device, kind, grad):
 
 @pytest.mark.parametrize("kind", ["dense", "bare", "packed", "state"])
 def test_rat_attention_backward(device, kind):
-    *args, scale, rows, keep = arguments(device, kind, False)
-    y, lse, chunk_k, chunk_v, running_k, running_v, _ = OPS.rat_attention.default(*args, scale, rows, keep)
+    *args, scale, rows, keep, deterministic = arguments(device, kind, False)
+    y, lse, chunk_k, chunk_v, running_k, running_v, _ = OPS.rat_attention.default(*args, scale, rows, keep, deterministic)
     random = Random(1, device, torch.float32)
     dy = random.normal(*y.shape)
     state = [random.normal(*x.shape) if keep else None for x in (chunk_k, chunk_v, running_k, running_v)]
     *inputs, chunk_size = args
-    call = [dy, *state, *inputs, y, lse, chunk_k, chunk_v, chunk_size, scale, keep]
+    call = [dy, *state, *inputs, y, lse, chunk_k, chunk_v, chunk_size, scale, keep, deterministic]
     opcheck(OPS.rat_attention_backward.default, call)
 
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_rat_attention_packed(device, grad):
     projection = Random(0, device, torch.float32).normal(B, T, (2 * G + 3 * H) * D).requires_grad_(grad)
-    args = [projection, H, G, True, *(None,) * 9, L, D**-0.5, T // L, False]
+    args = [projection, H, G, True, *(None,) * 9, L, D**-0.5, T // L, False, True]
     opcheck(OPS.rat_attention_packed.default, args)
 
 
 def test_rat_attention_packed_backward(device):
     projection = Random(0, device, torch.float32).normal(B, T, (2 * G + 3 * H) * D)
     args = [projection, H, G, True, *(None,) * 9]
-    y, lse, chunk_k, chunk_v, *_ = OPS.rat_attention_packed.default(*args, L, D**-0.5, T // L, False)
-    call = [torch.ones_like(y), *(None,) * 4, *args, y, lse, chunk_k, chunk_v, L, D**-0.5, False]
+    y, lse, chunk_k, chunk_v, *_ = OPS.rat_attention_packed.default(*args, L, D**-0.5, T // L, False, True)
+    call = [torch.ones_like(y), *(None,) * 4, *args, y, lse, chunk_k, chunk_v, L, D**-0.5, False, True]
     opcheck(OPS.rat_attention_packed_backward.default, call)
 
 

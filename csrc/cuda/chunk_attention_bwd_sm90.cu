@@ -1,5 +1,5 @@
-// Chunk attention backward on Hopper (sm_90a), for bfloat16 and float16 and heads up to 128. Deterministic: no sum depends on
-// which block comes first.
+// Chunk attention backward on Hopper (sm_90a), for bfloat16 and float16 and heads up to 128. Deterministic, unless the caller
+// waives it: no sum depends on which block comes first.
 //
 // With P_tj = exp(scale (R q)_t . K_j - lse_t) and dS_tj = P_tj (do_t . V_j - Delta_t), three steps:
 //  0. rotate (attention_tiles.cuh): R q in T to the workspace.
@@ -133,6 +133,7 @@ struct Arguments {
   float* dchunk_k;  // share s of the queries adds s * share_stride
   float* dchunk_v;
   int64_t share_stride;
+  bool ordered;  // dQ is summed in order; else the sums start from zeros and nobody waits
   uint32_t heads_per_group;
   uint32_t tiles_per_row;  // query tiles of a dense sequence
   Schedule schedule;
@@ -337,11 +338,11 @@ __device__ __forceinline__ void drain(const Arguments& a, Shared<C>& shared, uin
       if (count % 2 != slot) continue;
       uint32_t* turn = a.turns + tile;
       float* target = a.dq_tiles + tile * C::kTileFloats;
-      while (load_acquire(turn) != rank) {
+      while (a.ordered && load_acquire(turn) != rank) {
       }
       mbarrier_wait(full, count / 2 % 2);
       fence_proxy_async_all();  // the sums before, seen by the acquire, come before this one through the copy engine
-      if (rank == 0) {
+      if (a.ordered && rank == 0) {
         bulk_store(target, source, C::kTileFloats * 4);
       } else {
         bulk_add(target, source, C::kTileFloats * 4);
@@ -773,6 +774,10 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, void* worksp
     q = Rows{pieces.rotated, s.tokens * s.q_groups * s.head_dim, s.q_groups * s.head_dim, s.head_dim};
   }
   check(cudaMemsetAsync(pieces.counters, 0, pieces.counter_count * sizeof(uint32_t), stream), "turn counters");
+  if (!p.deterministic) {
+    const size_t bytes = plan.query_tiles * s.q_groups * kTileFloats * sizeof(float);
+    check(cudaMemsetAsync(pieces.dq_tiles, 0, bytes, stream), "sums of dQ");
+  }
 
   Arguments a;
   a.size = s;
@@ -787,6 +792,7 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, void* worksp
   a.dchunk_k = plan.shares > 1 ? pieces.shares_k : scratch.dchunk_k;
   a.dchunk_v = plan.shares > 1 ? pieces.shares_v : scratch.dchunk_v;
   a.share_stride = plan.extent;
+  a.ordered = p.deterministic;
   a.heads_per_group = static_cast<uint32_t>(s.heads / s.q_groups);
   a.tiles_per_row = static_cast<uint32_t>(ceil_div(s.tokens, C::kQueries));
   const int multiprocessors = device_attribute<cudaDevAttrMultiProcessorCount>();
