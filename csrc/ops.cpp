@@ -431,7 +431,7 @@ AttentionFwdParams projection_params(const Context& c, const Tensor& projection,
 }
 
 // y, lse, chunk states; the returned running states and lengths where wanted. An absent output is none rather than an empty
-// tensor, which would cost the host as much as one with elements.
+// tensor, which costs the host about three quarters of what one with elements does.
 using FwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor, MaybeTensor, MaybeTensor, MaybeTensor>;
 
 // Allocates y, lse, chunk states and the returned state, and runs the forward.

@@ -32,7 +32,7 @@ inline int current_device() {
   return device;
 }
 
-// An attribute of the current device. The runtime takes most of a microsecond to look one up, and a call wants several.
+// An attribute of the current device. The runtime takes a fraction of a microsecond to look one up, and a call wants several.
 template <cudaDeviceAttr kAttribute>
 int device_attribute() {
   static std::atomic<int64_t> known[64] = {};  // value + 1, by device
