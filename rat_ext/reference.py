@@ -118,6 +118,7 @@ def rat_attention(
     cu_seqlens: Tensor | None = None,
     initial_state: RATCache | None = None,
     return_state: bool = False,
+    deterministic: bool = True,  # no choice here: sums are taken in one order
 ):
     """:func:`rat_ext.rat_attention` by its definition; without a gate, :func:`rat_ext.chunk_attention`."""
     heads, dim = v.shape[2:]
