@@ -103,3 +103,13 @@ def test_bias_is_added_before_the_sigmoid(device):
     y = rat_ext.rat_attention(*args, 4, gate_bias=bias.to(device), out_gate=out_gate.to(device))
     expected = torch.sigmoid(torch.tensor(2.0)) * torch.sigmoid(torch.tensor(-1.0)) * 3
     torch.testing.assert_close(y.cpu(), expected.expand(1, 1, 1, 8))
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [40, 64])
+@pytest.mark.parametrize("bias", [float("-inf"), torch.finfo(torch.float32).min])
+def test_a_bias_that_shuts_every_gate(device, dtype, dim, bias):
+    """f = 0: each token's state is its own key and value. The last tile is not whole."""
+    case = attention_case(device, dtype, tokens=17, dim=dim)
+    case.tensors["gate_bias"].fill_(bias)
+    check(case)

@@ -643,7 +643,7 @@ __global__ void __launch_bounds__(256)
                                            uint32_t tiles_per_row, const float* cos, const float* sin, float scale,
                                            float* dq) {
   constexpr int kStride = C::kDim + 8;  // float2 stores of a warp then cover all banks
-  __shared__ float shared[C::kQueries * kStride];
+  __shared__ alignas(16) float shared[C::kQueries * kStride];
   const int64_t groups = s.q_groups, group = blockIdx.x % groups, tile = blockIdx.x / groups;
   int64_t n;
   if (s.cu_seqlens) {
@@ -842,7 +842,7 @@ bool chunk_attention_bwd_sm90_supported(const AttentionBwdParams& p) {
   constexpr int64_t kMany = INT64_C(1) << 30;  // tile and row indices are 32-bit
   if (s.dtype != DType::bf16 && s.dtype != DType::f16) return false;
   if (s.head_dim > 128 || s.head_dim % 8 != 0 || !s.aligned16) return false;
-  if (!std::isfinite(p.fwd.scale)) return false;
+  if (!std::isfinite(static_cast<float>(p.fwd.scale) * kLog2e)) return false;
   if (c.rows <= 0 || c.rows > kMany || c.head != c.rows * s.head_dim) return false;
   if (!c.compact && c.sequence != s.heads * c.head) return false;
   if (reinterpret_cast<uintptr_t>(c.k) % 16 != 0 || reinterpret_cast<uintptr_t>(c.v) % 16 != 0) return false;

@@ -372,6 +372,11 @@ __global__ void __launch_bounds__(kThreads, kRoomy && !kWhole ? 2 : kWarps / (kT
         const float* at = p.in.gate_bias + static_cast<int64_t>(h) * s.head_dim + d;
         bias[0] = kLogitUnit<T> * at[0];
         bias[1] = kLogitUnit<T> * at[1];
+        // A token that does not exist has a gate of +inf, which a bias of -inf would make NaN. Every gate is shut long before.
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          if (bias[j] > 1e30f) bias[j] = 1e30f;
+        }
       }
       const auto gates_at = [&](int t, float (&f)[2], float (&g)[2]) {
         float x[2];

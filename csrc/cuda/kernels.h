@@ -60,7 +60,8 @@ void chunk_prepare_bwd(const AttentionBwdParams&, const BwdScratch&, void* works
 size_t chunk_attention_bwd_workspace(const AttentionBwdParams&);
 void chunk_attention_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
 
-// Backward phase 2 on Hopper (chunk_attention_bwd_sm90.cu), under the same conditions as the forward's.
+// Backward phase 2 on Hopper (chunk_attention_bwd_sm90.cu), compiled as the forward is; its _supported has conditions of its own:
+// rows that a tensor map can describe, and no more padding than tokens.
 #ifdef RAT_EXT_SM90
 bool chunk_attention_bwd_sm90_supported(const AttentionBwdParams&);
 size_t chunk_attention_bwd_sm90_workspace(const AttentionBwdParams&);

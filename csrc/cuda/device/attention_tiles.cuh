@@ -105,8 +105,8 @@ __device__ __forceinline__ void rotate4(float (&low)[4], float (&high)[4], const
 }
 
 // Backward only: R_c x of every token and group (x itself without a rotation), (B, T, groups, D) of T contiguous. The heads
-// of a group and both backward kernels read R q many times, through cp.async, which cannot rotate and needs 16-byte
-// alignment. 2 D elements of traffic a token and group.
+// of a group and all backward kernels read R q many times, through cp.async or the copy engine, which cannot rotate and need
+// 16-byte alignment. 2 D elements of traffic a token and group.
 template <class T>
 __global__ void __launch_bounds__(256)
     chunk_attention_rotate_bwd_kernel(const __grid_constant__ Sizes s, const __grid_constant__ Rows x, int64_t groups,
