@@ -121,8 +121,8 @@ def rat_attention(
             (B = 1). Each sequence has its own chunks from its own start. Empty ones are legal. Never read by the host.
         initial_state: a :class:`RATCache` of B (or N) sequences to continue from, cut anywhere, also inside a chunk.
         return_state: also return the state after the last token. For packed sequences each gets room for T // L chunks.
-        deterministic: gradients have the same bits every time. False lets the backward add up dq in any order, which is a few
-            percent faster on Hopper GPUs and changes nothing elsewhere.
+        deterministic: gradients have the same bits every time. False lets the backward add up dq in any order, which is
+            faster where Hopper's kernels run and changes nothing elsewhere.
 
     q, k, v, gate and out_gate share one dtype (bfloat16, float16, float32; on the CPU also float64) and one device. They may
     have any strides with a contiguous last dimension; no copy is made. Under autocast they are cast to its dtype.

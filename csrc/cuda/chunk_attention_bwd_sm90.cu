@@ -434,8 +434,8 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
     if (item.keys == 0) break;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) dk[i] = dv[i] = 0.0f;
-    hold_registers(
-        dk);  // else the zeros move to where the first products are in flight, which then wait for each other
+    // Else the zeros move to where the first products are in flight, which then wait for each other.
+    hold_registers(dk);
     hold_registers(dv);
 
     mbarrier_wait(shared_address(&shared.state_full), items % 2);
