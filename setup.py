@@ -1,9 +1,9 @@
 """Builds rat_ext._C, one extension file, from four kinds of source. Each kind sees only the headers that it needs:
 
-    csrc/ops.cpp      torch's stable ABI (one build runs on every torch from 2.11 on; libtorch_python is not linked)
+    csrc/ops/*.cpp    torch's stable ABI (one build runs on every torch from 2.11 on; libtorch_python is not linked)
     csrc/module.cpp   pybind11 and Python
     csrc/cpu/*.cpp    nothing but the C++ library
-    csrc/cuda/*.cu    nothing but the CUDA toolkit, whose runtime is linked statically
+    csrc/cuda/**.cu   nothing but the CUDA toolkit, whose runtime is linked statically
 
 Environment variables:
 
@@ -193,12 +193,12 @@ class BuildExtension(build_ext):
             gencode = [f"-gencode=arch=compute_{n},code=sm_{n}" for _, n, _ in targets]
             gencode += [f"-gencode=arch=compute_{n},code=compute_{n}" for _, n, ptx in targets if ptx]
             hopper_only = ["-gencode=arch=compute_90a,code=sm_90a"]  # for files that use Hopper's own instructions
-            for source in sorted(ROOT.glob("csrc/cuda/*.cu"), key=lambda f: -f.stat().st_size):
-                if "_sm90" not in source.name:
+            for source in sorted(ROOT.glob("csrc/cuda/**/*.cu"), key=lambda f: -f.stat().st_size):
+                if "sm90" not in source.name:
                     jobs.append(([cuda.nvcc, *NVCC_FLAGS, *gencode, *definitions, "-MMD"], source))
                 elif hopper:
                     jobs.append(([cuda.nvcc, *NVCC_FLAGS, *hopper_only, *definitions, "-MMD"], source))
-        jobs.append(host(ROOT / "csrc/ops.cpp", *cuda_headers, f"-isystem{torch_folder / 'include'}"))
+        jobs.append(host(ROOT / "csrc/ops/ops.cpp", *cuda_headers, f"-isystem{torch_folder / 'include'}"))
         python_headers = [f"-isystem{pybind11.get_include()}", f"-isystem{python_include}"]
         jobs.append(host(ROOT / "csrc/module.cpp", *described, *python_headers))
         for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):

@@ -1,4 +1,4 @@
-// The Python module rat_ext._C. Importing it loads this library, whereby ops.cpp registers the torch ops; the module
+// The Python module rat_ext._C. Importing it loads this library, whereby ops/ops.cpp registers the torch ops; the module
 // itself only tells what was compiled. pybind11 is pip's own: torch's copy is not for code of the stable ABI, and no
 // torch header is included here.
 #include <pybind11/pybind11.h>
@@ -12,11 +12,11 @@
 
 #include "capability.h"
 #ifdef RAT_EXT_CUDA
-#include "cuda/kernel_resources.h"
+#include "cuda/host/kernel_resources.h"
 #endif
 
 namespace rat {
-extern const uint64_t torch_target_version;  // ops.cpp: TORCH_TARGET_VERSION
+extern const uint64_t torch_target_version;  // ops/ops.cpp: TORCH_TARGET_VERSION
 namespace cpu {
 const char* isa();  // the instruction set that the CPU kernels chose on this machine
 }

@@ -16,9 +16,9 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import torch
-from oracle import Random, attention_case, evaluate, make_state, recurrence_case
 
 import rat_ext
+from rat_ext.testing import Random, attention_case, evaluate, make_state, recurrence_case
 
 DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

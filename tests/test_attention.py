@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from oracle import DTYPES, LAYOUTS, LOW, attention_case, check, evaluate, name
 
 import rat_ext
+from rat_ext.testing import DTYPES, LAYOUTS, LOW, attention_case, check, evaluate, name
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name)
 low = pytest.mark.parametrize("dtype", LOW, ids=name)

@@ -7,7 +7,11 @@ import functools
 
 import pytest
 import torch
-from oracle import (
+from torch.utils.checkpoint import checkpoint
+
+import rat_ext
+from rat_ext import RATCache, reference
+from rat_ext.testing import (
     LOW,
     Random,
     assert_same,
@@ -21,10 +25,6 @@ from oracle import (
     recurrence_case,
     same_bits,
 )
-from torch.utils.checkpoint import checkpoint
-
-import rat_ext
-from rat_ext import RATCache, reference
 
 on_cpu = pytest.mark.parametrize("dtype", [torch.float64], ids=name)
 

@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 import torch
-from oracle import Random, cu_seqlens_of, make_state
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rat_ext
 from rat_ext import RATCache
+from rat_ext.testing import Random, cu_seqlens_of, make_state
 
 H, G, D, L = 4, 2, 16, 8
 SHAPES = [(2, 20), (3, 37), (4, 53), (2, 64), (5, 11)]

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from oracle import assert_same, attention_case, evaluate, recurrence_case
 
 import rat_ext
+from rat_ext.testing import assert_same, attention_case, evaluate, recurrence_case
 
 HERE = os.path.dirname(__file__)
 
@@ -50,18 +50,19 @@ def test_threads_make_no_difference(threads, options, chunk_size):
 
 
 FORCED = """
-import torch, oracle, rat_ext
+import torch, rat_ext
+from rat_ext import testing
 assert rat_ext.build_info(kernels=False)["cpu_isa"].startswith("ISA"), rat_ext.build_info(kernels=False)["cpu_isa"]
 torch.use_deterministic_algorithms(True)
-for dtype in oracle.DTYPES:
+for dtype in testing.DTYPES:
     for dim in (8, 24, 64, 136):
-        oracle.check(oracle.attention_case("cpu", dtype, dim=dim))
-    oracle.check(oracle.attention_case("cpu", dtype, batch=3, lengths=[0, 5, 37], return_state=True))
-    oracle.check(oracle.attention_case("cpu", dtype, sequences=[10, 0, 35], layout="odd"))
-    oracle.check(oracle.attention_case("cpu", dtype, gate_size=30.0, tokens=300))
-    oracle.check(oracle.recurrence_case("cpu", dtype, chunk_size=2**40))
+        testing.check(testing.attention_case("cpu", dtype, dim=dim))
+    testing.check(testing.attention_case("cpu", dtype, batch=3, lengths=[0, 5, 37], return_state=True))
+    testing.check(testing.attention_case("cpu", dtype, sequences=[10, 0, 35], layout="odd"))
+    testing.check(testing.attention_case("cpu", dtype, gate_size=30.0, tokens=300))
+    testing.check(testing.recurrence_case("cpu", dtype, chunk_size=2**40))
 import test_decode
-for dtype in oracle.LOW:
+for dtype in testing.LOW:
     test_decode.test_many_chunks(torch.device("cpu"), dtype, False)
 print("fine")
 """

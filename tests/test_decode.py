@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from oracle import DTYPES, LOW, STATE, Random, compare, make_state, name, same_bits, valid_rows
 
 import rat_ext
 from rat_ext import RATCache, reference
 from rat_ext.cache import state_dtype
+from rat_ext.testing import DTYPES, LOW, STATE, Random, compare, make_state, name, same_bits, valid_rows
 
 low = pytest.mark.parametrize("dtype", LOW, ids=name)
 

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from oracle import Random, cu_seqlens_of, make_state
 
 import rat_ext
 from rat_ext import RATCache
+from rat_ext.testing import Random, cu_seqlens_of, make_state
 
 B, T, H, G, D, L = 2, 20, 4, 2, 16, 8
 

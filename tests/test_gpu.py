@@ -9,7 +9,10 @@ import sys
 
 import pytest
 import torch
-from oracle import (
+
+import rat_ext
+from rat_ext import RATCache
+from rat_ext.testing import (
     Random,
     assert_same,
     attention_case,
@@ -22,9 +25,6 @@ from oracle import (
     same_bits,
     training,
 )
-
-import rat_ext
-from rat_ext import RATCache
 
 pytestmark = pytest.mark.gpu
 low = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=name)
@@ -439,21 +439,22 @@ def test_the_same_bits_beside_other_work(device, dtype, options, plain_memory):
 # ---- kernel families -------------------------------------------------------------------------------------------------
 
 FAMILY = """
-import torch, oracle, rat_ext
+import torch, rat_ext
+from rat_ext import testing
 torch.use_deterministic_algorithms(True, warn_only=True)
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
     for dim in (8, 24, 64, 72, 96, 128, 192, 256):
-        oracle.check(oracle.attention_case("cuda", dtype, dim=dim, tokens=300, chunk_size=3))
-    for layout in oracle.LAYOUTS:
-        oracle.check(oracle.attention_case("cuda", dtype, layout=layout, dim=64))
-    oracle.check(oracle.attention_case("cuda", dtype, batch=3, lengths=[0, 5, 37], return_state=True, dim=128))
-    oracle.check(oracle.attention_case("cuda", dtype, sequences=[10, 0, 350, 1], dim=128))
-    oracle.check(oracle.attention_case("cuda", dtype, op="chunk_attention", dim=128, tokens=300))
-    oracle.check(oracle.attention_case("cuda", dtype, heads=8, groups=1, dim=128, tokens=600, chunk_size=2))
+        testing.check(testing.attention_case("cuda", dtype, dim=dim, tokens=300, chunk_size=3))
+    for layout in testing.LAYOUTS:
+        testing.check(testing.attention_case("cuda", dtype, layout=layout, dim=64))
+    testing.check(testing.attention_case("cuda", dtype, batch=3, lengths=[0, 5, 37], return_state=True, dim=128))
+    testing.check(testing.attention_case("cuda", dtype, sequences=[10, 0, 350, 1], dim=128))
+    testing.check(testing.attention_case("cuda", dtype, op="chunk_attention", dim=128, tokens=300))
+    testing.check(testing.attention_case("cuda", dtype, heads=8, groups=1, dim=128, tokens=600, chunk_size=2))
     for dim in (64, 128):
         many = {"dim": dim, "heads": 16, "groups": 2}
-        oracle.check(oracle.attention_case("cuda", dtype, tokens=4216, **many))
-        oracle.check(oracle.attention_case("cuda", dtype, sequences=[2100, 0, 16, 5001, 700], **many))
+        testing.check(testing.attention_case("cuda", dtype, tokens=4216, **many))
+        testing.check(testing.attention_case("cuda", dtype, sequences=[2100, 0, 16, 5001, 700], **many))
 print("fine")
 """
 

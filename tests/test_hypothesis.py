@@ -6,12 +6,12 @@ HYPOTHESIS_PROFILE=long (or --hypothesis-profile=long) runs many more examples, 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import LAYOUTS, attention_case, check, evaluate, recurrence_case
 from test_decode import token
 from test_state import in_pieces
 
 import rat_ext
 from rat_ext import RATCache
+from rat_ext.testing import LAYOUTS, attention_case, check, evaluate, recurrence_case
 
 chunk_sizes = st.one_of(st.integers(1, 20), st.sampled_from([32, 50, 64, 200, 2**31, 2**40]))
 some_lengths = st.lists(st.integers(0, 70), min_size=1, max_size=5)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from oracle import Random, assert_same, attention_case, cu_seqlens_of, evaluate, name, recurrence_case, same_bits
 from torch.nn.functional import scaled_dot_product_attention
 
 import rat_ext
+from rat_ext.testing import Random, assert_same, attention_case, cu_seqlens_of, evaluate, name, recurrence_case, same_bits
 
 dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name)
 

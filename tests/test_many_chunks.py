@@ -6,7 +6,8 @@ that the kernels for many of them run; test_gpu.py says which those are.
 
 import pytest
 import torch
-from oracle import attention_case, check, name
+
+from rat_ext.testing import attention_case, check, name
 
 low = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=name)
 dims = pytest.mark.parametrize("dim", [64, 128])

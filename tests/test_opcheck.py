@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from oracle import Random, cu_seqlens_of, make_state
 from torch.library import opcheck
 
 import rat_ext
+from rat_ext.testing import Random, cu_seqlens_of, make_state
 
 OPS = torch.ops.rat_ext
 B, T, H, G, D, L = 2, 21, 4, 2, 16, 4

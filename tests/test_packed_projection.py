@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from oracle import DTYPES, LOW, Random, attention_case, check, name
 
 import rat_ext
+from rat_ext.testing import DTYPES, LOW, Random, attention_case, check, name
 
 H, G = 4, 2
 

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from oracle import DTYPES, LOW, STATE, Random, attention_case, check, cu_seqlens_of, evaluate, name
 
 import rat_ext
+from rat_ext.testing import DTYPES, LOW, STATE, Random, attention_case, check, cu_seqlens_of, evaluate, name
 
 low = pytest.mark.parametrize("dtype", LOW, ids=name)
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from oracle import DTYPES, LAYOUTS, LOW, check, evaluate, name, recurrence_case
 
 import rat_ext
+from rat_ext.testing import DTYPES, LAYOUTS, LOW, check, evaluate, name, recurrence_case
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name)
 low = pytest.mark.parametrize("dtype", LOW, ids=name)

@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from oracle import DTYPES, LOW, STATE, attention_case, check, compare, evaluate, floors, name, valid_rows
 
 import rat_ext
 from rat_ext import reference
+from rat_ext.testing import DTYPES, LOW, STATE, attention_case, check, compare, evaluate, floors, name, valid_rows
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name)
 low = pytest.mark.parametrize("dtype", LOW, ids=name)

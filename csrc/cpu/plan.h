@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../params.h"
+#include "../launchers.h"
 
 namespace rat::cpu {
 
@@ -34,7 +34,7 @@ struct Tile {
 };
 
 // How the sequences of a call are cut into tiles. Reads cu_seqlens and lengths, and throws std::invalid_argument if
-// they are not what params.h says.
+// they are not what launchers.h says.
 class Plan {
  public:
   // has_gate = false: the states are given for each token, the recurrence resets at each token.

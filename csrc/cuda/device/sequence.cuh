@@ -1,7 +1,7 @@
 // Where a token is: sequence, position, chunk. Work is enumerated on the device, so that the host never reads a length.
 #pragma once
 
-#include "../../params.h"
+#include "../../launchers.h"
 
 namespace rat::cuda {
 

@@ -10,9 +10,9 @@
 //     transposed scores, S^T = K Q^T and dP^T = V dO^T, whose accumulators are the left operands of dV += P^T dO and
 //     dK += dS^T Q: probabilities never pass through shared memory. 4 products.
 //  3. reduce: adds the shares of the queries, where there were too few key tiles to fill the chip without cutting them.
-#include "chunk_attention.h"
-#include "device/attention_tiles.cuh"
-#include "device/mma.cuh"
+#include "../ptx/mma.cuh"
+#include "families.h"
+#include "tiles.cuh"
 
 namespace rat::cuda {
 namespace {

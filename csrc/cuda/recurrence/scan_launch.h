@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "../kernels.h"
-#include "launch.h"
+#include "../host/launch.h"
+#include "../phases.h"
 #include "scan.cuh"
 
 namespace rat::cuda {
@@ -79,7 +79,7 @@ class KernelTable {
 // The longest chunk that one lane group walks alone.
 constexpr int64_t kMaxChunkFwd = 128;
 constexpr int64_t kMaxChunkBwd = 64;
-// The longest that the kernels of chunk_short_bwd.cu keep in registers.
+// The longest that the kernels of recurrence/reverse_short.cu keep in registers.
 constexpr int64_t kShortChunk = 16;
 
 // Does a recurrence reach across tiles? Never where the states are given (no gate).
@@ -129,7 +129,7 @@ inline ScanInput scan_input(const RecurrenceFwdParams& p) {
   return in;
 }
 
-// Fills `carry` with the state that each segment starts with and the product of its gates (chunk_recurrence_fwd.cu).
+// Fills `carry` with the state that each segment starts with and the product of its gates (recurrence/forward.cu).
 void scan_carries(ScanInput in, bool attention, float* carry, cudaStream_t stream);
 
 // Turns what each segment makes of a zero entry into what it starts with, along a sequence or against it. `gates` has
@@ -147,20 +147,20 @@ struct CarryJoin {
 };
 void join_carries(const CarryJoin&, cudaStream_t);
 
-// Carried state, outside the tokens (sequences.cu). Forward: copies the initial chunk states to the front of `chunks`, and
+// Carried state, outside the tokens (recurrence/sequences.cu). Forward: copies the initial chunk states to the front of `chunks`, and
 // gives empty sequences their running state. Backward: the gradients of the same.
 void carry_state_fwd(const AttentionFwdParams&, cudaStream_t);
 void carry_state_bwd(const AttentionBwdParams&, const BwdScratch&, cudaStream_t);
 // dinitial or final state of empty sequences in chunk_recurrence: (N, H, D), from `source` or zeros.
 void copy_empty(const Sizes&, const float* source, float* target, cudaStream_t);
 
-// The backward phases 1 and 3 of rat_attention where chunks are short (chunk_short_bwd.cu): short_chunks() says whether.
+// The backward phases 1 and 3 of rat_attention where chunks are short (recurrence/reverse_short.cu): short_chunks() says whether.
 // Phase 1 leaves p_self and ds_self alone, phase 3 makes them itself.
 void chunk_prepare_short_bwd(const AttentionBwdParams&, const BwdScratch&, cudaStream_t);
 size_t chunk_scan_short_bwd_workspace(const AttentionBwdParams&);
 void chunk_scan_short_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
 
-// dgate_bias = sum over rows of partial, (rows, columns), in a fixed order (chunk_recurrence_bwd.cu).
+// dgate_bias = sum over rows of partial, (rows, columns), in a fixed order (recurrence/backward.cu).
 void reduce_gate_bias(const float* partial, int64_t rows, int64_t columns, float* dgate_bias, cudaStream_t stream);
 
 KernelList chunk_recurrence_fwd_kernels();

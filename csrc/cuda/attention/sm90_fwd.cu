@@ -27,15 +27,15 @@
 #include <cmath>
 #include <type_traits>
 
-#include "device/cp_async.cuh"
-#include "device/elements.cuh"
-#include "device/launch.h"
-#include "device/mbarrier.cuh"
-#include "device/mma.cuh"
-#include "device/sequence.cuh"
-#include "device/tma.cuh"
-#include "device/wgmma.cuh"
-#include "kernels.h"
+#include "../device/elements.cuh"
+#include "../device/sequence.cuh"
+#include "../host/launch.h"
+#include "../phases.h"
+#include "../ptx/cp_async.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "../ptx/mma.cuh"
+#include "../ptx/tma.cuh"
+#include "../ptx/wgmma.cuh"
 
 namespace rat::cuda {
 namespace {

@@ -1,4 +1,4 @@
-// What ops.cpp hands to the CPU and CUDA launchers: plain structs of pointers, strides and sizes. No torch, no CUDA.
+// What ops/ops.cpp hands to the CPU and CUDA launchers: plain structs of pointers, strides and sizes. No torch, no CUDA.
 //
 // Conventions, for every struct below:
 // - All sizes and strides count elements, never bytes, and are int64_t.
@@ -180,7 +180,7 @@ void decode_step(const DecodeParams&);
 // Instruction set in use: "baseline", "avx2" or "avx512". Chosen once; RAT_EXT_CPU_ISA forces one.
 const char* isa();
 
-// Runs body(begin, end) over [0, n) on the host's thread pool. ops.cpp supplies torch's; the kernels know only this.
+// Runs body(begin, end) over [0, n) on the host's thread pool. ops/ops.cpp supplies torch's; the kernels know only this.
 using ParallelBody = void (*)(void* context, int64_t begin, int64_t end);
 void parallel_for(int64_t n, int64_t grain, ParallelBody body, void* context);
 int num_threads();

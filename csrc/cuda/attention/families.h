@@ -1,7 +1,7 @@
-// The kernel families behind chunk_attention_fwd and chunk_attention_bwd of kernels.h. chunk_attention.cu picks one.
+// The kernel families behind chunk_attention_fwd and chunk_attention_bwd of phases.h. attention/choose.cu picks one.
 #pragma once
 
-#include "kernels.h"
+#include "../phases.h"
 
 namespace rat::cuda {
 

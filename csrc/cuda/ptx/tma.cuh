@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "launch.h"
+#include "../host/launch.h"
 
 namespace rat::cuda {
 

@@ -9,8 +9,8 @@
 
 #include <cstdint>
 
+#include "../device/elements.cuh"
 #include "cp_async.cuh"
-#include "elements.cuh"
 
 namespace rat::cuda {
 

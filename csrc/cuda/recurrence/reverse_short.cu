@@ -1,5 +1,5 @@
 // The backward scans of rat_attention where chunks are short: at most kTokens tokens, elements of two bytes, aligned rows.
-// chunk_recurrence_bwd.cu has the other cases. The forward saved none of k~, v~: the reverse scan makes them again.
+// recurrence/backward.cu has the other cases. The forward saved none of k~, v~: the reverse scan makes them again.
 //
 //   chunk_prepare_short_bwd_kernel   do, d(out_gate), Delta: elementwise and a sum over each row
 //   chunk_scan_short_bwd_kernel      p_tt, ds_tt and the reverse scan: dk, dv, dgate, dq, partial sums of dgate_bias
@@ -24,8 +24,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "device/cp_async.cuh"
-#include "device/scan_launch.h"
+#include "../ptx/cp_async.cuh"
+#include "scan_launch.h"
 
 namespace rat::cuda {
 namespace {

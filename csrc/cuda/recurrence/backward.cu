@@ -1,5 +1,5 @@
 // The backward scans. None of k~, v~ is saved by the forward: each kernel scans its tile again. In rat_attention short chunks
-// have kernels of their own, in chunk_short_bwd.cu.
+// have kernels of their own, in recurrence/reverse_short.cu.
 //
 //   chunk_prepare_bwd_kernel   do, d(out_gate), Delta, p_tt, ds_tt: all that the attention gradient and the reverse scan need
 //   chunk_carry_bwd_kernel     what a segment passes to the one before it from a zero end      long chunks only
@@ -20,7 +20,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "device/scan_launch.h"
+#include "scan_launch.h"
 
 namespace rat::cuda {
 namespace {

@@ -1,6 +1,6 @@
-// rat_attention and chunk_attention: scratch, and the phases of kernels.h in order.
-#include "device/launch.h"
-#include "kernels.h"
+// rat_attention and chunk_attention: scratch, and the phases of phases.h in order.
+#include "host/launch.h"
+#include "phases.h"
 
 namespace rat::cuda {
 namespace {

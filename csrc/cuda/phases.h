@@ -4,7 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include "../params.h"
+#include "../launchers.h"
 
 namespace rat::cuda {
 
@@ -30,16 +30,16 @@ struct BwdScratch {
 void check_sequences(const Sizes&, int64_t chunk_rows, int64_t rotary_rows, int64_t initial_rows, int32_t* lengths_out,
                      cudaStream_t);
 
-// Forward phase 1 (chunk_recurrence_fwd.cu): scans k and v; writes v~ into y, s_self, closed chunk states (rotated), running
+// Forward phase 1 (recurrence/forward.cu): scans k and v; writes v~ into y, s_self, closed chunk states (rotated), running
 // states; copies the initial chunk states to the front.
 size_t chunk_prepare_fwd_workspace(const AttentionFwdParams&);
 void chunk_prepare_fwd(const AttentionFwdParams&, const FwdScratch&, void* workspace, cudaStream_t);
 
-// Forward phase 2 (chunk_attention_fwd_*.cu): softmax over earlier chunks and self; overwrites v~ in y by y, writes lse.
+// Forward phase 2 (attention/*_fwd.cu): softmax over earlier chunks and self; overwrites v~ in y by y, writes lse.
 size_t chunk_attention_fwd_workspace(const AttentionFwdParams&);
 void chunk_attention_fwd(const AttentionFwdParams&, const FwdScratch&, void* workspace, cudaStream_t);
 
-// Forward phase 2 on Hopper (chunk_attention_fwd_sm90.cu). Compiled only where sm_90a is among the architectures; the build
+// Forward phase 2 on Hopper (attention/sm90_fwd.cu). Compiled only where sm_90a is among the architectures; the build
 // then defines RAT_EXT_SM90. The dispatcher asks _supported first: device, dtype, head size and layout. Head sizes up to 128.
 #ifdef RAT_EXT_SM90
 bool chunk_attention_fwd_sm90_supported(const AttentionFwdParams&);
@@ -47,20 +47,20 @@ size_t chunk_attention_fwd_sm90_workspace(const AttentionFwdParams&);
 void chunk_attention_fwd_sm90(const AttentionFwdParams&, const FwdScratch&, void* workspace, cudaStream_t);
 #endif
 
-// Are chunks short enough, and the call of the kind, for phases 1 and 3 of chunk_short_bwd.cu? Phase 3 then makes p_tt and
+// Are chunks short enough, and the call of the kind, for phases 1 and 3 of recurrence/reverse_short.cu? Phase 3 then makes p_tt and
 // ds_tt itself.
 bool short_chunks(const AttentionFwdParams&);
 
-// Backward phase 1 (chunk_recurrence_bwd.cu): do, dout_gate, Delta; p_self, ds_self unless short_chunks().
+// Backward phase 1 (recurrence/backward.cu): do, dout_gate, Delta; p_self, ds_self unless short_chunks().
 size_t chunk_prepare_bwd_workspace(const AttentionBwdParams&);
 void chunk_prepare_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
 
-// Backward phase 2 (chunk_attention_bwd_*.cu): scratch.dq, scratch.dchunk_k, scratch.dchunk_v; every element of dq and
+// Backward phase 2 (attention/*_bwd.cu): scratch.dq, scratch.dchunk_k, scratch.dchunk_v; every element of dq and
 // every valid chunk row is written (zeros where nothing attends).
 size_t chunk_attention_bwd_workspace(const AttentionBwdParams&);
 void chunk_attention_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
 
-// Backward phase 2 on Hopper (chunk_attention_bwd_sm90.cu), compiled as the forward is; its _supported has conditions of its own:
+// Backward phase 2 on Hopper (attention/sm90_bwd.cu), compiled as the forward is; its _supported has conditions of its own:
 // rows that a tensor map can describe, and no more padding than tokens.
 #ifdef RAT_EXT_SM90
 bool chunk_attention_bwd_sm90_supported(const AttentionBwdParams&);
@@ -68,7 +68,7 @@ size_t chunk_attention_bwd_sm90_workspace(const AttentionBwdParams&);
 void chunk_attention_bwd_sm90(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
 #endif
 
-// Backward phase 3 (chunk_recurrence_bwd.cu): reverse scan; dq, dk, dv, dgate, dgate_bias, dinitial.
+// Backward phase 3 (recurrence/backward.cu): reverse scan; dq, dk, dv, dgate, dgate_bias, dinitial.
 size_t chunk_scan_bwd_workspace(const AttentionBwdParams&);
 void chunk_scan_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
 

@@ -3,9 +3,9 @@
 
 #include <atomic>
 
-#include "../capability.h"
-#include "device/launch.h"
-#include "kernels.h"
+#include "../../capability.h"
+#include "../phases.h"
+#include "launch.h"
 
 namespace rat::cuda {
 

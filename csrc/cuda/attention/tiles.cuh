@@ -2,10 +2,10 @@
 // are launched, and the rotation of q.
 #pragma once
 
-#include "../kernels.h"
-#include "elements.cuh"
-#include "launch.h"
-#include "sequence.cuh"
+#include "../device/elements.cuh"
+#include "../device/sequence.cuh"
+#include "../host/launch.h"
+#include "../phases.h"
 
 namespace rat::cuda {
 

@@ -10,7 +10,7 @@
 // and 1/L of a key and a value. About 225 instructions a row and warp.
 #include <type_traits>
 
-#include "device/scan_launch.h"
+#include "scan_launch.h"
 
 namespace rat::cuda {
 namespace {

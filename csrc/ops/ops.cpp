@@ -1,5 +1,5 @@
 // The torch side of rat_ext, and the only file that sees torch: schemas, argument checks, allocation, dispatch to the
-// launchers of params.h. It uses the LibTorch stable ABI, so one build runs on every torch from 2.11 on.
+// launchers of launchers.h. It uses the LibTorch stable ABI, so one build runs on every torch from 2.11 on.
 //
 // One description of each op's arguments serves CPU and CUDA. Bad arguments throw std::invalid_argument, which reaches
 // Python as ValueError and reads "rat_ext.<op>: <argument>: expected <...>, got <...>".
@@ -18,7 +18,7 @@
 #include <string>
 #include <tuple>
 
-#include "params.h"
+#include "../launchers.h"
 
 // Lives in libtorch_cuda: absent beside a CPU-only torch, where a CUDA build of rat_ext must still load.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream) __attribute__((weak));

@@ -6,8 +6,8 @@
 // count: in sums over lanes and in stores.
 #pragma once
 
-#include "elements.cuh"
-#include "sequence.cuh"
+#include "../device/elements.cuh"
+#include "../device/sequence.cuh"
 
 namespace rat::cuda {
 

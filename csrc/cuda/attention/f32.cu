@@ -5,8 +5,8 @@
 // DPAD + 4 floats, so that the 16-byte reads of eight neighbouring rows, one column, touch all banks once. Weights pass
 // through shared memory between the two products. The blocks are those of the sm_80 family: (query tile, head) in the
 // forward, (query tile, query group) for dq, (key tile, head) for dK and dV.
-#include "chunk_attention.h"
-#include "device/attention_tiles.cuh"
+#include "families.h"
+#include "tiles.cuh"
 
 namespace rat::cuda {
 namespace {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "device/scan_launch.h"
+#include "scan_launch.h"
 
 namespace rat::cuda {
 namespace {

@@ -15,7 +15,7 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "device/scan_launch.h"
+#include "recurrence/scan_launch.h"
 
 namespace rat::cuda {
 namespace {

@@ -12,9 +12,9 @@
 // Shared memory: the rotated Q tile [BM][DPAD], then a ring of three key/value tiles [BN][DPAD] that holds K(0), V(0), K(1),
 // V(1), ... Step i works on tile i while tiles i+1 and i+2 are in flight. The one barrier at the start of step i says both
 // that tile i has landed for all threads and that all are done with tile i-1, whose slot tile i+2 then takes.
-#include "chunk_attention.h"
-#include "device/attention_tiles.cuh"
-#include "device/mma.cuh"
+#include "../ptx/mma.cuh"
+#include "families.h"
+#include "tiles.cuh"
 
 namespace rat::cuda {
 namespace {

@@ -1,13 +1,13 @@
 // Which family of chunk attention kernels serves a call: decided here and nowhere else.
 //
 // RAT_EXT_KERNELS, read once: "auto" (or unset) takes the fastest family that device and arguments allow; "sm80" takes the
-// portable one. Every family keeps to one contract (kernels.h), so forward and backward of a call may come from different
+// portable one. Every family keeps to one contract (phases.h), so forward and backward of a call may come from different
 // ones. A new family is one enumerator, one condition in choose_fwd or choose_bwd, and one case in the functions below.
 #include <cstdlib>
 #include <cstring>
 
-#include "chunk_attention.h"
-#include "device/launch.h"
+#include "../host/launch.h"
+#include "families.h"
 
 namespace rat::cuda {
 namespace {

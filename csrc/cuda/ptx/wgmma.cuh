@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "elements.cuh"
+#include "../device/elements.cuh"
 
 namespace rat::cuda {
 
