@@ -6,8 +6,8 @@
 // - N is the number of sequences. Dense: N = batch, sequence n is row n of the token tensors, tokens [0, tokens).
 //   Packed (cu_seqlens given): batch = 1, and sequence n is tokens [cu_seqlens[n], cu_seqlens[n + 1]) of row 0.
 // - A token has a position inside its sequence: position = (lengths ? lengths[n] : 0) + (t - first token of n).
-//   Its chunk is c = position / chunk_size. Three facts follow from it and are kept apart in the code: the recurrence
-//   resets where position % chunk_size == 0; the keys of a query are the states of chunks 0 ... c - 1; rotation is by c.
+//   Its chunk is c = position / chunk_size. Three facts follow from it and are kept apart in the code, as `reset`,
+//   `key_every` and `rotate_every` of Sizes.
 // - Head h of H reads query group h / (H / q_groups) and key group h / (H / k_groups).
 #pragma once
 
@@ -31,17 +31,22 @@ struct Rows {
 
 struct Sizes {
   DType dtype = DType::f32;
-  int64_t batch = 0;       // B
-  int64_t tokens = 0;      // T, per row
-  int64_t sequences = 0;   // N
-  int64_t heads = 0;       // H
-  int64_t q_groups = 0;    // groups of q; divides H
-  int64_t k_groups = 0;    // groups of k; divides H. H itself where k holds per-head states (chunk_attention)
-  int64_t head_dim = 0;    // D, a multiple of 8, 8 ... 256
-  int64_t chunk_size = 0;  // L >= 1, may exceed T
+  int64_t batch = 0;         // B
+  int64_t tokens = 0;        // T, per row
+  int64_t sequences = 0;     // N
+  int64_t heads = 0;         // H
+  int64_t q_groups = 0;      // groups of q; divides H
+  int64_t k_groups = 0;      // groups of k; divides H. H itself where k holds per-head states (chunk_attention)
+  int64_t head_dim = 0;      // D, a multiple of 8, 8 ... 256
+  int64_t chunk_size = 0;    // L >= 1, may exceed T. Set together with the three below, by set_chunk_size()
+  int64_t reset = 0;         // the recurrence starts anew where position % reset == 0
+  int64_t key_every = 0;     // a query sees keys [0, position / key_every): key j is the state that closes stretch j
+  int64_t rotate_every = 0;  // a position, and the key that it closes, rotate by position / rotate_every
   const int32_t* cu_seqlens = nullptr;  // (N + 1), or null when dense
   const int32_t* lengths = nullptr;     // (N) tokens that each sequence had before this call, or null: all 0
   bool aligned16 = false;  // every pointer and every row stride below is a multiple of 16 bytes: vector access is legal
+
+  void set_chunk_size(int64_t size) { chunk_size = reset = key_every = rotate_every = size; }
 };
 
 // Where chunk states live. State c of head h of sequence n is the D contiguous elements of T at

@@ -325,7 +325,7 @@ struct AttentionOptions {
 void set_options(const Context& c, AttentionFwdParams& p, const AttentionOptions& o) {
   Sizes& s = p.size;
   s.dtype = c.kernel_dtype();
-  s.chunk_size = o.chunk_size;
+  s.set_chunk_size(o.chunk_size);
   check_chunk_size(c, s.chunk_size);
   check_head_dim(c, "q", s.head_dim);
   check_groups(c, "q", s.q_groups, s.heads);
@@ -669,7 +669,7 @@ RecurrenceFwdParams recurrence_params(const Context& c, const Tensor& x, const T
   s.heads = gate.size(2);
   s.head_dim = gate.size(3);
   s.k_groups = s.q_groups = x.size(2);
-  s.chunk_size = chunk_size;
+  s.set_chunk_size(chunk_size);
   check_chunk_size(c, chunk_size);
   check_head_dim(c, "gate", s.head_dim);
   check_groups(c, "x", s.k_groups, s.heads);

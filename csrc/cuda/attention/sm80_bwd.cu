@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(DqTraits<DPAD>::kThreads, DqTraits<DPAD>::kBlo
       cp_async_wait<1>();
       __syncthreads();  // the Q tile has landed
     }
-    query.bind(query_tile + warp_row * Tile<DPAD>::kRowBytes, lane);
+    query.bind(query_tile + warp_row * SwizzledTile<DPAD>::kRowBytes, lane);
     if (Traits::kRegisters) {
       __syncthreads();  // all warps hold their Q: its memory becomes the dO tile
       load_dout(0);
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(DqTraits<DPAD>::kThreads, DqTraits<DPAD>::kBlo
           cp_async_wait<0>();
           __syncthreads();
         }
-        dout.bind(dout_tile + warp_row * Tile<DPAD>::kRowBytes, lane);
+        dout.bind(dout_tile + warp_row * SwizzledTile<DPAD>::kRowBytes, lane);
         const int64_t scalars = (place[0] * p.size.heads + place[2] * heads + head) * p.size.tokens + place[1];
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(DqTraits<DPAD>::kThreads, DqTraits<DPAD>::kBlo
 
       const uint32_t key_tile = states + stage * 2 * Traits::kStateBytes;
       float s[MT][NT][4], ds[MT][NT][4];
-      product_over_d<T, DPAD>(s, query, Tile<DPAD>::lane_columns(key_tile, lane));
-      product_over_d<T, DPAD>(ds, dout, Tile<DPAD>::lane_columns(key_tile + Traits::kStateBytes, lane));
+      product_over_d<T, DPAD>(s, query, SwizzledTile<DPAD>::lane_columns(key_tile, lane));
+      product_over_d<T, DPAD>(ds, dout, SwizzledTile<DPAD>::lane_columns(key_tile + Traits::kStateBytes, lane));
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
 #pragma unroll
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(DqTraits<DPAD>::kThreads, DqTraits<DPAD>::kBlo
       uint32_t left[MT][NT / 2][4];
 #pragma unroll
       for (int m = 0; m < MT; ++m) pack_left<T>(left[m], ds[m]);
-      product_over_rows<T, DPAD, MT, NT / 2, 1>(dq, left, Tile<DPAD>::lane_rows(key_tile, lane));
+      product_over_rows<T, DPAD, MT, NT / 2, 1>(dq, left, SwizzledTile<DPAD>::lane_rows(key_tile, lane));
 
       stage ^= 1;
       block = last ? 0 : block + 1;
@@ -388,8 +388,8 @@ __global__ void __launch_bounds__(DkdvTraits<DPAD>::kThreads, DkdvTraits<DPAD>::
     LeftOperand<DPAD, MT, Traits::kValueRegisters> value;
     if (Traits::kKeyRegisters) cp_async_wait<0>();
     __syncthreads();  // place is written; in the register variant K and V have landed
-    key.bind(key_states + warp_row * Tile<DPAD>::kRowBytes, lane);
-    value.bind(value_states + warp_row * Tile<DPAD>::kRowBytes, lane);
+    key.bind(key_states + warp_row * SwizzledTile<DPAD>::kRowBytes, lane);
+    value.bind(value_states + warp_row * SwizzledTile<DPAD>::kRowBytes, lane);
     if (Traits::kKeyRegisters) __syncthreads();  // all warps hold what passed through the stages
     load(first_turn, 0);
     cp_async_commit();
@@ -410,10 +410,10 @@ __global__ void __launch_bounds__(DkdvTraits<DPAD>::kThreads, DkdvTraits<DPAD>::
         const int64_t from = place[0] + warp_row * p.size.chunk_size -
                              (static_cast<int64_t>(counts[0] - turn) * Traits::kQueries + step);
         if (from >= Traits::kStep) continue;  // none sees any
-        const uint32_t query_rows = query_tile + step * Tile<DPAD>::kRowBytes;
+        const uint32_t query_rows = query_tile + step * SwizzledTile<DPAD>::kRowBytes;
         const uint32_t dout_tile = query_rows + Traits::kRowsBytes;
         float weight[MT][NT][4];
-        product_over_d<T, DPAD>(weight, key, Tile<DPAD>::lane_columns(query_rows, lane));
+        product_over_d<T, DPAD>(weight, key, SwizzledTile<DPAD>::lane_columns(query_rows, lane));
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
           const float2 lse = *reinterpret_cast<const float2*>(lse_row + step + n * 8);
@@ -443,8 +443,8 @@ __global__ void __launch_bounds__(DkdvTraits<DPAD>::kThreads, DkdvTraits<DPAD>::
         uint32_t left[MT][NT / 2][4];
 #pragma unroll
         for (int m = 0; m < MT; ++m) pack_left<T>(left[m], weight[m]);
-        uint32_t dout_lane = Tile<DPAD>::lane_rows(dout_tile, lane);
-        uint32_t query_lane = Tile<DPAD>::lane_rows(query_rows, lane);
+        uint32_t dout_lane = SwizzledTile<DPAD>::lane_rows(dout_tile, lane);
+        uint32_t query_lane = SwizzledTile<DPAD>::lane_rows(query_rows, lane);
         if (SPLIT == 2) {
           dout_lane = half_columns(dout_lane, column_half);
           query_lane = half_columns(query_lane, column_half);
@@ -452,7 +452,7 @@ __global__ void __launch_bounds__(DkdvTraits<DPAD>::kThreads, DkdvTraits<DPAD>::
         product_over_rows<T, DPAD, MT, NT / 2, SPLIT>(dv, left, dout_lane);
 
         float ds[MT][NT][4];
-        product_over_d<T, DPAD>(ds, value, Tile<DPAD>::lane_columns(dout_tile, lane));
+        product_over_d<T, DPAD>(ds, value, SwizzledTile<DPAD>::lane_columns(dout_tile, lane));
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
           const float2 delta = *reinterpret_cast<const float2*>(lse_row + Traits::kQueries + step + n * 8);

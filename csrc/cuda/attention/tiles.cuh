@@ -6,6 +6,8 @@
 #include "../device/sequence.cuh"
 #include "../host/launch.h"
 #include "../phases.h"
+#include "plan.h"
+#include "visible.cuh"
 
 namespace rat::cuda {
 
@@ -27,28 +29,6 @@ struct TileChunks {
     return r < to_next ? first : first + 1 + static_cast<int>((r - to_next) / size);
   }
 };
-
-// Blocks of a kernel over (query tile, lane), where a lane is a head or a query group. The cost of a tile grows with its
-// index, so late tiles are launched first. (sequence, lane) pairs run in sections whose keys and values fit in L2.
-struct TileOrder {
-  int64_t lanes = 1;
-  int64_t section = 1;
-};
-
-inline int64_t tile_blocks(const Sizes& s, int64_t tile, const TileOrder& order) {
-  return work_items(s, tile) * order.lanes;
-}
-
-inline TileOrder tile_order(const Sizes& s, const ChunkStates& chunks, int64_t lanes, int64_t element_bytes) {
-  constexpr int64_t kBudget = 24 << 20;
-  const int64_t bytes = 2 * chunks.rows * s.head_dim * element_bytes;
-  TileOrder order;
-  order.lanes = lanes;
-  order.section = bytes > 0 ? (kBudget + bytes - 1) / bytes : s.sequences * lanes;
-  if (order.section > s.sequences * lanes) order.section = s.sequences * lanes;
-  if (order.section < 1) order.section = 1;
-  return order;
-}
 
 __device__ __forceinline__ WorkItem ordered_item(const Sizes& s, const TileOrder& order, int64_t block, int64_t tile,
                                                  int64_t* lane) {
@@ -149,12 +129,6 @@ __global__ void __launch_bounds__(256)
   *reinterpret_cast<FourOf<T>*>(to + half) = b;
 }
 
-// Key tiles of KEYS chunk rows, enumerated without a host read of any length. Per-sequence rows: ceil(rows / KEYS) tiles for
-// each sequence. Compact: sequence n owns items from first_row(n) / KEYS + n on; they never overlap, as in work_item.
-inline int64_t key_tiles(const Sizes& s, const ChunkStates& c, int64_t keys) {
-  return c.compact ? c.rows / keys + s.sequences : s.sequences * ceil_div(c.rows, keys);
-}
-
 struct KeyTile {
   Sequence sequence;
   int64_t first;   // first key of the tile
@@ -182,12 +156,6 @@ __device__ __forceinline__ KeyTile key_tile(const Sizes& s, const ChunkStates& c
   }
   k.closed = (k.sequence.start + k.sequence.end - k.sequence.begin) / s.chunk_size;
   return k;
-}
-
-// Elements between the first and the last of a head's chunk rows, in the offsets of ChunkStates.
-inline int64_t states_extent(const Sizes& s, const ChunkStates& c) {
-  if (s.sequences * s.heads == 0) return 0;
-  return (c.compact ? 0 : (s.sequences - 1) * c.sequence) + (s.heads - 1) * c.head + c.rows * s.head_dim;
 }
 
 // Adds the shares of the queries, in order. Rows that are not valid hold anything before and after.
