@@ -44,7 +44,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 template <int SLOTS>
 struct RingBarriers {
   alignas(8) uint64_t full[SLOTS];
-  uint64_t empty[SLOTS];
+  uint64_t empty[SLOTS];  // right behind: Ring keeps one address
 
   // By one thread, before any other uses them: arrivals that make a slot full, and that make it empty.
   __device__ __forceinline__ void init(uint32_t fills, uint32_t leaves) {
@@ -60,15 +60,15 @@ struct RingBarriers {
 //   consumer:  ring.wait_full();  use ring.slot(), then arrive at ring.empty(); ring.next();
 template <int SLOTS>
 struct Ring {
-  uint32_t full_0, empty_0;  // addresses of slot 0's barriers
-  uint32_t count = 0;        // slots passed so far
+  uint32_t barriers;  // address
+  uint32_t count;     // slots passed so far
 
-  __device__ __forceinline__ explicit Ring(const RingBarriers<SLOTS>& barriers)
-      : full_0(shared_address(barriers.full)), empty_0(shared_address(barriers.empty)) {}
+  __device__ __forceinline__ explicit Ring(const RingBarriers<SLOTS>& of, uint32_t passed = 0)
+      : barriers(shared_address(&of)), count(passed) {}
 
   __device__ __forceinline__ uint32_t slot() const { return count % SLOTS; }
-  __device__ __forceinline__ uint32_t full() const { return full_0 + 8 * slot(); }
-  __device__ __forceinline__ uint32_t empty() const { return empty_0 + 8 * slot(); }
+  __device__ __forceinline__ uint32_t full() const { return barriers + 8 * slot(); }
+  __device__ __forceinline__ uint32_t empty() const { return barriers + 8 * SLOTS + 8 * slot(); }
   __device__ __forceinline__ void wait_full() const { mbarrier_wait(full(), count / SLOTS % 2); }
   // The first round finds every slot empty.
   __device__ __forceinline__ void wait_empty() const { mbarrier_wait(empty(), (count / SLOTS % 2) ^ 1); }

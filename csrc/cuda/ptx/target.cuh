@@ -7,4 +7,6 @@
 // 9.0 and a build that has code for sm_90a (RAT_EXT_SM90).
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define RAT_HOPPER_CODE
+#else
+#pragma nv_diag_suppress 177  // "declared but never referenced": what only the bodies use
 #endif
