@@ -65,6 +65,7 @@ KernelList chunk_recurrence_kernels();
 KernelList chunk_attention_fwd_sm80_kernels();
 KernelList chunk_attention_bwd_sm80_kernels();
 KernelList chunk_attention_f32_kernels();
+KernelList chunk_attention_rotate_reduce_kernels();
 KernelList decode_kernels();
 KernelList chunk_attention_fwd_sm90_kernels();
 KernelList chunk_attention_bwd_sm90_kernels();

@@ -1,5 +1,5 @@
-// What the chunk attention families share beside arithmetic: which chunk a row of a query tile is in, in which order tiles
-// are launched, and the rotation of q.
+// What the chunk attention families share on the device beside arithmetic: the order of query tiles, the tiles of keys and the
+// queries that walk them, and the rotation of q.
 #pragma once
 
 #include "../device/elements.cuh"
@@ -84,51 +84,7 @@ __device__ __forceinline__ void rotate4(float (&low)[4], float (&high)[4], const
   }
 }
 
-// Backward only: R_c x of every token and group (x itself without a rotation), (B, T, groups, D) of T contiguous. The heads
-// of a group and all backward kernels read R q many times, through cp.async or the copy engine, which cannot rotate and need
-// 16-byte alignment. 2 D elements of traffic a token and group.
-template <class T>
-__global__ void __launch_bounds__(256)
-    chunk_attention_rotate_bwd_kernel(const __grid_constant__ Sizes s, const __grid_constant__ Rows x, int64_t groups,
-                                      const float* cos, const float* sin, T* out) {
-  const int pieces = static_cast<int>(s.head_dim / 8);
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (index >= s.batch * s.tokens * groups * pieces) return;
-  const int piece = static_cast<int>(index % pieces);
-  const int64_t row = index / pieces;
-  const int64_t group = row % groups, token = row / groups % s.tokens, batch = row / groups / s.tokens;
-  int64_t n = batch;
-  if (s.cu_seqlens) {
-    int64_t low = 0, high = s.sequences - 1;  // the last n that starts at or before the token
-    while (low < high) {
-      const int64_t middle = (low + high + 1) / 2;
-      if (s.cu_seqlens[middle] <= token) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    n = low;
-  }
-  const Sequence sequence = sequence_at(s, n);
-  if (token >= sequence.end) return;
-  const int half = static_cast<int>(s.head_dim / 2);
-  const T* from = row_pointer<T>(x, batch, token, group) + 4 * piece;
-  float low[4], high[4];
-  load4(from, low, s.aligned16);
-  load4(from + half, high, s.aligned16);
-  rotate4(low, high, cos, sin, (sequence.start + token - sequence.begin) / s.chunk_size, half, piece, 1.0f);
-  FourOf<T> a, b;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    a.value[j] = from_float<T>(low[j]);
-    b.value[j] = from_float<T>(high[j]);
-  }
-  T* to = out + row * s.head_dim + 4 * piece;
-  *reinterpret_cast<FourOf<T>*>(to) = a;
-  *reinterpret_cast<FourOf<T>*>(to + half) = b;
-}
-
+// A block's chunk states, in the enumeration of key_tiles().
 struct KeyTile {
   Sequence sequence;
   int64_t first;   // first key of the tile
@@ -154,38 +110,27 @@ __device__ __forceinline__ KeyTile key_tile(const Sizes& s, const ChunkStates& c
     k.sequence = sequence_at(s, item / tiles);
     k.first = item % tiles * keys;
   }
-  k.closed = (k.sequence.start + k.sequence.end - k.sequence.begin) / s.chunk_size;
+  k.closed = (k.sequence.start + k.sequence.end - k.sequence.begin) / s.key_every;
   return k;
 }
 
-// Adds the shares of the queries, in order. Rows that are not valid hold anything before and after.
-template <class Acc>
-__global__ void __launch_bounds__(256)
-    chunk_attention_reduce_bwd_kernel(const Acc* shares_k, const Acc* shares_v, int shares, int64_t share_stride,
-                                      int64_t count, Acc* dchunk_k, Acc* dchunk_v) {
-  const int64_t index = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
-  if (index >= 2 * count) return;
-  const bool second = index >= count;
-  const int64_t offset = second ? index - count : index;
-  const float* from = (second ? shares_v : shares_k) + offset;
-  float4 sum = *reinterpret_cast<const float4*>(from);
-  for (int s = 1; s < shares; ++s) {
-    const float4 x = *reinterpret_cast<const float4*>(from + s * share_stride);
-    sum.x += x.x;
-    sum.y += x.y;
-    sum.z += x.z;
-    sum.w += x.w;
-  }
-  *reinterpret_cast<float4*>((second ? dchunk_v : dchunk_k) + offset) = sum;
-}
+// The query tiles that one of `shares` shares of a key tile walks: of those that see its first key, counted from the tile of
+// the sequence's last token (number `last`) backwards, [begin, end).
+struct QueryWalk {
+  int last;
+  int begin;
+  int end;
+};
 
-inline void add_shares(const float* shares_k, const float* shares_v, int64_t shares, int64_t extent,
-                       const BwdScratch& scratch, cudaStream_t stream) {
-  if (extent == 0) return;
-  const char* name = "chunk_attention_reduce_bwd_kernel";
-  chunk_attention_reduce_bwd_kernel<float><<<grid_x(ceil_div(2 * extent / 4, 256), name), 256, 0, stream>>>(
-      shares_k, shares_v, static_cast<int>(shares), extent, extent, scratch.dchunk_k, scratch.dchunk_v);
-  check_launch(name);
+template <int QUERIES, class Count>
+__device__ __forceinline__ QueryWalk query_walk(const VisibleFrom& visible, int length, Count share, Count shares) {
+  QueryWalk walk;
+  walk.last = (length - 1) / QUERIES;
+  const int first_seen = clamp_token(visible.from);
+  const int64_t tiles = first_seen < length ? walk.last - first_seen / QUERIES + 1 : 0;
+  walk.begin = static_cast<int>(tiles * share / shares);
+  walk.end = static_cast<int>(tiles * (share + 1) / shares);
+  return walk;
 }
 
 }  // namespace rat::cuda
