@@ -89,6 +89,39 @@ def test_an_unknown_instruction_set(word):
     assert "RAT_EXT_CPU_ISA" in done.stderr and word in done.stderr and "baseline, avx2 or avx512" in done.stderr
 
 
+def test_an_infinite_value_that_weighs_nothing():
+    """Its weight underflows to 0, and what 0 times infinity would be stays out of the gradient of the score."""
+    ones = torch.ones(1, 3, 1, 8)
+    q = (30 * ones).requires_grad_()
+    k = ones * torch.tensor([-30.0, 0.0, 30.0]).view(1, 3, 1, 1)
+    v = ones * torch.tensor([float("inf"), 1.0, 1.0]).view(1, 3, 1, 1)
+    y = rat_ext.rat_attention(q, k, v, -100 * ones, 1)
+    (dq,) = torch.autograd.grad(y, q, ones)
+    assert dq[:, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_ties_go_to_even(isa):
+    """A value halfway between two of bfloat16 or float16 takes the even one, as torch does."""
+    if not runs_here(isa):
+        pytest.skip(f"this CPU does not run {isa}")
+    done = run(TIES, RAT_EXT_CPU_ISA=isa)
+    assert done.returncode == 0 and "fine" in done.stdout, done.stdout + done.stderr
+
+
+TIES = """
+import torch, rat_ext
+for dtype in (torch.bfloat16, torch.float16):
+    eps = torch.finfo(dtype).eps
+    # k~ of two tokens with gates of 0 is v_0 / 4 + v_1 / 2, here 1 + (n + 1/2) eps.
+    v = torch.stack((4 * (torch.arange(8) + 0.5) * eps, torch.full((8,), 2.0))).view(1, 2, 1, 8)
+    assert torch.equal(v.to(dtype).float(), v)
+    y = rat_ext.chunk_recurrence(v.to(dtype), torch.zeros_like(v, dtype=dtype), 2)
+    assert torch.equal(y[:, 1], (v[:, 0] / 4 + v[:, 1] / 2).to(dtype)), y
+print("fine")
+"""
+
+
 def test_memory():
     """Forward and backward at T = 4096: peak memory under 1.5 times inputs, outputs and gradients."""
     done = run(MEMORY)

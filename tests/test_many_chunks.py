@@ -40,6 +40,21 @@ def test_chunk_states_that_all_see(device, dtype, dim, count):
 
 
 @low
+@pytest.mark.parametrize(("dim", "count"), [(64, 1023), (64, 1030), (64, 2100), (128, 1100), (128, 4095), (128, 4100)])
+def test_thousands_of_chunk_states(device, dtype, dim, count):
+    """More states than the kernels for short sequences of keys serve: 1,024 of 64 elements, 4,096 of 128."""
+    check(many(device, dtype, batch=1, tokens=130, dim=dim, chunk_size=48, lengths=[48 * count + 5]))
+
+
+@low
+@dims
+@pytest.mark.gpu
+def test_as_many_tokens_as_chunk_states(device, dtype, dim):
+    """The diagonal of thousands of states, L = 1."""
+    check(many(device, dtype, batch=1, tokens=4500, dim=dim, chunk_size=1, heads=2, groups=1))
+
+
+@low
 @dims
 @pytest.mark.parametrize("tokens", [63, 64, 65, 127, 128, 129, 257])
 def test_tokens_of_two_sequences(device, dtype, dim, tokens):
