@@ -64,6 +64,7 @@ def needs(gigabytes):
         pytest.skip(f"needs {gigabytes} GiB of free GPU memory, has {free:.0f}")
 
 
+@pytest.mark.alone
 def test_needed_memory_is_what_others_hold(device):
     """What torch caches is not taken: all but half a GiB of the memory that is free can be had after it was filled once."""
     gc.collect()
@@ -75,6 +76,7 @@ def test_needed_memory_is_what_others_hold(device):
     needs((free - 2**29) / 2**30)
 
 
+@pytest.mark.alone
 def test_over_2_31_elements(device, plain_memory):
     """Three packed sequences, the last past 2^31 elements: its outputs and gradients are those of the sequence
     alone.
@@ -95,6 +97,7 @@ def test_over_2_31_elements(device, plain_memory):
             near(a[:, cut], b)
 
 
+@pytest.mark.alone
 def test_over_2_31_elements_in_one_sequence(device, plain_memory):
     """Causal at the front; at the back it equals the continuation of a state."""
     needs(70)
@@ -121,6 +124,7 @@ def test_over_2_31_elements_in_one_sequence(device, plain_memory):
         near(a[:, -tail:], b)
 
 
+@pytest.mark.alone
 def test_recurrence_over_2_31_elements(device, plain_memory):
     needs(50)
     tokens, tail = 1_200_000, 3001

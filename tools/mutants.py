@@ -111,7 +111,7 @@ class Workshop:
 
 
 def pytest(root: Path, tests: str, device: str, limit: float, jobs: int = 1) -> tuple[str, float]:
-    """"caught", "lived" or what went wrong, and the seconds."""
+    """ "caught", "lived" or what went wrong, and the seconds."""
     words = tests.split()
     forced = dict(word.split("=", 1) for word in words if "=" in word and not word.startswith("tests/"))
     paths = [str(root / word) for word in words if word.startswith("tests")]
@@ -146,7 +146,9 @@ class Results:
         caught = sum(outcome.startswith("caught") for outcome in self.found.values())
         lived = [name for name, outcome in self.found.items() if outcome == "lived"]
         broken = [name for name, outcome in self.found.items() if outcome != "lived" and not outcome.startswith("caught")]
-        print(f"{caught} of {len(self.found)} caught; lived: {', '.join(lived) or 'none'}; not run: {', '.join(broken) or 'none'}")
+        print(
+            f"{caught} of {len(self.found)} caught; lived: {', '.join(lived) or 'none'}; not run: {', '.join(broken) or 'none'}"
+        )
         return 2 if broken else 1 if lived else 0
 
 
