@@ -379,8 +379,8 @@ def compare(
 ) -> None:
     """err(actual) <= factor * err(eager) + a floor of a few roundings, by the largest and by the mean square error.
 
-    Beside them a few of the smallest normal numbers of the state dtype: below that what is lost is lost to underflow, and a gate
-    that is shut leaves 1e-38 where the exact value is 0.
+    Beside them a few of the smallest normal numbers of the state dtype: below that what is lost is lost to underflow, and a
+    gate that is shut leaves 1e-38 where the exact value is 0.
     """
     assert actual.keys() == exact.keys()
     for key, want in exact.items():

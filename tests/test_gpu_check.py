@@ -40,8 +40,8 @@ def change(path: Path, old: str, new: str) -> None:
 
 @pytest.mark.parametrize(
     ("file", "old", "new"),
-    [("csrc/cuda/a.cu", "// one", "// another"), ("csrc/cuda/a.cu", "\n\n", "\n\n\n"), ("csrc/cuda/a.cu", "three", "four\nfive"),
-     ("csrc/cuda/a.cu", "  // one", ""), ("csrc/build.txt", "# flags", "# all flags"), ("setup.py", "# fast", "# faster")],
+    [("csrc/cuda/a.cu", "// one", "// another"), ("csrc/cuda/a.cu", "\n\n", "\n\n\n"),
+     ("csrc/cuda/a.cu", "three", "four\nfive"), ("csrc/cuda/a.cu", "  // one", ""), ("csrc/build.txt", "# flags", "# all flags"), ("setup.py", "# fast", "# faster")],
 )  # fmt: skip
 def test_the_hash_does_not_see_comments_and_blank_lines(tool, tree, file, old, new):
     before = tool.hash_of_sources(tree)
@@ -51,8 +51,8 @@ def test_the_hash_does_not_see_comments_and_blank_lines(tool, tree, file, old, n
 
 @pytest.mark.parametrize(
     ("file", "old", "new"),
-    [("csrc/cuda/a.cu", "a = 1", "a = 2"), ("csrc/cuda/a.cu", "// no comment", "// a comment"), ("csrc/cuda/a.cu", "int a", "long a"),
-     ("csrc/build.txt", "-O3", "-O2"), ("setup.py", "-O3", "-O2")],
+    [("csrc/cuda/a.cu", "a = 1", "a = 2"), ("csrc/cuda/a.cu", "// no comment", "// a comment"),
+     ("csrc/cuda/a.cu", "int a", "long a"), ("csrc/build.txt", "-O3", "-O2"), ("setup.py", "-O3", "-O2")],
 )  # fmt: skip
 def test_the_hash_sees_code(tool, tree, file, old, new):
     before = tool.hash_of_sources(tree)
