@@ -41,7 +41,8 @@ def change(path: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [("csrc/cuda/a.cu", "// one", "// another"), ("csrc/cuda/a.cu", "\n\n", "\n\n\n"),
-     ("csrc/cuda/a.cu", "three", "four\nfive"), ("csrc/cuda/a.cu", "  // one", ""), ("csrc/build.txt", "# flags", "# all flags"), ("setup.py", "# fast", "# faster")],
+     ("csrc/cuda/a.cu", "three", "four\nfive"), ("csrc/cuda/a.cu", "  // one", ""),
+     ("csrc/build.txt", "# flags", "# all flags"), ("setup.py", "# fast", "# faster")],
 )  # fmt: skip
 def test_the_hash_does_not_see_comments_and_blank_lines(tool, tree, file, old, new):
     before = tool.hash_of_sources(tree)
