@@ -253,7 +253,7 @@ def evaluate(function, case: Case, *, double: bool = False, grads: dict[str, Ten
     leaves = dict(inputs)
     if case.state is not None:
         tensors = {key: leaf(getattr(case.state, key)) for key in STATE}
-        options["initial_state"] = dataclasses.replace(case.state, **tensors)
+        options["initial_state"] = case.state.replace(**tensors)
         leaves |= {f"initial_{key}": x for key, x in tensors.items()}
     result = function(**inputs, chunk_size=case.chunk_size, **options)
     outputs, lengths = {}, None
