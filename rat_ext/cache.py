@@ -18,6 +18,10 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class SlotError(ValueError, IndexError):
+    """A slot outside the cache: a wrong argument, and an index that is out of range."""
+
+
 class RATCache:
     """States of N sequences. A sequence of n tokens has n // L closed chunks, whose states the next tokens attend to.
 
@@ -77,8 +81,10 @@ class RATCache:
             ("chunk_size", chunk_size, 1),
             ("max_length", max_length, 0),
         ):
-            if not isinstance(value, (int, torch.SymInt)) or value < least:
-                raise ValueError(f"RATCache: {name}: expected an int of at least {least}, got {value!r}")
+            if not isinstance(value, (int, torch.SymInt)):
+                raise ValueError(f"RATCache: {name}: expected an int, got {value!r}")
+            if value < least:
+                raise ValueError(f"RATCache: {name}: expected at least {least}, got {value}")
         states = (batch, num_heads, max_length // chunk_size, head_dim)
         running = (batch, num_heads, head_dim)
         return cls(
@@ -222,8 +228,8 @@ class RATCache:
     def _check_slots(self, method: str, slots: Tensor, count: int | None = None) -> None:
         """What the host knows of ``slots``. Their values it reads on the CPU only; on a GPU, torch's kernels check them."""
 
-        def wrong(expected: str, got: object) -> ValueError:
-            return ValueError(f"RATCache.{method}: slots: expected {expected}, got {got}")
+        def wrong(expected: str, got: object, kind: type[ValueError] = ValueError) -> ValueError:
+            return kind(f"RATCache.{method}: slots: expected {expected}, got {got}")
 
         if not isinstance(slots, Tensor):
             raise wrong("a tensor", type(slots).__name__)
@@ -236,7 +242,7 @@ class RATCache:
         if type(slots) is Tensor and slots.is_cpu and slots.numel() and not torch.compiler.is_compiling():
             low, high = (int(x) for x in slots.aminmax())
             if low < 0 or high >= self.batch:
-                raise wrong(f"entries from 0 to {self.batch - 1}", low if low < 0 else high)
+                raise wrong(f"entries from 0 to {self.batch - 1}", low if low < 0 else high, SlotError)
 
     # ---- for the ops ----
 
