@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-
 _NAMES = ("chunk_k", "chunk_v", "running_k", "running_v", "lengths")  # in the order of the ops' arguments
 
 
@@ -25,9 +24,9 @@ class SlotError(ValueError, IndexError):
 class RATCache:
     """States of N sequences. A sequence of n tokens has n // L closed chunks, whose states the next tokens attend to.
 
-    It can be copied, pickled, saved and loaded (``torch.load`` as it is by default), and it is a pytree of its five tensors, for
-    ``torch.export``. It is no dataclass: wrappers for mixed precision cast the fields of those, and these have dtypes of their
-    own.
+    It can be copied, pickled, saved and loaded (by ``torch.load`` as it is by default), and is a pytree of its five tensors,
+    for ``torch.export``. It is no dataclass: wrappers for mixed precision cast the fields of those, and a state's tensors have
+    dtypes of their own.
 
     Attributes:
         chunk_k: ``(N, H, C, D)`` keys of closed chunks, rotated by chunk index; rows from ``lengths // chunk_size`` on are

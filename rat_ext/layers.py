@@ -38,7 +38,7 @@ class RATLayer(nn.Module):
 
     The forget gates ``sigmoid(projection + gate_bias)`` start spread over time scales from about one token to a chunk.
 
-    The only state of the layer is its parameters. Rotary tables are made at use, for the device and dtype of the projection, and
+    Parameters are the only state of the layer. Rotary tables are made at use, for the device and dtype of the projection, and
     shared by all layers.
     """
 
@@ -131,7 +131,7 @@ class RATLayer(nn.Module):
         if cache is not None:
             if initial_state is not None or return_state or cu_seqlens is not None:
                 raise ValueError(
-                    "RATLayer: cache: expected neither initial_state nor return_state nor cu_seqlens beside it (it is updated in "
+                    "RATLayer: cache: expected no initial_state, return_state or cu_seqlens beside it (it is updated in "
                     "place), got one of them"
                 )
             return self._decode(x, cache, slots, rotary)
@@ -191,9 +191,7 @@ class RATLayer(nn.Module):
             kind = device.type
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and dtype != torch.float64:
                 dtype = torch.get_autocast_dtype(kind)
-        return RATCache.empty(
-            batch, self.num_heads, self.head_dim, self.chunk_size, max_length, dtype=dtype, device=device
-        )
+        return RATCache.empty(batch, self.num_heads, self.head_dim, self.chunk_size, max_length, dtype=dtype, device=device)
 
     def extra_repr(self) -> str:
         names = ("num_heads", "num_groups", "chunk_size", "head_dim")

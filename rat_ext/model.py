@@ -111,7 +111,7 @@ class RATLM(nn.Module):
         else:
             head = Linear(d_model, vocab_size, bias=False)
             head.std = 0.02
-            self.add_module("head", head)
+            self._modules["head"] = head
         self.reset_parameters()
 
     @property
