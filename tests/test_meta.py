@@ -5,7 +5,7 @@ import torch
 
 import rat_ext
 from rat_ext import RATCache
-from rat_ext.testing import LOW, STATE, Random, attention_case, make_state, name, recurrence_case, with_tensors
+from rat_ext.testing import LOW, STATE, Random, attention_case, make_state, name, recurrence_case
 
 low = pytest.mark.parametrize("dtype", LOW, ids=name)
 
@@ -37,7 +37,7 @@ def run(function, tensors, chunk_size, state, options):
 def assert_alike(function, tensors, chunk_size, state=None, options=None):
     tensors = {key: x.detach().requires_grad_(x.is_floating_point()) for key, x in tensors.items()}
     if state is not None:
-        state = with_tensors(state, **{key: getattr(state, key).detach().requires_grad_() for key in STATE})
+        state = state.replace(**{key: getattr(state, key).detach().requires_grad_() for key in STATE})
     real = run(function, tensors, chunk_size, state, dict(options or {}))
     meta = run(
         function,

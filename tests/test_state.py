@@ -22,7 +22,6 @@ from rat_ext.testing import (
     name,
     run_python,
     valid_rows,
-    with_tensors,
 )
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -164,7 +163,7 @@ def test_a_state_that_is_not_contiguous_is_refused(device, key):
     else:
         strided = x.transpose(-1, -2).contiguous().transpose(-1, -2)
     assert torch.equal(strided.nan_to_num(), x.nan_to_num()) and not strided.is_contiguous()
-    state = with_tensors(case.state, **{key: strided})
+    state = case.state.replace(**{key: strided})
     with pytest.raises(ValueError, match=rf"initial_state.{key}: expected a contiguous tensor"):
         rat_ext.rat_attention(**case.tensors, chunk_size=16, initial_state=state, **case.options)
 
