@@ -73,7 +73,7 @@ PYTHON = [
     Mutant(
         "decode does not count",
         "rat_ext/*.py",
-        r"cache\.length_bound \+= 1",
+        r"(?:self|cache)\.length_bound \+= 1",
         "pass",
         f"{DECODE}::test_forward_continues_from_decode",
     ),
@@ -119,6 +119,18 @@ PYTHON = [
         "return torch.float64 if dtype == torch.float64 else dtype",
         f"{STATE}::test_head_size",
     ),
+]
+
+PYTHON += [
+    Mutant(
+        "write lowers the bound",
+        "rat_ext/cache.py",
+        r"self\.length_bound = max\(self\.length_bound, other\.length_bound\)",
+        "self.length_bound = other.length_bound",
+        "tests/test_cache.py",
+    ),
+    Mutant("clone shares memory", "rat_ext/cache.py", r"self\._map\(torch\.clone\)", "self._map(lambda x: x)", f"{DECODE}"),
+    Mutant("detach keeps the graph", "rat_ext/cache.py", r"self\._map\(torch\.detach\)", "self._map(lambda x: x)", f"{STATE}"),
 ]
 
 # The operators' own side, compiled for the CPU.
@@ -196,14 +208,14 @@ CPU = [
         "csrc/cpu/*",
         r"w \+ 0x7fff \+ \(\(w >> 16\) & 1\)",
         "w + 0x8000",
-        "tests/test_cpu.py::test_ties_go_to_even",
+        "tests/test_cpu.py::test_ties_go_to_even[baseline]",
     ),
     Mutant(
         "float16 ties up",
         "csrc/cpu/*",
         r"0xfff \+ \(magnitude >> 13 & 1\)",
         "0x1000",
-        "tests/test_cpu.py::test_ties_go_to_even",
+        "tests/test_cpu.py::test_ties_go_to_even[baseline]",
     ),
     Mutant("float16 truncated", "csrc/cpu/*", r"\+ 0xfff \+ \(magnitude >> 13 & 1\)", "", f"{ROUNDING}::test_to_nearest"),
     Mutant(
