@@ -32,6 +32,7 @@ LONG, MANY, DECODE, STATE = (
     "tests/test_state.py",
 )
 PACKED, PINNED, ROUNDING = "tests/test_packed_sequences.py", "tests/test_pinned.py", "tests/test_rounding.py"
+MANY_OPTIONS = "tests/test_many_chunks_options.py"
 AUTOGRAD = "tests/test_autograd.py"
 
 PYTHON = [
@@ -82,7 +83,7 @@ PYTHON = [
         "rat_ext/ops.py",
         r"return x\.contiguous\(\)",
         "return x",
-        f"{ATTENTION}::test_strides_of_small_tensors",
+        "tests/test_alignment.py::test_strides_of_small_tensors",
     ),
     Mutant(
         "rows of packed sequences",
@@ -679,7 +680,7 @@ CUDA = [
         "csrc/cuda/attention/sm90_fwd.cu",
         r"if \(valid < C::kKeys\) \{",
         "if (false) {",
-        f"{MANY}::test_continued",
+        f"{MANY_OPTIONS}::test_continued",
     ),
     Mutant(
         "sm90: angles of the chunk before",
@@ -714,7 +715,7 @@ CUDA = [
         "csrc/cuda/attention/sm90_bwd.cu",
         r"if \(item\.keys < C::kKeys\) \{",
         "if (false) {",
-        f"{MANY}::test_continued",
+        f"{MANY_OPTIONS}::test_continued",
     ),
     Mutant(
         "sm90: dK without scale",
@@ -735,7 +736,7 @@ CUDA = [
         "csrc/cuda/attention/sm90_bwd.cu",
         r"/ C::kQueries \+ middle <= tile",
         "/ C::kQueries + middle < tile",
-        f"{MANY}::test_packed",
+        f"{MANY_OPTIONS}::test_packed",
     ),
     # Decode, sequences, the grid of vector accesses.
     Mutant(
@@ -778,17 +779,21 @@ CUDA = [
         "csrc/ops/*",
         r" \|\| r\.batch % unit \|\| r\.token % unit \|\| r\.head % unit",
         "",
-        f"{ATTENTION}::test_one_tensor_off_the_grid",
+        "tests/test_alignment.py::test_one_tensor_off_the_grid",
     ),
     Mutant(
-        "gpu aligned but for heads", "csrc/ops/*", r" \|\| r\.head % unit", "", f"{ATTENTION}::test_one_tensor_off_the_grid"
+        "gpu aligned but for heads",
+        "csrc/ops/*",
+        r" \|\| r\.head % unit",
+        "",
+        "tests/test_alignment.py::test_one_tensor_off_the_grid",
     ),
     Mutant(
         "gpu alignment of dy forgotten",
         "csrc/ops/*.cpp",
         r"p\.out_gate, p\.y, b\.dy, b\.dq",
         "p.out_gate, p.y, b.dq",
-        f"{ATTENTION}::test_one_tensor_off_the_grid",
+        "tests/test_alignment.py::test_one_tensor_off_the_grid",
     ),
 ]
 
