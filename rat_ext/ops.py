@@ -300,11 +300,6 @@ def chunk_recurrence(
     return _call("chunk_recurrence", args, (x, gate, gate_bias, initial_state))
 
 
-@torch.compiler.assume_constant_result  # an operator that returns a number cannot be traced
-def _decode_workspace_bytes(pool: int, heads: int, rows: int, head_dim: int) -> int:
-    return _ops.decode_workspace.default(pool, heads, rows, head_dim)
-
-
 def rat_decode_step(
     q: Tensor,
     k: Tensor,
@@ -362,15 +357,12 @@ def rat_decode_step(
                 )
     q, k, v, gate, out_gate = _autocast((q, k, v, gate, out_gate))
     acc = state_dtype(q.dtype)
-    if cache.workspace is None:
-        size = _decode_workspace_bytes(*cache.chunk_k.shape) if cache.chunk_k.is_cuda else 0
-        cache.workspace = torch.zeros(size, dtype=torch.uint8, device=cache.chunk_k.device)
     y = _ops.rat_decode_step.default(
         q, k, v, gate, _table("gate_bias", gate_bias, acc), out_gate, _table("rotary_cos", rotary_cos, acc),
-        _table("rotary_sin", rotary_sin, acc), slots, cache.chunk_k, cache.chunk_v, cache.running_k, cache.running_v,
-        cache.lengths, cache.workspace, cache.chunk_size, _default_scale(v.shape) if scale is None else scale,
+        _table("rotary_sin", rotary_sin, acc), slots, *cache.tensors(), cache.decode_workspace(), cache.chunk_size,
+        _default_scale(v.shape) if scale is None else scale,
     )  # fmt: skip
-    cache.length_bound += 1
+    cache.decoded()
     return y
 
 

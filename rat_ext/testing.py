@@ -1,15 +1,26 @@
-"""What the tests share: inputs in many layouts, the float64 oracle and the twice-eager rule.
+"""How the ops are held against their definition, for the tests, the demo and whoever changes a kernel.
 
-A :class:`Case` holds the arguments of one call. :func:`evaluate` runs an op on it and returns outputs, states and every
-gradient by name. :func:`check` runs the compiled op, the eager definition in the same dtype and the definition in
-float64, and
-asserts that the compiled op is at most twice as far from float64 as the eager one.
+A :class:`Case` holds the arguments of one call; :func:`attention_case` and :func:`recurrence_case` draw one in any layout,
+packed or continued. :func:`evaluate` runs an op on it and returns outputs, states and every gradient by name. :func:`check`
+runs the compiled op, the definition in the same dtype and the definition in float64, and asserts that the compiled op is at
+most twice as far from float64 as the eager one.
+
+Example:
+    >>> import torch
+    >>> from rat_ext import testing
+    >>> values = testing.check(testing.attention_case("cpu", torch.float32, tokens=20, chunk_size=8))
+    >>> sorted(values)
+    ['dgate', 'dgate_bias', 'dk', 'dout_gate', 'dq', 'dv', 'y']
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,19 +35,20 @@ LAYOUTS = ("contiguous", "transposed", "odd", "projection", "expanded_batch", "e
 STATE = ("chunk_k", "chunk_v", "running_k", "running_v")
 
 
-def name(value) -> str:
-    """Short test ids."""
+def name(value: object) -> str | None:
+    """The id of a dtype among pytest's parameters; None, pytest's own choice, for anything else."""
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
 class Random:
-    """Seeded inputs: the same numbers on every device."""
+    """Seeded normal numbers, drawn on the CPU: the same ones on every device."""
 
-    def __init__(self, seed: int, device, dtype: torch.dtype):
+    def __init__(self, seed: int, device: torch.device | str, dtype: torch.dtype):
         self.generator = torch.Generator().manual_seed(seed)
         self.device, self.dtype = device, dtype
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, size: float = 1.0) -> Tensor:
+        """A tensor of ``shape`` with standard deviation ``size``, in ``dtype`` or the one of this source."""
         x = torch.randn(shape, generator=self.generator) * size
         return x.to(self.device, dtype or self.dtype)
 
@@ -45,8 +57,9 @@ class Random:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """``x`` (B, T, heads, D) with other strides. Expanded layouts repeat the first entry; memory between rows is
-    NaN.
+    """``x`` (B, T, heads, D) with other strides: one of ``LAYOUTS`` but "projection".
+
+    Expanded layouts repeat the first entry. Memory between rows is NaN.
     """
     if layout == "contiguous":
         return x
@@ -81,22 +94,35 @@ def lay_out_all(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
 
 @dataclasses.dataclass
 class Case:
-    """One call of ``op``: differentiable tensors by argument name, other options, a state to continue from."""
+    """One call of an op.
+
+    Attributes:
+        op: its name in :mod:`rat_ext`.
+        tensors: the differentiable arguments by name.
+        chunk_size: L.
+        options: the other arguments by name.
+        state: a state to continue from; of chunk_recurrence it is among ``tensors`` and ``options``.
+        dy_layout: strides of the gradient of y.
+        seed: of the gradients, which are drawn with seed + 1.
+    """
 
     op: str
     tensors: dict[str, Tensor]
     chunk_size: int
-    options: dict
+    options: dict[str, Any]
     state: RATCache | None = None
     dy_layout: str = "contiguous"
     seed: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the op."""
         return self.tensors["gate" if self.op == "chunk_recurrence" else "q"].dtype
 
 
-def make_state(random: Random, lengths, heads: int, dim: int, chunk_size: int, rows: int | None = None) -> RATCache:
+def make_state(
+    random: Random, lengths: Sequence[int], heads: int, dim: int, chunk_size: int, rows: int | None = None
+) -> RATCache:
     """A state of sequences of ``lengths``; what no token may read (dead rows, running states at a reset) is NaN."""
     closed = [length // chunk_size for length in lengths]
     rows = max(closed, default=0) if rows is None else rows
@@ -113,7 +139,7 @@ def make_state(random: Random, lengths, heads: int, dim: int, chunk_size: int, r
 
 
 def attention_case(
-    device,
+    device: torch.device | str,
     dtype: torch.dtype,
     *,
     op: str = "rat_attention",
@@ -131,12 +157,22 @@ def attention_case(
     scale: float | None = None,
     layout: str = "contiguous",
     dy_layout: str = "contiguous",
-    sequences=None,
-    lengths=None,
+    sequences: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
     return_state: bool = False,
     seed: int = 0,
 ) -> Case:
-    """A random call of rat_attention or chunk_attention. ``sequences``: lengths of packed sequences."""
+    """A random call of rat_attention or chunk_attention.
+
+    Args:
+        device, dtype: of the inputs; gate_bias and rotary tables are in the state dtype.
+        gate_size, gate_mean: standard deviation and mean of the logits of the forget gate, which are cut at +-30.
+        gate_bias, out_gate, rotary: whether the call has them.
+        layout, dy_layout: strides of the inputs and of the gradient of y, see ``LAYOUTS``.
+        sequences: lengths of packed sequences: batch is 1, tokens their sum.
+        lengths: how many tokens each sequence had before: the call continues from a state.
+        return_state, scale, seed: as they say.
+    """
     random = Random(seed, device, dtype)
     if sequences is not None:
         batch, tokens = 1, sum(sequences)
@@ -152,7 +188,7 @@ def attention_case(
         tensors = {"q": q, "k_states": random.normal(*wide), "v_states": random.normal(*wide)}
     if out_gate:
         tensors["out_gate"] = random.normal(*wide)
-    options = {"scale": scale, "return_state": return_state}
+    options: dict[str, Any] = {"scale": scale, "return_state": return_state}
     if sequences is not None:
         options["cu_seqlens"] = cu_seqlens_of(sequences, device)
     longest = max(lengths, default=0) if lengths else 0
@@ -165,7 +201,7 @@ def attention_case(
 
 
 def recurrence_case(
-    device,
+    device: torch.device | str,
     dtype: torch.dtype,
     *,
     batch: int = 2,
@@ -179,12 +215,12 @@ def recurrence_case(
     gate_bias: bool = True,
     layout: str = "contiguous",
     dy_layout: str = "contiguous",
-    sequences=None,
-    lengths=None,
+    sequences: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
     return_state: bool = False,
     seed: int = 0,
 ) -> Case:
-    """A random call of chunk_recurrence."""
+    """A random call of chunk_recurrence; the arguments are those of :func:`attention_case`."""
     random = Random(seed, device, dtype)
     if sequences is not None:
         batch, tokens = 1, sum(sequences)
@@ -193,7 +229,7 @@ def recurrence_case(
     acc = state_dtype(dtype)
     if gate_bias:
         tensors["gate_bias"] = random.normal(heads, dim, dtype=acc)
-    options = {"return_state": return_state}
+    options: dict[str, Any] = {"return_state": return_state}
     if sequences is not None:
         options["cu_seqlens"] = cu_seqlens_of(sequences, device)
     tensors = lay_out_all(tensors, layout)
@@ -205,7 +241,8 @@ def recurrence_case(
     return Case("chunk_recurrence", tensors, chunk_size, options, None, dy_layout, seed)
 
 
-def cu_seqlens_of(sequences, device) -> Tensor:
+def cu_seqlens_of(sequences: Sequence[int], device: torch.device | str) -> Tensor:
+    """(N + 1,) int32 of the lengths of N packed sequences."""
     return torch.tensor([0, *sequences], dtype=torch.int64).cumsum(0).to(device, torch.int32)
 
 
@@ -234,9 +271,25 @@ def cotangents(case: Case, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def evaluate(function, case: Case, *, double: bool = False, grads: dict[str, Tensor] | None = None, backward: bool = True):
-    """Runs ``function`` on the case: {"y", state tensors, "d" + input: gradient}, and the gradients that were fed
-    in.
+def evaluate(
+    function: Callable[..., Any],
+    case: Case,
+    *,
+    double: bool = False,
+    grads: dict[str, Tensor] | None = None,
+    backward: bool = True,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Runs ``function`` on the case, forward and backward.
+
+    Args:
+        function: an op, its definition, or something with the same arguments.
+        double: with all tensors in float64.
+        grads: gradients of the outputs by name; by default those of :func:`cotangents`.
+        backward: whether to ask for gradients.
+
+    Returns:
+        ``(values, grads)``: y, the tensors of a returned state, and "d" + name for the gradient of each input; dead chunk rows
+        are 0. And the gradients that were fed in.
     """
 
     def leaf(x: Tensor, differentiable: bool = True) -> Tensor:
@@ -253,10 +306,11 @@ def evaluate(function, case: Case, *, double: bool = False, grads: dict[str, Ten
     leaves = dict(inputs)
     if case.state is not None:
         tensors = {key: leaf(getattr(case.state, key)) for key in STATE}
-        options["initial_state"] = dataclasses.replace(case.state, **tensors)
+        options["initial_state"] = case.state.replace(**tensors)
         leaves |= {f"initial_{key}": x for key, x in tensors.items()}
     result = function(**inputs, chunk_size=case.chunk_size, **options)
-    outputs, lengths = {}, None
+    outputs: dict[str, Tensor] = {}
+    lengths = None
     if not isinstance(result, tuple):
         outputs["y"] = result
     elif case.op == "chunk_recurrence":
@@ -268,13 +322,12 @@ def evaluate(function, case: Case, *, double: bool = False, grads: dict[str, Ten
         outputs["valid"] = valid_rows(state)
     if grads is None:
         grads = cotangents(case, outputs)
-    values = {}
+    values: dict[str, Tensor] = {}
     if backward:
         fed = {key: g.double() if double else g for key, g in grads.items() if outputs[key].requires_grad}
+        got: Sequence[Tensor | None] = [None] * len(leaves)
         if fed:
             got = torch.autograd.grad([outputs[k] for k in fed], list(leaves.values()), list(fed.values()), allow_unused=True)
-        else:
-            got = [None] * len(leaves)
         for (key, x), g in zip(leaves.items(), got, strict=True):
             values["d" + key] = torch.zeros_like(x) if g is None else g
             assert values["d" + key].dtype == x.dtype and values["d" + key].shape == x.shape
@@ -315,7 +368,7 @@ def floors(case: Case, exact: dict[str, Tensor], grads: dict[str, Tensor]) -> di
     """
     if "y" not in grads or "dq" not in exact or not exact["y"].numel():
         return {}
-    q, k = case.tensors["q"].double(), case.tensors.get("k", case.tensors.get("k_states")).double()
+    q, k = case.tensors["q"].double(), case.tensors["k" if "k" in case.tensors else "k_states"].double()
     heads, dim = exact["y"].shape[2:]
     scale = abs(dim**-0.5 if case.options.get("scale") is None else case.options["scale"])
     rounding = torch.finfo(case.dtype).eps / 2 * scale
@@ -323,7 +376,10 @@ def floors(case: Case, exact: dict[str, Tensor], grads: dict[str, Tensor]) -> di
     per_group = (heads // q.shape[2]) ** 0.5
     q_max, k_max = float(q.abs().max()), float(k.abs().max())
     if case.state is not None:
-        k_max = max(k_max, *(float(x.nan_to_num().abs().max()) if x.numel() else 0.0 for x in state_keys(case.state)))
+        k_max = max(
+            k_max,
+            *(float(x.nan_to_num().abs().max()) if x.numel() else 0.0 for x in (case.state.chunk_k, case.state.running_k)),
+        )
     key = 2 * delta * q_max
     if "gate" in case.tensors:
         logits = case.tensors["gate"].double()
@@ -346,27 +402,26 @@ def floors(case: Case, exact: dict[str, Tensor], grads: dict[str, Tensor]) -> di
     }
 
 
-def state_keys(state: RATCache) -> tuple[Tensor, Tensor]:
-    return state.chunk_k, state.running_k
-
-
-# Units of rounding, relative to the largest value, that the compiled op may be off where the eager one happens to
-# be exact.
-# A float32 op sums hundreds of terms in its own order and has its own exponential; low precisions round once, at
-# the end.
+# Units of rounding, relative to the largest value, that the compiled op may be off where the eager one happens to be exact.
+# A float32 op sums hundreds of terms in its own order and has its own exponential; low precisions round once, at the end.
 ULPS = {torch.float64: 4096, torch.float32: 16, torch.bfloat16: 2, torch.float16: 2}
 
 
-def compare(
+def judge(
     actual: dict[str, Tensor],
     eager: dict[str, Tensor],
     exact: dict[str, Tensor],
     dtype: torch.dtype,
     floor: dict[str, float] | None = None,
     factor: float = 2.0,
-) -> None:
-    """err(actual) <= factor * err(eager) + a floor of a few roundings, by the largest and by the mean square error."""
-    assert actual.keys() == exact.keys()
+) -> Iterator[dict[str, Any]]:
+    """err(actual) <= factor * err(eager) + a floor of a few roundings, by the largest and by the mean square error.
+
+    Beside them a few of the smallest normal numbers of the state dtype: below that what is lost is lost to underflow, and a
+    gate that is shut leaves 1e-38 where the exact value is 0.
+
+    Yields both for every tensor: ``tensor, measure, error, eager, limit, largest`` (value) and ``worst`` (index).
+    """
     for key, want in exact.items():
         got = actual[key]
         assert got.shape == want.shape, f"{key}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
@@ -382,27 +437,55 @@ def compare(
         error, allowed = (got - want).abs(), (mine - want).abs()
         unit = ULPS[dtype] * torch.finfo(dtype).eps
         extra = (floor or {}).get(key, 0.0)
+        least = 8 * torch.finfo(state_dtype(dtype)).tiny
         # The floor is for D roundings that all point one way. They are independent: their mean square is 1 / D of that.
         share = {"max": 1.0, "rms": want.shape[-1] ** -0.5}
         for measure, reduce in (("max", Tensor.max), ("rms", lambda x: x.square().mean().sqrt())):
-            limit = factor * float(reduce(allowed)) + unit * float(reduce(want.abs())) + extra * share[measure]
-            found = float(reduce(error))
-            worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
-            assert found <= limit, (
-                f"{key}: {measure} error {found:.3e} is over {limit:.3e} (eager {float(reduce(allowed)):.3e}, "
-                f"largest value {float(want.abs().max()):.3e}, worst at {worst})"
-            )
+            limit = factor * float(reduce(allowed)) + unit * float(reduce(want.abs())) + extra * share[measure] + least
+            yield {
+                "tensor": key,
+                "measure": measure,
+                "error": float(reduce(error)),
+                "eager": float(reduce(allowed)),
+                "limit": limit,
+                "largest": float(want.abs().max()),
+                "worst": tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape)),
+            }
 
 
-def check(case: Case, *, function=None, backward: bool = True) -> dict[str, Tensor]:
-    """The twice-eager rule for outputs, states and every gradient of a case. Returns what the compiled op computed."""
+def compare(
+    actual: dict[str, Tensor],
+    eager: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    dtype: torch.dtype,
+    floor: dict[str, float] | None = None,
+    factor: float = 2.0,
+) -> None:
+    """Asserts what :func:`judge` measures."""
+    assert actual.keys() == exact.keys()
+    for row in judge(actual, eager, exact, dtype, floor, factor):
+        assert row["error"] <= row["limit"], (
+            f"{row['tensor']}: {row['measure']} error {row['error']:.3e} is over {row['limit']:.3e} (eager {row['eager']:.3e}, "
+            f"largest value {row['largest']:.3e}, worst at {row['worst']})"
+        )
+
+
+def define(
+    case: Case, backward: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+    """What the definition gives in float64 and in the case's dtype, the gradients fed in, and the floors of the rule."""
     definition = getattr(reference, case.op)
     exact, grads = evaluate(definition, case, double=True, backward=backward)
     grads = {key: g.to(case.dtype if key in ("y", "chunk_k", "chunk_v") else g.dtype) for key, g in grads.items()}
     eager = exact if case.dtype == torch.float64 else evaluate(definition, case, grads=grads, backward=backward)[0]
+    return exact, eager, grads, floors(case, exact, grads) if backward else {}
+
+
+def check(case: Case, *, function: Callable[..., Any] | None = None, backward: bool = True) -> dict[str, Tensor]:
+    """The twice-eager rule for outputs, states and every gradient of a case. Returns what the compiled op computed."""
+    exact, eager, grads, floor = define(case, backward)
     actual, _ = evaluate(function or getattr(rat_ext, case.op), case, grads=grads, backward=backward)
     assert actual["y"].dtype == case.dtype
-    floor = floors(case, exact, grads) if backward else {}
     compare(actual, eager, exact, case.dtype, floor)
     return actual
 
@@ -414,6 +497,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Asserts that two results have the same names and, by name, the same bits."""
     assert a.keys() == b.keys()
     for key in a:
         assert same_bits(a[key], b[key]), f"{key} differs in its bits"
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs ``code`` in a process of its own, whose modules are found as those of this one are."""
+    path = os.pathsep.join(p for p in sys.path if p)
+    environment = os.environ | {"PYTHONPATH": path} | environment
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)

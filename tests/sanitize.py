@@ -41,6 +41,9 @@ def cases():
         yield attention_case(DEVICE, dtype, sequences=[10, 0, 35, 1], lengths=[3, 16, 0, 31], return_state=True, dim=64)
         yield attention_case(DEVICE, dtype, op="chunk_attention", tokens=45, chunk_size=4, dim=64, **small)
         yield attention_case(DEVICE, dtype, tokens=600, chunk_size=2**40, dim=64, **small)
+        for chunk_size in (33, 100, 150):  # walked alone both ways, in segments backward, in segments both ways
+            yield attention_case(DEVICE, dtype, tokens=330, chunk_size=chunk_size, dim=64, **small)
+            yield recurrence_case(DEVICE, dtype, tokens=330, chunk_size=chunk_size, dim=64, layout="odd", **small)
         if dtype != torch.float32:
             for dim in (64, 128):
                 yield attention_case(DEVICE, dtype, batch=1, tokens=4200, dim=dim, **MANY)

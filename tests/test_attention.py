@@ -95,6 +95,18 @@ def test_nothing(device, dtype, batch, tokens):
     assert not values["dgate_bias"].any()
 
 
+@low
+@pytest.mark.parametrize(
+    "options",
+    [{"batch": 2, "lengths": [3, 37]}, {"batch": 2, "lengths": [3, 37], "return_state": True}, {"sequences": [0, 0]},
+     {"sequences": [0], "lengths": [16], "return_state": True}],
+    ids=str,
+)  # fmt: skip
+def test_no_tokens_have_a_bias_without_gradient(device, dtype, options):
+    values, _ = evaluate(rat_ext.rat_attention, attention_case(device, dtype, tokens=0, **options))
+    assert torch.equal(values["dgate_bias"], torch.zeros_like(values["dgate_bias"]))
+
+
 def test_bias_is_added_before_the_sigmoid(device):
     """A check by hand that owes nothing to the reference: one token, one head."""
     k, v, gate = torch.ones(1, 1, 1, 8), torch.full((1, 1, 1, 8), 3.0), torch.zeros(1, 1, 1, 8)

@@ -46,7 +46,7 @@ def numerically(function, case):
         options = dict(case.options)
         if state_keys:
             state = dict(zip(state_keys, tensors[len(keys) :], strict=True))
-            options["initial_state"] = dataclasses.replace(case.state, **state)
+            options["initial_state"] = case.state.replace(**state)
         result = function(**dict(zip(keys, tensors, strict=False)), chunk_size=case.chunk_size, **options)
         if not isinstance(result, tuple):
             return result
@@ -189,6 +189,48 @@ def test_autocast_of_the_other_ops(device, entry):
     assert y.dtype == torch.bfloat16 and y.isfinite().all()
 
 
+@pytest.mark.parametrize("entry", ["recurrence", "packed", "attention", "decode"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
+def test_autocast_reaches_every_input(device, dtype, entry):
+    """Whichever of the inputs are float32: the bits of casting all of them by hand. gate_bias and tables stay as they are."""
+    random = Random(0, device, torch.float32)
+    q, k = random.normal(2, 20, 2, 16), random.normal(2, 20, 2, 16)
+    v, gate, out_gate = (random.normal(2, 20, 4, 16) for _ in range(3))
+    bias = random.normal(4, 16)
+    cos, sin = rat_ext.rotary_tables(5, 16, base=100.0, device=device)
+    tables = {"rotary_cos": cos, "rotary_sin": sin}
+
+    def call(q, k, v, gate, out_gate):
+        if entry == "recurrence":
+            return rat_ext.chunk_recurrence(k, gate, 4, gate_bias=bias)
+        if entry == "packed":
+            projection = torch.cat([x.flatten(2) for x in (q, k, v, gate, out_gate)], dim=2)
+            return rat_ext.rat_attention_packed(projection, 4, 2, 4, gate_bias=bias, **tables)
+        if entry == "attention":
+            return rat_ext.chunk_attention(q, v, gate, 4, out_gate=out_gate, **tables)
+        cache = RATCache.empty(2, 4, 16, 4, 16, dtype=dtype, device=device)
+        for t in range(6):
+            token = {"q": q[:, t], "k": k[:, t], "v": v[:, t], "gate": gate[:, t], "out_gate": out_gate[:, t]}
+            y = rat_ext.rat_decode_step(**token, cache=cache, gate_bias=bias, **tables)
+        return y
+
+    inputs = [q, k, v, gate, out_gate]
+    with torch.no_grad():
+        by_hand = call(*(x.to(dtype) for x in inputs))
+        assert by_hand.dtype == dtype
+        for wide in range(6):  # all in float32, then each in turn beside others that are cast already
+            mixed = [x if wide in (5, i) else x.to(dtype) for i, x in enumerate(inputs)]
+            with torch.autocast(device.type, dtype):
+                assert same_bits(call(*mixed), by_hand), wide
+
+
+def test_autocast_leaves_float64_alone():
+    q, v = torch.randn(1, 9, 2, 8, dtype=torch.float64), torch.randn(1, 9, 4, 8, dtype=torch.float64)
+    plain = rat_ext.rat_attention(q, q, v, v, 4, out_gate=v)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same_bits(rat_ext.rat_attention(q, q, v, v, 4, out_gate=v), plain)
+
+
 def test_autocast_continues_a_state(device):
     """The state that a call under autocast returns is taken by the next one."""
     random = Random(0, device, torch.float32)
@@ -222,7 +264,7 @@ def test_no_input_needs_a_gradient(device):
 def test_a_state_that_needs_a_gradient_alone(device):
     case = attention_case(device, torch.float32, lengths=[5, 37])
     values, grads = evaluate(rat_ext.rat_attention, case)
-    state = dataclasses.replace(case.state, running_v=case.state.running_v.clone().requires_grad_())
+    state = case.state.replace(running_v=case.state.running_v.clone().requires_grad_())
     y = rat_ext.rat_attention(**case.tensors, chunk_size=16, initial_state=state, **case.options)
     (got,) = torch.autograd.grad(y, state.running_v, grads["y"])
     assert same_bits(got, values["dinitial_running_v"])
@@ -330,6 +372,26 @@ def test_sum_backward(device):
     exact, _ = evaluate(reference.rat_attention, case, grads={"y": torch.ones(2, 70, 4, 32, device=device)})
     for key, x in leaves.items():
         torch.testing.assert_close(x.grad, exact["d" + key], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=name)
+@pytest.mark.parametrize("which", ["chunk_k", "chunk_v", "running_k", "running_v", "final_state"])
+def test_an_expanded_gradient_of_a_state(device, dtype, which):
+    """The gradient that a sum hands back has strides of 0: it is what a dense one of ones would be."""
+    results = []
+    for dense in (False, True):
+        if which == "final_state":
+            case = recurrence_case(device, dtype, return_state=True)
+        else:
+            case = attention_case(device, dtype, tokens=64, return_state=True)
+        leaves = [x.requires_grad_() for x in case.tensors.values()]
+        _, state = getattr(rat_ext, case.op)(**case.tensors, chunk_size=16, **case.options)
+        x = state if which == "final_state" else getattr(state, which)
+        dx = torch.ones_like(x) if dense else torch.ones((), dtype=x.dtype, device=device).expand(x.shape)
+        results.append([g for g in torch.autograd.grad(x, leaves, dx, allow_unused=True) if g is not None])
+    assert any(g.any() for g in results[0])
+    for a, b in zip(*results, strict=True):
+        assert same_bits(a, b)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=name)

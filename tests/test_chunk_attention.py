@@ -30,6 +30,12 @@ def test_optional_arguments(device, dtype, out_gate, rotary):
 
 
 @low
+@pytest.mark.parametrize("scale", [0.0, 1.0, -0.3])
+def test_scale(device, dtype, scale):
+    check(attention_case(device, dtype, op="chunk_attention", scale=scale))
+
+
+@low
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(device, dtype, layout):
     dy_layout = "contiguous" if layout == "projection" else layout

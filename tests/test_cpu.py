@@ -1,22 +1,10 @@
 """The CPU kernels: threads, and the instruction sets that one machine can be forced to use."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import rat_ext
-from rat_ext.testing import assert_same, attention_case, evaluate, recurrence_case
-
-HERE = os.path.dirname(__file__)
-
-
-def run(code: str, **environment) -> subprocess.CompletedProcess:
-    path = os.pathsep.join([HERE, *(p for p in sys.path if p)])
-    environment = os.environ | {"PYTHONPATH": path} | environment
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+from rat_ext.testing import assert_same, attention_case, evaluate, recurrence_case, run_python
 
 
 @pytest.fixture
@@ -77,21 +65,54 @@ def runs_here(isa: str) -> bool:
 def test_instruction_sets(isa):
     if not runs_here(isa):
         pytest.skip(f"this CPU does not run {isa}")
-    done = run(FORCED.replace("ISA", isa), RAT_EXT_CPU_ISA=isa)
+    done = run_python(FORCED.replace("ISA", isa), RAT_EXT_CPU_ISA=isa)
     assert done.returncode == 0 and "fine" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("word", ["avx1024", "AVX2", "sse"])
 def test_an_unknown_instruction_set(word):
     code = "import torch, rat_ext; x = torch.zeros(1, 4, 1, 8); rat_ext.rat_attention(x, x, x, x, 4)"
-    done = run(code, RAT_EXT_CPU_ISA=word)
+    done = run_python(code, RAT_EXT_CPU_ISA=word)
     assert done.returncode != 0
     assert "RAT_EXT_CPU_ISA" in done.stderr and word in done.stderr and "baseline, avx2 or avx512" in done.stderr
 
 
+def test_an_infinite_value_that_weighs_nothing():
+    """Its weight underflows to 0, and what 0 times infinity would be stays out of the gradient of the score."""
+    ones = torch.ones(1, 3, 1, 8)
+    q = (30 * ones).requires_grad_()
+    k = ones * torch.tensor([-30.0, 0.0, 30.0]).view(1, 3, 1, 1)
+    v = ones * torch.tensor([float("inf"), 1.0, 1.0]).view(1, 3, 1, 1)
+    y = rat_ext.rat_attention(q, k, v, -100 * ones, 1)
+    (dq,) = torch.autograd.grad(y, q, ones)
+    assert dq[:, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_ties_go_to_even(isa):
+    """A value halfway between two of bfloat16 or float16 takes the even one, as torch does."""
+    if not runs_here(isa):
+        pytest.skip(f"this CPU does not run {isa}")
+    done = run_python(TIES, RAT_EXT_CPU_ISA=isa)
+    assert done.returncode == 0 and "fine" in done.stdout, done.stdout + done.stderr
+
+
+TIES = """
+import torch, rat_ext
+for dtype in (torch.bfloat16, torch.float16):
+    eps = torch.finfo(dtype).eps
+    # k~ of two tokens with gates of 0 is v_0 / 4 + v_1 / 2, here 1 + (n + 1/2) eps.
+    v = torch.stack((4 * (torch.arange(8) + 0.5) * eps, torch.full((8,), 2.0))).view(1, 2, 1, 8)
+    assert torch.equal(v.to(dtype).float(), v)
+    y = rat_ext.chunk_recurrence(v.to(dtype), torch.zeros_like(v, dtype=dtype), 2)
+    assert torch.equal(y[:, 1], (v[:, 0] / 4 + v[:, 1] / 2).to(dtype)), y
+print("fine")
+"""
+
+
 def test_memory():
     """Forward and backward at T = 4096: peak memory under 1.5 times inputs, outputs and gradients."""
-    done = run(MEMORY)
+    done = run_python(MEMORY)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -36,6 +36,11 @@ def double(tensors: dict) -> dict:
     return {key: x.double() if x is not None and x.is_floating_point() else x for key, x in tensors.items()}
 
 
+def double_all(options: dict) -> dict:
+    """Tensors in float64, numbers as they are."""
+    return {key: x.double() if isinstance(x, torch.Tensor) else x for key, x in options.items()}
+
+
 def double_state(state: RATCache) -> RATCache:
     wide = state.clone()
     for key in STATE:
@@ -110,6 +115,54 @@ def test_many_chunks(device, dtype, bare):
         actual = {"y": rat_ext.rat_decode_step(**x, cache=mine, **options)}
         cache.workspace = mine.workspace
         compare(actual | contents(mine), eager | contents(narrow), exact | contents(wide), dtype)
+
+
+@low
+@pytest.mark.parametrize("scale", [0.0, 1.0, -0.3, 3.0])
+@pytest.mark.parametrize("chunks", [5, 900], ids=["few", "many"])
+def test_scale(device, dtype, scale, chunks):
+    """A scale that is not the default, through the own state and the chunk states."""
+    random = Random(12, device, dtype)
+    cache = make_state(random, [4 * chunks - 2, 4 * chunks - 1, 3], 4, 32, 4, rows=chunks)
+    x = token(inputs(random, 3, 1, 4, 2, 32), 0)
+    options = extras(random, 4, 32, chunks) | {"scale": scale}
+    wide, narrow = double_state(cache), cache.clone()
+    exact = {"y": reference.rat_decode_step(**double(x), cache=wide, **double_all(options))}
+    eager = {"y": reference.rat_decode_step(**x, cache=narrow, **options)}
+    actual = {"y": rat_ext.rat_decode_step(**x, cache=cache, **options)}
+    compare(actual | contents(cache), eager | contents(narrow), exact | contents(wide), dtype)
+
+
+@low
+@pytest.mark.parametrize("dim", [8, 16, 40, 56, 64, 72, 120, 128, 136, 200, 248, 256])
+def test_head_size(device, dtype, dim):
+    """Chunks that close, with rotation: D / 2 is a multiple of 4 and not always of 8."""
+    random = Random(13, device, dtype)
+    cache = make_state(random, [7, 15, 30], 3, dim, 8, rows=5)
+    x = token(inputs(random, 3, 1, 3, 1, dim), 0)
+    options = extras(random, 3, dim, 6)
+    wide, narrow = double_state(cache), cache.clone()
+    exact = {"y": reference.rat_decode_step(**double(x), cache=wide, **double(options))}
+    eager = {"y": reference.rat_decode_step(**x, cache=narrow, **options)}
+    actual = {"y": rat_ext.rat_decode_step(**x, cache=cache, **options)}
+    compare(actual | contents(cache), eager | contents(narrow), exact | contents(wide), dtype)
+
+
+@low
+@pytest.mark.parametrize("chunks", [15, 16, 17, 63, 64, 65, 255, 256, 257, 511, 1025])
+def test_number_of_chunks(device, dtype, chunks):
+    """Around the runs of keys that one block, group or split takes. One dominant key, at an end or in the middle."""
+    random = Random(chunks, device, dtype)
+    at = [0, chunks - 1, chunks // 2, chunks - 1]
+    cache = make_state(random, [2 * chunks] * 4, 2, 32, 2, rows=chunks + 1)
+    x = token(inputs(random, 4, 1, 2, 1, 32), 0)
+    for n, key in enumerate(at):
+        cache.chunk_k[n, :, key] = 3 * x["q"][n]
+    wide, narrow = double_state(cache), cache.clone()
+    exact = {"y": reference.rat_decode_step(**double(x), cache=wide)}
+    eager = {"y": reference.rat_decode_step(**x, cache=narrow)}
+    actual = {"y": rat_ext.rat_decode_step(**x, cache=cache)}
+    compare(actual | contents(cache), eager | contents(narrow), exact | contents(wide), dtype)
 
 
 @low

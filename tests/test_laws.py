@@ -5,7 +5,17 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import rat_ext
-from rat_ext.testing import Random, assert_same, attention_case, cu_seqlens_of, evaluate, name, recurrence_case, same_bits
+from rat_ext.testing import (
+    Random,
+    assert_same,
+    attention_case,
+    check,
+    cu_seqlens_of,
+    evaluate,
+    name,
+    recurrence_case,
+    same_bits,
+)
 
 dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name)
 
@@ -186,6 +196,38 @@ def test_equal_values_come_out(device, dtype):
     ones = torch.ones(2, 70, 4, 32, dtype=dtype, device=device)
     y = rat_ext.rat_attention(q, k, ones, ones * -30, 16)
     near(y, ones, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("op", ["rat_attention", "chunk_recurrence"])
+@pytest.mark.parametrize("chunk_size", [16, 40, 100])
+def test_the_gradient_of_the_bias_is_a_sum(device, dtype, op, chunk_size):
+    """Of dgate over all tokens: on a GPU, of so many that blocks take several tiles and their sums are summed again."""
+    batch = 64 if device.type == "cuda" else 3
+    sizes = {"batch": batch, "tokens": 4096, "heads": 2, "groups": 1, "dim": 8, "chunk_size": chunk_size}
+    make = attention_case if op == "rat_attention" else recurrence_case
+    values, _ = evaluate(getattr(rat_ext, op), make(device, dtype, **sizes))
+    terms = values["dgate"].double()
+    rounding = torch.finfo(dtype).eps * terms.square().sum((0, 1)).sqrt()
+    assert ((values["dgate_bias"].double() - terms.sum((0, 1))).abs() <= 4 * rounding).all()
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_a_key_that_outweighs_the_others(device, dtype, dim, chunk_size):
+    """Scores far apart: the maximum rises again and again, and what was summed shrinks by as much."""
+    case = attention_case(device, dtype, tokens=400, dim=dim, chunk_size=chunk_size, gate_mean=-4.0, gate_bias=False, scale=1.5)
+    check(case)
+    # The greatest key comes last, or first: every block raises the maximum, or none does.
+    for order in (1, -1):
+        size = torch.linspace(0.1, 3.0, 400, device=device)
+        size = size if order > 0 else size.flip(0)
+        case = attention_case(device, dtype, tokens=400, dim=dim, chunk_size=chunk_size, gate_bias=False, rotary=False)
+        case.tensors["q"] = torch.ones_like(case.tensors["q"])
+        case.tensors["k"] = (size[:, None, None] * torch.ones_like(case.tensors["k"])).to(dtype)
+        case.tensors["gate"] = torch.full_like(case.tensors["gate"], -20.0)
+        check(case, backward=False)
 
 
 @dtypes

@@ -26,6 +26,21 @@ def test_against_float64(device, dtype, out_gate, dim):
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=name)
+@pytest.mark.parametrize("scale", [0.0, 1.0, -0.3])
+def test_scale(device, dtype, scale):
+    check(attention_case(device, dtype, scale=scale), function=packed)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=name)
+def test_no_tokens_have_a_bias_without_gradient(device, dtype):
+    projection = torch.zeros(2, 0, (2 * G + 3 * H) * 8, dtype=dtype, device=device, requires_grad=True)
+    bias = torch.ones(H, 8, device=device, requires_grad=True)
+    y = rat_ext.rat_attention_packed(projection, H, G, 16, gate_bias=bias)
+    dprojection, dbias = torch.autograd.grad(y, (projection, bias), torch.ones_like(y))
+    assert dprojection.shape == projection.shape and torch.equal(dbias, torch.zeros_like(dbias))
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=name)
 def test_sequences_and_states(device, dtype):
     check(attention_case(device, dtype, sequences=[10, 0, 35, 1]), function=packed)
     check(

@@ -69,6 +69,21 @@ def test_long_rnn(device, dtype):
     check(recurrence_case(device, dtype, batch=1, tokens=5003, heads=2, groups=1, dim=16, chunk_size=5003, gate_mean=4.0))
 
 
+def test_no_tokens_have_a_bias_without_gradient(device):
+    """T = 0: the gradient of gate_bias is 0, fresh or continued, dense or packed."""
+    for options in ({}, {"lengths": [3, 16], "return_state": True}, {"sequences": [0, 0]}):
+        values, _ = evaluate(rat_ext.chunk_recurrence, recurrence_case(device, torch.float32, tokens=0, **options))
+        assert torch.equal(values["dgate_bias"], torch.zeros_like(values["dgate_bias"]))
+
+
+def test_an_initial_state_that_is_not_contiguous_is_refused(device):
+    case = recurrence_case(device, torch.float32, lengths=[3, 5])
+    initial = case.tensors["initial_state"]
+    case.tensors["initial_state"] = initial.transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(ValueError, match="initial_state: expected a contiguous tensor"):
+        rat_ext.chunk_recurrence(**case.tensors, chunk_size=16, **case.options)
+
+
 def test_only_the_final_state(device):
     """No gradient arrives for y: its absence is zero, not garbage."""
     case = recurrence_case(device, torch.float32, return_state=True)

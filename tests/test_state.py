@@ -3,13 +3,26 @@ through.
 """
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
 import rat_ext
 from rat_ext import reference
-from rat_ext.testing import DTYPES, LOW, STATE, attention_case, check, compare, evaluate, floors, name, valid_rows
+from rat_ext.testing import (
+    DTYPES,
+    LOW,
+    STATE,
+    attention_case,
+    check,
+    compare,
+    evaluate,
+    floors,
+    name,
+    run_python,
+    valid_rows,
+)
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name)
 low = pytest.mark.parametrize("dtype", LOW, ids=name)
@@ -138,3 +151,54 @@ def test_state_of_more_rows(device):
     assert state.chunk_k.shape[2] == 500 // 16
     again, _ = evaluate(rat_ext.rat_attention, roomy, backward=False)
     torch.testing.assert_close(again["y"], values["y"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("key", [*STATE, "lengths"])
+def test_a_state_that_is_not_contiguous_is_refused(device, key):
+    """The kernels take states as dense rows: a transposed one is named, not misread."""
+    case = attention_case(device, torch.float32, batch=2, lengths=[5, 37])
+    x = getattr(case.state, key)
+    if key == "lengths":
+        strided = torch.stack((x, x), dim=1)[:, 0]
+    else:
+        strided = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert torch.equal(strided.nan_to_num(), x.nan_to_num()) and not strided.is_contiguous()
+    state = case.state.replace(**{key: strided})
+    with pytest.raises(ValueError, match=rf"initial_state.{key}: expected a contiguous tensor"):
+        rat_ext.rat_attention(**case.tensors, chunk_size=16, initial_state=state, **case.options)
+
+
+TOO_LONG = """
+import sys, torch, rat_ext
+device, op = sys.argv[1:]
+x = torch.randn(2, 5, 2, 16, device=device)
+lengths = torch.tensor([3, 2**31 - 4], dtype=torch.int32, device=device)
+running = torch.zeros(2, 2, 16, device=device)
+if op == "chunk_recurrence":
+    call = lambda x: rat_ext.chunk_recurrence(x, x, 2**40, initial_state=running, lengths=lengths)
+else:
+    rows = torch.zeros(2, 2, 0, 16, device=device)
+    state = rat_ext.RATCache(rows, rows, running, running, lengths, 2**40, 2**31 - 4)
+    if op == "rat_attention":
+        call = lambda x: rat_ext.rat_attention(x, x, x, x, 2**40, initial_state=state)
+    else:
+        call = lambda x: [rat_ext.rat_decode_step(*(x[:, t],) * 4, state) for t in range(x.shape[1])]
+call(x[:, :3])  # 2^31 - 1 in all
+if x.is_cuda:
+    torch.cuda.synchronize()
+print("the longest is fine", flush=True)
+call(x)
+if x.is_cuda:
+    torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("op", ["rat_attention", "chunk_recurrence", "rat_decode_step"])
+def test_no_more_than_2_31_tokens_in_all(device, op):
+    """Lengths are 32-bit: one token more than they hold is an error that names them, in a process of its own."""
+    done = run_python(TOO_LONG, str(device), op)
+    said = done.stdout + done.stderr
+    assert "the longest is fine" in said, said
+    assert done.returncode != 0
+    # Decode on a GPU says "sequence 1 has 2147483647 tokens".
+    assert re.search(r"lengths\[1\].*2147483647|sequence 1 .*2147483647", said), said

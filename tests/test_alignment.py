@@ -1,0 +1,112 @@
+"""Addresses and strides, one tensor at a time: what forbids 16-byte accesses, and small tensors of any layout."""
+
+import pytest
+import torch
+
+import rat_ext
+from rat_ext.testing import LOW, attention_case, evaluate, name, same_bits
+
+low = pytest.mark.parametrize("dtype", LOW, ids=name)
+
+
+def call_all(case, gate_bias, tables) -> dict[str, torch.Tensor]:
+    """The ops that take a bias or tables, with these; by name."""
+    q, k, v, gate = (case.tensors[key] for key in ("q", "k", "v", "gate"))
+    projection = torch.cat([x.flatten(2) for x in (q, k, v, gate)], dim=2)
+    both = {"gate_bias": gate_bias, "rotary_cos": tables[0], "rotary_sin": tables[1]}
+    heads, groups, dim = v.shape[2], q.shape[2], v.shape[3]
+    cache = rat_ext.RATCache.empty(v.shape[0], heads, dim, 4, 16, dtype=v.dtype, device=v.device)
+    for t in range(6):
+        y = rat_ext.rat_decode_step(q[:, t], k[:, t], v[:, t], gate[:, t], cache, **both)
+    return {
+        "rat_attention": rat_ext.rat_attention(q, k, v, gate, 4, **both),
+        "packed": rat_ext.rat_attention_packed(projection, heads, groups, 4, has_out_gate=False, **both),
+        "chunk_attention": rat_ext.chunk_attention(q, v, gate, 4, rotary_cos=tables[0], rotary_sin=tables[1]),
+        "recurrence": rat_ext.chunk_recurrence(k, gate, 4, gate_bias=gate_bias),
+        "decode": y,
+    }
+
+
+@low
+@pytest.mark.parametrize("form", ["transposed", "strided", "unaligned"])
+@pytest.mark.parametrize("dim", [8, 32, 128])
+def test_strides_of_small_tensors(device, dtype, form, dim):
+    """gate_bias and rotary tables of any strides, at any address: the bits of dense ones."""
+    case = attention_case(device, dtype, tokens=20, chunk_size=4, dim=dim)
+    cos, sin = rat_ext.rotary_tables(5, dim, base=100.0, device=device)
+    dense = [case.tensors["gate_bias"], cos, sin]
+
+    def other(x):
+        if form == "transposed":
+            return x.t().contiguous().t()
+        if form == "strided":
+            wide = x.new_full((x.shape[0], 2 * x.shape[1] + 1), float("nan"))
+            wide[:, 1::2] = x
+            return wide[:, 1::2]
+        flat = x.new_empty(x.numel() + 1)
+        flat[1:] = x.flatten()
+        return flat[1:].view(x.shape)
+
+    bias, cos, sin = (other(x) for x in dense)
+    with torch.no_grad():
+        expected = call_all(case, dense[0], dense[1:])
+        for key, y in call_all(case, bias, (cos, sin)).items():
+            assert same_bits(y, expected[key]), key
+
+
+def test_the_gradient_of_a_transposed_bias(device):
+    case = attention_case(device, torch.float32, heads=2, groups=1, dim=8)
+    values, grads = evaluate(rat_ext.rat_attention, case)
+    case.tensors["gate_bias"] = case.tensors["gate_bias"].t().contiguous().t()
+    again, _ = evaluate(rat_ext.rat_attention, case, grads=grads)
+    assert same_bits(again["y"], values["y"]) and same_bits(again["dgate_bias"], values["dgate_bias"])
+
+
+@pytest.mark.parametrize("table", [torch.float64, torch.bfloat16], ids=name)
+def test_tables_of_another_dtype(device, table):
+    """Tables are used in the state dtype, whatever they come in."""
+    case = attention_case(device, torch.float32, tokens=20, chunk_size=4)
+    bias = case.tensors["gate_bias"].to(table)
+    cos, sin = (x.to(table) for x in rat_ext.rotary_tables(5, 32, base=100.0, device=device))
+    with torch.no_grad():
+        expected = call_all(case, bias.float(), (cos.float(), sin.float()))
+        for key, y in call_all(case, bias, (cos, sin)).items():
+            assert same_bits(y, expected[key]), key
+
+
+def shifted(x: torch.Tensor, what: str) -> torch.Tensor:
+    """x (B, T, heads, D) whose address, or one of whose strides, is no multiple of 16 bytes; all else is."""
+    batch, tokens, heads, dim = x.shape
+    token, begin = heads * dim, 0
+    row, head = tokens * token, dim
+    if what == "address":
+        begin = 1
+    elif what == "head":
+        head, token, row = dim + 1, heads * (dim + 8), tokens * heads * (dim + 8)
+    elif what == "token":
+        token, row = token + 1, tokens * (token + 8)
+    else:
+        row = row + 1
+    flat = x.new_full((begin + batch * row + tokens * token + heads * head,), float("nan"))
+    view = flat.as_strided(x.shape, (row, token, head, 1), begin)
+    view.copy_(x)
+    return view
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name)
+@pytest.mark.parametrize("which", ["q", "k", "v", "gate", "out_gate", "dy"])
+@pytest.mark.parametrize("what", ["address", "batch", "token", "head"])
+@pytest.mark.parametrize(("dim", "chunk_size"), [(64, 16), (128, 2), (32, 100)])
+def test_one_tensor_off_the_grid(device, dtype, which, what, dim, chunk_size):
+    """One address or stride of one tensor forbids 16-byte accesses: the numbers stay."""
+    case = attention_case(device, dtype, tokens=72, dim=dim, chunk_size=chunk_size, groups=2)
+    values, grads = evaluate(rat_ext.rat_attention, case)
+    if which == "dy":
+        grads["y"] = shifted(grads["y"], what)
+    else:
+        case.tensors[which] = shifted(case.tensors[which], what)
+    again, _ = evaluate(rat_ext.rat_attention, case, grads=grads)
+    unit = 16 * torch.finfo(dtype).eps
+    for key in values:
+        size = float(values[key].abs().max())
+        torch.testing.assert_close(again[key], values[key], rtol=unit, atol=unit * size, msg=lambda m, key=key: f"{key}: {m}")

@@ -1,0 +1,160 @@
+"""tools/gpu_check.py: what its hash sees, and what CI is told about the record."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / "tools" / "gpu_check.py"
+pytestmark = pytest.mark.skipif(not TOOL.exists(), reason="no tools/ beside the tests")
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("gpu_check", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A tree of its own with one kernel, one list of flags and a setup.py."""
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    (tmp_path / "csrc" / "cuda" / "a.cu").write_text(
+        'int a = 1;  // one\n\n/* two\n   three */\nconst char* s = "// no comment";\n'
+    )
+    (tmp_path / "csrc" / "build.txt").write_text("# flags\n-O3\n")
+    (tmp_path / "setup.py").write_text("FLAGS = ['-O3']  # fast\n")
+    return tmp_path
+
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [("csrc/cuda/a.cu", "// one", "// another"), ("csrc/cuda/a.cu", "\n\n", "\n\n\n"),
+     ("csrc/cuda/a.cu", "three", "four\nfive"), ("csrc/cuda/a.cu", "  // one", ""),
+     ("csrc/build.txt", "# flags", "# all flags"), ("setup.py", "# fast", "# faster")],
+)  # fmt: skip
+def test_the_hash_does_not_see_comments_and_blank_lines(tool, tree, file, old, new):
+    before = tool.hash_of_sources(tree)
+    change(tree / file, old, new)
+    assert tool.hash_of_sources(tree) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [("csrc/cuda/a.cu", "a = 1", "a = 2"), ("csrc/cuda/a.cu", "// no comment", "// a comment"),
+     ("csrc/cuda/a.cu", "int a", "long a"), ("csrc/build.txt", "-O3", "-O2"), ("setup.py", "-O3", "-O2")],
+)  # fmt: skip
+def test_the_hash_sees_code(tool, tree, file, old, new):
+    before = tool.hash_of_sources(tree)
+    change(tree / file, old, new)
+    assert tool.hash_of_sources(tree) != before
+
+
+def test_the_hash_sees_files(tool, tree):
+    before = tool.hash_of_sources(tree)
+    (tree / "csrc" / "cuda" / "a.cu").rename(tree / "csrc" / "cuda" / "b.cu")
+    renamed = tool.hash_of_sources(tree)
+    (tree / "csrc" / "cuda" / "c.cuh").write_text("// nothing yet\n")
+    assert len({before, renamed, tool.hash_of_sources(tree)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [("a /* b */ c", "a   c"), ('s = "/* no */"; // yes', 's = "/* no */";'), ("c = '\"'; // yes", "c = '\"';"),
+     ('R"(// kept)" // gone', 'R"(// kept)"'), ('R"x(" // kept )x" /* gone */', 'R"x(" // kept )x"'), ("1'000 // '", "1'000"),
+     ('"\\\\" // gone', '"\\\\"'), ('"a\\"// b" + c', '"a\\"// b" + c')],
+)  # fmt: skip
+def test_comments_of_cpp(tool, text, left):
+    assert tool.cpp_code(text).rstrip() == left.rstrip()
+
+
+def test_the_sources_of_this_tree_keep_their_code(tool):
+    """Nothing but comments goes: braces balance as before in every file."""
+    for path in (ROOT / "csrc").rglob("*.cu*"):
+        code = tool.code(path)
+        assert code.count("{") == code.count("}") > 0 or path.suffix == ".cuh", path
+        assert "/*" not in code and "\n\n" not in code, path
+
+
+def record_of(tool, tree, **changes) -> Path:
+    path = tree / "gpu_record.json"
+    good = {"sources": tool.hash_of_sources(tree), "date": "2000-01-01", "device": "a GPU", "failed": []}
+    path.write_text(json.dumps(good | changes))
+    return path
+
+
+def test_verify_passes(tool, tree, capsys):
+    assert tool.verify(record_of(tool, tree), tree) == 0
+    assert "a GPU" in capsys.readouterr().out
+
+
+def test_verify_fails_where_kernels_are_newer(tool, tree, capsys):
+    path = record_of(tool, tree)
+    change(tree / "csrc" / "cuda" / "a.cu", "a = 1", "a = 2")
+    assert tool.verify(path, tree) == 1
+    said = capsys.readouterr().out.strip()
+    assert "\n" not in said and "tools/gpu_check.py" in said and "2000-01-01" in said
+
+
+def test_verify_fails_without_a_record_and_with_failures(tool, tree, capsys):
+    assert tool.verify(tree / "none.json", tree) == 1
+    assert tool.verify(record_of(tool, tree, failed=["tests/test_x.py::test_y"]), tree) == 1
+    assert "test_y" in capsys.readouterr().out
+
+
+def test_verify_warns_while_pending(tool, tree, capsys):
+    path = record_of(tool, tree, pending="no GPU here")
+    assert tool.verify(path, tree) == 0
+    assert "WARNING" in (said := capsys.readouterr().out) and "no GPU here" in said
+    change(tree / "csrc" / "cuda" / "a.cu", "a = 1", "a = 2")
+    assert tool.verify(path, tree) == 1, "a pending record is of one state of the sources"
+
+
+def test_pending_keeps_the_last_record(tool, tmp_path):
+    path = tmp_path / "gpu_record.json"
+    path.write_text(json.dumps({"sources": "old", "date": "2000-01-01", "failed": []}))
+    assert tool.main(["--pending", " ", "--out", str(path)]) == 1
+    for reason in ("first", "second"):
+        assert tool.main(["--pending", reason, "--out", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert record["pending"] == "second" and record["last"]["sources"] == "old"
+    assert tool.verify(path) == 0
+
+
+def test_a_run_is_recorded(tool, tmp_path, monkeypatch, capsys):
+    """A run over two files of three outcomes: counts, names of failures, skips for want of something."""
+    root = tmp_path / "root"
+    (root / "tests").mkdir(parents=True)
+    (root / "csrc").mkdir()
+    (root / "setup.py").write_text("")
+    shutil.copytree(ROOT / "rat_ext", root / "rat_ext")
+    (root / "tests" / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--device')\n")
+    (root / "pytest.ini").write_text("[pytest]\nmarkers = alone\n")
+    (root / "tests" / "test_a.py").write_text(
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 0\n"
+        "def test_lacks(): pytest.skip('needs 70 GiB of free GPU memory')\ndef test_other(): pytest.skip('not here')\n"
+    )
+    (root / "tests" / "test_b.py").write_text("import pytest\n@pytest.mark.alone\ndef test_big(): pass\n")
+    monkeypatch.setattr(tool, "ROOT", root)
+    monkeypatch.setattr(tool, "RECORD", root / "tests" / "gpu_record.json")
+    monkeypatch.setattr(tool, "hash_of_sources", lambda: "hash")
+    out = tmp_path / "record.json"
+    assert tool.main(["--device", "cpu", "--out", str(out)]) == 1
+    record = json.loads(out.read_text())
+    counts = record["families"]["auto"]["tests/test_a.py"]
+    assert (counts["passed"], counts["skipped"], counts["failed"]) == (1, 2, 1)
+    assert record["failed"] == ["tests/test_a.py::test_bad [auto]"]
+    assert record["missing"] == {"tests/test_a.py::test_lacks [auto]": "needs 70 GiB of free GPU memory"}
+    assert record["alone"]["tests/test_b.py"]["passed"] == 1
+    assert "FAILED: tests/test_a.py::test_bad" in capsys.readouterr().out.splitlines()[-3]

@@ -1,0 +1,368 @@
+"""Runs all tests on a GPU and records it, so that CI, which has none, knows whether the kernels were run as they are.
+
+    python tools/gpu_check.py                            # every test file with --device cuda, six at a time on each GPU
+    python tools/gpu_check.py --families auto,sm80       # again with each family of kernels forced
+    python tools/gpu_check.py --sanitize                 # then tests/sanitize.py under memcheck and synccheck
+    python tools/gpu_check.py --out record.json          # elsewhere than tests/gpu_record.json
+    python tools/gpu_check.py --verify                   # what CI runs: are the kernels those of the record?
+    python tools/gpu_check.py --pending "no GPU at hand: docs only"   # lets --verify pass, with a warning, for these sources
+
+It needs the built extension in rat_ext/, pytest and hypothesis; no compiler. Tests marked "alone" want most of a GPU's memory
+and run one after the other when the rest is done.
+
+The record (JSON): `sources`, a hash of csrc/ and setup.py without comments and blank lines; device, versions, date; `families`:
+for each, by file, passed, skipped, failed, seconds; `failed`, the names; `missing`, tests skipped for want of memory, GPUs,
+toolkits or kernels, by name with the reason; `sanitizer`; `pending`, a reason, where nothing was run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import datetime
+import hashlib
+import io
+import json
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tokenize
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "tests" / "gpu_record.json"
+# Reasons of skips that say what the machine lacks, not what a test is for.
+MISSING = re.compile(r"GiB|GPUs|compiler|toolkit|nvcc|sanitizer|no such kernels")
+HOW = "run tools/gpu_check.py on a GPU and commit tests/gpu_record.json (without one: tools/gpu_check.py --pending REASON)"
+
+
+# ---- the hash of the sources -----------------------------------------------------------------------------------------
+
+
+def cpp_code(text: str) -> str:
+    """C++ without its comments. Strings, raw ones too, and character literals are left as they are."""
+    token = re.compile(
+        r"""(?P<comment>//(?:\\\n|[^\n])*|/\*.*?\*/)
+          |(?P<raw>R"(?P<mark>[^()\\\s]{0,16})\(.*?\)(?P=mark)")
+          |(?P<string>"(?:\\.|[^"\\\n])*")
+          |(?P<separator>(?<=[0-9a-fA-F])'(?=[0-9a-fA-F]))
+          |(?P<character>'(?:\\.|[^'\\\n])+')""",
+        re.DOTALL | re.VERBOSE,
+    )
+    return token.sub(lambda found: " " if found["comment"] else found[0], text)
+
+
+def python_code(text: str) -> str:
+    """Python without its comments."""
+    lines = text.splitlines()
+    for found in tokenize.generate_tokens(io.StringIO(text).readline):
+        if found.type == tokenize.COMMENT:
+            row, column = found.start
+            lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(lines)
+
+
+def code(path: Path) -> str:
+    """What of a file counts: no comments, no blank lines, no space at the end of a line."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        text = python_code(text)
+    elif path.suffix == ".txt":
+        text = re.sub(r"(?m)^\s*#.*$", "", text)
+    else:
+        text = cpp_code(text)
+    return "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
+
+
+def hash_of_sources(root: Path = ROOT) -> str:
+    """SHA-256 of the kernels and of how they are built: names and contents of csrc/, and setup.py."""
+    digest = hashlib.sha256()
+    files = sorted(path for path in (root / "csrc").rglob("*") if path.is_file() and not path.name.startswith("."))
+    for path in [*files, root / "setup.py"]:
+        digest.update(f"{path.relative_to(root).as_posix()}\0{code(path)}\0".encode())
+    return digest.hexdigest()
+
+
+# ---- the record ------------------------------------------------------------------------------------------------------
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def verify(path: Path, root: Path = ROOT) -> int:
+    """0 where the record is of these sources and has no failure, or is pending; else 1. One line says which."""
+    if not path.exists():
+        print(f"gpu_check: there is no {path.name}: {HOW}")
+        return 1
+    record = json.loads(path.read_text())
+    if record["sources"] != hash_of_sources(root):
+        print(f"gpu_check: csrc/ or setup.py changed after the GPU record of {record['date']}: {HOW}")
+        return 1
+    if record.get("pending"):
+        line = f"WARNING: these kernels have not run on a GPU ({record['pending']}). {HOW}"
+        print("*" * 100 + f"\n{line}\n" + "*" * 100)
+        return 0
+    if record["failed"]:
+        print(f"gpu_check: the GPU record of {record['date']} has {len(record['failed'])} failures: {record['failed'][0]}, ...")
+        return 1
+    print(f"gpu_check: these kernels ran on {record['device']} on {record['date']}: no failure")
+    return 0
+
+
+def pend(path: Path, reason: str) -> int:
+    if not reason.strip():
+        print("gpu_check: --pending: expected a reason, got an empty one")
+        return 1
+    last = json.loads(path.read_text()) if path.exists() else None
+    while last and last.get("pending"):
+        last = last.get("last")
+    record = {"sources": hash_of_sources(), "pending": reason, "date": now(), "last": last}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written: {path}, pending: {reason}")
+    return 0
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+class Job:
+    """One file of tests with one family of kernels."""
+
+    def __init__(self, family: str, target: str, *words: str):
+        self.family, self.target, self.words = family, target, words
+        self.passed = self.skipped = self.failed = 0
+        self.seconds = 0.0
+        self.failures: list[str] = []
+        self.missing: dict[str, str] = {}
+
+    def run(self, devices: str, limit: float, device: str) -> Job:
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": devices}
+        if self.family != "auto":
+            environment["RAT_EXT_KERNELS"] = self.family
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.xml"
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "--device",
+                device,
+                "-p",
+                "no:cacheprovider",
+                f"--junitxml={report}",
+            ]
+            begin = time.perf_counter()
+            problem, said = "", ""
+            try:
+                done = subprocess.run(
+                    [*command, *self.words, self.target],
+                    cwd=ROOT,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    timeout=limit,
+                )
+                said = done.stdout + done.stderr
+                if done.returncode not in (0, 1, 5):  # 5: no test was chosen
+                    problem = f"pytest ended with {done.returncode}"
+            except subprocess.TimeoutExpired:
+                problem = f"over {limit:.0f} s"
+            self.seconds = round(time.perf_counter() - begin, 1)
+            if report.exists():
+                self.read(report)
+        if problem:
+            self.failed += 1
+            self.failures.append(f"{self.target} [{self.family}]: {problem}")
+        if self.failures and said:
+            print(said[-6000:], flush=True)
+        return self
+
+    def read(self, report: Path) -> None:
+        for case in ElementTree.parse(report).iter("testcase"):
+            name = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+            skip = case.find("skipped")
+            if case.find("failure") is not None or case.find("error") is not None:
+                self.failed += 1
+                self.failures.append(f"{name} [{self.family}]")
+            elif skip is not None:
+                self.skipped += 1
+                reason = skip.get("message", "")
+                if MISSING.search(reason):
+                    self.missing[f"{name} [{self.family}]"] = reason
+            else:
+                self.passed += 1
+
+    def counts(self) -> dict:
+        return {"passed": self.passed, "skipped": self.skipped, "failed": self.failed, "seconds": self.seconds}
+
+
+def gpus() -> list[str]:
+    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return visible.split(",")
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def run_side_by_side(jobs: list[Job], devices: list[str], options: argparse.Namespace) -> None:
+    """options.jobs at a time on each GPU. A job sees all GPUs, its own first."""
+    free: queue.Queue[int] = queue.Queue()
+    for _ in range(options.jobs):
+        for i in range(len(devices)):
+            free.put(i)
+
+    def run(job: Job) -> Job:
+        own = free.get()
+        try:
+            return job.run(",".join(devices[own:] + devices[:own]), options.limit, options.device)
+        finally:
+            free.put(own)
+
+    with concurrent.futures.ThreadPoolExecutor(options.jobs * len(devices)) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(run, job) for job in jobs]):
+            job = done.result()
+            print(f"{job.target} [{job.family}]: {job.counts()}", flush=True)
+
+
+def sanitize(tools: list[str], family: str, limit: float) -> dict[str, str]:
+    """tests/sanitize.py under each tool: its last words."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    found = {}
+    for tool in tools:
+        name = tool if family == "auto" else f"{tool} [{family}]"
+        if not Path(program).exists():
+            found[name] = "not run: no compute-sanitizer on this machine"
+            continue
+        environment = os.environ | ({} if family == "auto" else {"RAT_EXT_KERNELS": family})
+        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "tests/sanitize.py"]
+        try:
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
+        except subprocess.TimeoutExpired:
+            found[name] = f"FAILED: over {limit:.0f} s"
+            continue
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if "cases ran" in line or "ERROR SUMMARY" in line]
+        words = "; ".join(line.strip("= ") for line in lines) or (done.stdout + done.stderr)[-300:]
+        found[name] = words if done.returncode == 0 else f"FAILED: {words}"
+    return found
+
+
+def about_this_machine() -> dict:
+    import torch
+
+    import rat_ext
+
+    info = rat_ext.build_info()
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "devices": torch.cuda.device_count(),
+        "driver": info.get("cuda_driver"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": sys.version.split()[0],
+        "rat_ext": rat_ext.__version__,
+        "build": info["build"],
+        "architectures": info["cuda_architectures"],
+        "kernels": len(info["kernels"] or []),
+    }
+
+
+def check(options: argparse.Namespace) -> int:
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("gpu_check: torch finds no GPU: run it where there is one, or --pending REASON")
+        return 2
+    begin = time.perf_counter()
+    devices = gpus() if options.device == "cuda" else [""]
+    record = {"sources": hash_of_sources(), "date": now()} | about_this_machine()
+    known = json.loads(RECORD.read_text()).get("families", {}).get("auto", {}) if RECORD.exists() else {}
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))
+    files = [name for name in files if re.search(options.files, name)]
+    files.sort(key=lambda name: -known.get(name, {"seconds": 1e9})["seconds"])  # the longest first
+    families = options.families.split(",")
+    jobs = [Job(family, name, "-m", "not alone") for family in families for name in files]
+    run_side_by_side(jobs, devices, options)
+    alone = []
+    if not options.no_alone:
+        alone = [Job(families[0], name, "-m", "alone") for name in files if "mark.alone" in (ROOT / name).read_text()]
+        for job in alone:
+            job.run(",".join(devices), options.limit, options.device)
+    record["families"] = {
+        family: {job.target: job.counts() for job in sorted(jobs, key=lambda job: job.target) if job.family == family}
+        for family in families
+    }
+    record["alone"] = {job.target: job.counts() for job in alone}
+    everything = [*jobs, *alone]
+    record["failed"] = sorted(name for job in everything for name in job.failures)
+    record["missing"] = dict(sorted((name, reason) for job in everything for name, reason in job.missing.items()))
+    record["sanitizer"] = {}
+    for family in families if options.sanitize else []:
+        record["sanitizer"] |= sanitize(options.tools.split(","), family, options.sanitizer_limit)
+    record["failed"] += [f"{tool}: {said}" for tool, said in record["sanitizer"].items() if said.startswith("FAILED")]
+    record["seconds"] = round(time.perf_counter() - begin, 1)
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    table(record)
+    print(f"written: {options.out}")
+    return 1 if record["failed"] else 0
+
+
+def table(record: dict) -> None:
+    """What happened, in a few lines: the last thing that is printed."""
+    families = list(record["families"])
+    names = sorted({name for counts in record["families"].values() for name in counts})
+    width = max(map(len, names), default=0)
+    print(f"\n{record['device']} x {record['devices']}, torch {record['torch']}: passed / skipped / failed, seconds")
+    print(" " * width + "".join(f"{family:>26}" for family in families))
+    for name in names:
+        cells = [record["families"][family].get(name) for family in families]
+        print(
+            f"{name:<{width}}"
+            + "".join(f"{c['passed']:>9}/{c['skipped']:>4}/{c['failed']:>3} {c['seconds']:>6.0f} s" for c in cells)
+        )
+    for name, counts in record["alone"].items():
+        print(f"{name} alone: {counts}")
+    for name, reason in record["missing"].items():
+        print(f"missing: {name}: {reason}")
+    for tool, said in record["sanitizer"].items():
+        print(f"{tool}: {said}")
+    for name in record["failed"]:
+        print(f"FAILED: {name}")
+    print(f"{len(record['failed'])} failures, {record['seconds']:.0f} s")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--verify", action="store_true", help="compare the record with the sources and run nothing")
+    p.add_argument("--pending", metavar="REASON", help="write a record that says why nothing was run")
+    p.add_argument("--families", default="auto", metavar="A,B", help="kernel families: auto, or as RAT_EXT_KERNELS forces them")
+    p.add_argument("--sanitize", action="store_true", help="also run tests/sanitize.py under compute-sanitizer")
+    p.add_argument("--tools", default="memcheck,synccheck", help="tools of compute-sanitizer (default: memcheck,synccheck)")
+    p.add_argument("--out", type=Path, default=RECORD, help="the record (default: tests/gpu_record.json)")
+    p.add_argument("--files", default="", metavar="REGEX", help="only test files whose name matches; wants --out")
+    p.add_argument("--no-alone", action="store_true", help="leave out the tests that want a GPU for themselves")
+    p.add_argument("--jobs", type=int, default=6, help="files at a time on each GPU (default: 6)")
+    p.add_argument("--limit", type=float, default=540.0, metavar="S", help="seconds for a file (default: 540)")
+    p.add_argument("--sanitizer-limit", type=float, default=1800.0, metavar="S", help="seconds for a tool (default: 1800)")
+    p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)  # cpu: to try this program
+    options = p.parse_args(arguments)
+    if options.verify:
+        return verify(options.out)
+    if options.pending is not None:
+        return pend(options.out, options.pending)
+    if (options.files or options.device == "cpu") and options.out == RECORD:
+        p.error("a part of the tests is no record: name another file with --out")
+    return check(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
