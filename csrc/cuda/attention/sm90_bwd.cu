@@ -593,6 +593,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                                          const __grid_constant__ CUtensorMap v_map,
                                          const __grid_constant__ CUtensorMap q_map,
                                          const __grid_constant__ CUtensorMap dout_map) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // empty in every other pass
   // At its symbol, not rounded up at run time: every address and descriptor is then a constant and takes no register.
   extern __shared__ __align__(1024) uint8_t raw_shared[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(raw_shared);
@@ -632,6 +633,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(C::kConsumerRegisters));
     consume<C>(a, shared, warpgroup - 1);
   }
+#endif
 }
 
 // ---- finish -----------------------------------------------------------------------------------------------------------
@@ -642,6 +644,7 @@ __global__ void __launch_bounds__(256)
     chunk_attention_finish_bwd_sm90_kernel(const __grid_constant__ Sizes s, const float* tiles, const uint32_t* turns,
                                            uint32_t tiles_per_row, const float* cos, const float* sin, float scale,
                                            float* dq) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // empty in every other pass
   constexpr int kStride = C::kDim + 8;  // float2 stores of a warp then cover all banks
   __shared__ alignas(16) float shared[C::kQueries * kStride];
   const int64_t groups = s.q_groups, group = blockIdx.x % groups, tile = blockIdx.x / groups;
@@ -694,6 +697,7 @@ __global__ void __launch_bounds__(256)
     *reinterpret_cast<float4*>(to) = make_float4(low[0], low[1], low[2], low[3]);
     *reinterpret_cast<float4*>(to + half) = make_float4(high[0], high[1], high[2], high[3]);
   }
+#endif
 }
 
 // ---- launcher ---------------------------------------------------------------------------------------------------------

@@ -752,6 +752,7 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     chunk_attention_fwd_sm90_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap k_map,
                                     const __grid_constant__ CUtensorMap v_map) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // empty in every other pass
   extern __shared__ uint8_t raw_shared[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(
       raw_shared + (1024 - static_cast<uint32_t>(__cvta_generic_to_shared(raw_shared)) % 1024) % 1024);
@@ -785,6 +786,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(C::kConsumerRegisters));
     consume<C>(a, shared, warpgroup - 1);
   }
+#endif
 }
 
 // ---- launcher ---------------------------------------------------------------------------------------------------------
