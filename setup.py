@@ -101,8 +101,8 @@ if nvcc:
     kinds.append("cuda_sources")
     # torch takes the toolkit to be around the nvcc on PATH, which may be a wrapper script; a torch without CUDA takes none.
     told = ask(nvcc, "--dryrun", "none.cu")
-    include_dirs += re.findall(r'"-I([^"]+)"', told)
-    library_dirs += re.findall(r'"-L([^"]+)"', told)
+    include_dirs += dict.fromkeys(re.findall(r'"-I([^"]+)"', told))
+    library_dirs += dict.fromkeys(re.findall(r'"-L([^"]+)"', told))
     top = re.search(r"^#\$ TOP=(.*)$", told, re.MULTILINE)
     os.environ["CUDA_HOME"] = os.path.realpath(top[1] if top else Path(nvcc).parent.parent)
     compiler = os.environ.get("PYTORCH_NVCC") or shlex.quote(nvcc)
