@@ -1,25 +1,15 @@
-"""Builds rat_ext._C, one extension file, from four kinds of source. Each kind sees only the headers that it needs:
-
-    csrc/ops/*.cpp    torch's stable ABI (one build runs on every torch from 2.11 on; libtorch_python is not linked)
-    csrc/module.cpp   pybind11 and Python
-    csrc/cpu/*.cpp    nothing but the C++ library
-    csrc/cuda/**.cu   nothing but the CUDA toolkit, whose runtime is linked statically
-
-Environment variables:
-
-    RAT_EXT_CUDA          0: build for the CPU only.  1: fail when the CUDA kernels can't be built.
-                          Unset: build them when there are an nvcc and a torch with CUDA.
-    TORCH_CUDA_ARCH_LIST  "8.0 9.0a", "8.0;9.0+PTX". Default: see DEFAULT_ARCHITECTURES.
-    CUDA_HOME, CUDA_PATH  The CUDA toolkit. Then: nvcc on PATH, /usr/local/cuda, pip's nvidia-cuda-nvcc.
-    MAX_JOBS              Compilers to run at once. Default: one a core, and no more than memory allows.
-    CXX, CXXFLAGS         C++ compiler, and flags to add.
-"""
-
-import concurrent.futures
-import importlib.util
+# Builds rat_ext._C through torch.utils.cpp_extension; csrc/build.txt names the sources and the flags. Environment variables:
+#
+#   RAT_EXT_CUDA          0: for the CPU only.  1: fail when the CUDA kernels can't be built.  Unset: build them where possible.
+#   TORCH_CUDA_ARCH_LIST  "8.0 9.0a", "8.0;9.0+PTX". Default: `architectures` in csrc/build.txt.
+#   CUDA_HOME, CUDA_PATH  The CUDA toolkit. Then: nvcc on PATH, /usr/local/cuda, pip's nvidia-cuda-nvcc.
+#   MAX_JOBS              Compilers to run at once. Default: one per core, and no more than memory allows.
+#   CXX, CXXFLAGS         C++ compiler, and flags to add.
+import glob
+import json
 import os
-import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -27,9 +17,10 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
+from setuptools import setup
 
+if sys.platform != "linux":
+    sys.exit(f"rat_ext: builds on Linux only, this is {sys.platform}")
 try:
     import pybind11
     import torch
@@ -38,197 +29,122 @@ except ImportError as error:
 if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 11):
     sys.exit(f"rat_ext: building needs torch >= 2.11, the environment has {torch.__version__}")
 
-DEFAULT_ARCHITECTURES = "8.0+PTX 9.0a"  # machine code for 8.x and for Hopper; newer chips compile the PTX when loading
+OLDEST_CUDA = (13, 0)  # of the toolkits that were tried: 13.0 and 13.5
 MEMORY_PER_JOB = 2 << 30  # bytes that one compiler may need
 
-CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
-CXX_FLAGS += ["-Wall", "-Wno-unknown-pragmas", "-Wno-restrict"]  # -Wrestrict: GCC 12 is wrong about std::string
-NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "--expt-relaxed-constexpr"]
-NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xptxas=-v,--warn-on-spills"]
-# Files of one x86 instruction set, chosen at run time. Everything else runs on every x86-64.
-AVX2_FLAGS = ["-mavx2", "-mfma"]
-ISA_FLAGS = {"_avx2": AVX2_FLAGS, "_avx512": [*AVX2_FLAGS, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]}
 
-ROOT = Path(__file__).resolve().parent
+def ask(*command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout + done.stderr
 
 
-class Cuda:
-    """An nvcc and what it says of its toolkit. Asking it finds the true folders also behind a wrapper script."""
-
-    def __init__(self, nvcc):
-        self.nvcc = str(nvcc)
-        told = subprocess.run([self.nvcc, "--dryrun", "none.cu"], capture_output=True, text=True)
-        told = dict(re.findall(r"^#\$ (\w+)=(.*)$", told.stdout + told.stderr, re.MULTILINE))
-        self.includes = re.findall(r'"-I([^"]+)"', told.get("INCLUDES", ""))
-        self.library_folders = re.findall(r'"-L([^"]+)"', told.get("LIBRARIES", ""))
-        if "TOP" in told:
-            self.library_folders += [f"{told['TOP']}/lib64", f"{told['TOP']}/lib"]
-        version = subprocess.run([self.nvcc, "--version"], capture_output=True, text=True).stdout
-        release = re.search(r"release (\d+\.\d+)", version)
-        self.version = release.group(1) if release else None
-
-    @staticmethod
-    def find():
-        """The first nvcc that runs, or None, and a list of what was looked at."""
-        looked = []
-        for variable in ("CUDA_HOME", "CUDA_PATH"):
-            folder = os.environ.get(variable)
-            looked.append((f"{variable}={folder}" if folder else variable, folder and Path(folder) / "bin" / "nvcc"))
-        looked.append(("PATH", shutil.which("nvcc")))
-        looked.append(("/usr/local/cuda", "/usr/local/cuda/bin/nvcc"))
-        spec = importlib.util.find_spec("nvidia")
-        found = [nvcc for f in spec.submodule_search_locations for nvcc in Path(f).glob("cu*/bin/nvcc")] if spec else []
-        looked.append(("pip's nvidia-cuda-nvcc", found[0] if found else None))
-        for _, nvcc in looked:
-            if nvcc and os.access(nvcc, os.X_OK):
-                cuda = Cuda(nvcc)
-                if cuda.version:
-                    return cuda, looked
-        return None, looked
-
-
-def choose_cuda():
-    """(Cuda or None, the reason in words)."""
+def choose_nvcc():
+    """nvcc and its version, or None twice for a build without CUDA kernels; the reason in words."""
     wish = os.environ.get("RAT_EXT_CUDA", "")
     if wish not in ("", "0", "1"):
-        sys.exit(f"rat_ext: RAT_EXT_CUDA must be 0 or 1, not {wish!r}")
+        sys.exit(f"rat_ext: RAT_EXT_CUDA: expected 0 or 1, got {wish!r}")
     if wish == "0":
-        return None, "RAT_EXT_CUDA=0"
+        return None, None, "RAT_EXT_CUDA=0"
     if wish == "" and not torch.version.cuda:
-        return (
-            None,
-            f"torch {torch.__version__} is a build without CUDA (RAT_EXT_CUDA=1 builds them all the same)",
-        )
-    cuda, looked = Cuda.find()
-    places = ", ".join(name for name, _ in looked)
-    if cuda is None and wish == "1":
-        sys.exit(f"rat_ext: RAT_EXT_CUDA=1, but no nvcc was found (looked at {places})")
-    if cuda is None:
-        return None, f"no nvcc found (looked at {places})"
-    if int(cuda.version.split(".")[0]) < 12:
-        too_old = f"{cuda.nvcc} is CUDA {cuda.version}, 12.0 or newer is needed"
-        if wish == "1":
-            sys.exit(f"rat_ext: RAT_EXT_CUDA=1, but {too_old}")
-        return None, too_old
-    return cuda, f"{'RAT_EXT_CUDA=1, ' if wish else ''}with {cuda.nvcc}"
+        return None, None, f"torch {torch.__version__} is a build without CUDA (RAT_EXT_CUDA=1 builds them all the same)"
+    problem = "no nvcc found (looked at CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda and pip's nvidia-cuda-nvcc)"
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders = [glob.escape(folder) for folder in [*sys.path, sysconfig.get_path("purelib")]]
+    from_pip = [nvcc for folder in folders for nvcc in glob.glob(f"{folder}/nvidia/cu*/bin/nvcc")]
+    for nvcc in [*(f"{home}/bin/nvcc" for home in homes), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc", *from_pip]:
+        runs = nvcc and os.access(nvcc, os.X_OK)
+        if release := re.search(r"release (\d+)\.(\d+)", ask(nvcc, "--version") if runs else ""):
+            major, minor = (int(n) for n in release.groups())
+            if (major, minor) < OLDEST_CUDA:
+                problem = "{} is CUDA {}.{}, the oldest that was tried is {}.{}".format(nvcc, major, minor, *OLDEST_CUDA)
+            elif torch.version.cuda and int(torch.version.cuda.split(".")[0]) != major:
+                problem = f"{nvcc} is CUDA {major}.{minor}, torch {torch.__version__} is made with CUDA {torch.version.cuda}"
+            else:
+                return nvcc, f"{major}.{minor}", f"{'RAT_EXT_CUDA=1, ' if wish else ''}with {nvcc}"
+            break
+    return (None, None, problem) if not wish else sys.exit(f"rat_ext: RAT_EXT_CUDA=1, but {problem}")
 
 
-def architectures():
-    """[("8.0", "80", with PTX), ...] from TORCH_CUDA_ARCH_LIST or the default."""
-    text = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or DEFAULT_ARCHITECTURES
-    found = []
-    for item in re.split(r"[\s;,]+", text):
-        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
+def architectures(text):
+    """Of "8.0 9.0+PTX" the names and the -gencode flags. Hopper's 9.0 is always 9.0a, for which it has kernels of its own."""
+    names, flags = [], []
+    for item in re.findall(r"[^\s;,]+", text):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
         if not match:
             sys.exit(f"rat_ext: TORCH_CUDA_ARCH_LIST={text!r}: {item!r} is not understood; write, say, '8.0 9.0a+PTX'")
-        if int(match[1]) >= 8:
-            found.append((f"{match[1]}.{match[2]}", match[1] + match[2], bool(match[3])))
-    if not found:
-        sys.exit(f"rat_ext: TORCH_CUDA_ARCH_LIST={text!r} names no architecture from 8.0 on, the oldest supported")
-    return found
+        major, minor, feature, ptx = match.groups("")
+        if int(major) >= 8:  # older ones, which lists for all of torch name, have no kernels
+            number, native = major + minor, "a" if major == "9" else feature
+            names.append(f"{major}.{minor}{native}{ptx}")
+            flags.append(f"-gencode=arch=compute_{number}{native},code=sm_{number}{native}")
+            flags += [f"-gencode=arch=compute_{number}{feature},code=compute_{number}{feature}"] if ptx else []
+    return (names, flags) if names else sys.exit(f"rat_ext: TORCH_CUDA_ARCH_LIST={text!r} names none from 8.0, the oldest, on")
 
 
-def job_count():
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    limits = [cores]
-    if Path("/proc/meminfo").exists():
-        free = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
-        limits.append(int(free[1]) * 1024 // MEMORY_PER_JOB)
-    return int(os.environ.get("MAX_JOBS") or max(1, min(limits)))
+os.chdir(Path(__file__).resolve().parent)
+build = {}  # what csrc/build.txt says
+for line in Path("csrc/build.txt").read_text().splitlines():
+    if line and not line.startswith("#"):
+        build.setdefault(line.split(":")[0], []).extend(line.split()[1:])
+kinds, include_dirs, library_dirs = ["cpu_sources", "torch_sources", "python_sources"], [pybind11.get_include()], []
+cxx_flags = build["cxx_flags"] + ["-g0", "-fstrict-overflow"]  # the two undo what Python's own flags add
+nvcc_flags, link_flags = build["nvcc_flags"], build["link_flags"]
+
+nvcc, cuda_version, reason = choose_nvcc()
+note = f"for the CPU only: {reason}"
+if nvcc:
+    names, gencode = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or " ".join(build["architectures"]))
+    note = f"CPU + CUDA {cuda_version} kernels for {' '.join(names)}, {reason}"
+    definitions = ["-DRAT_EXT_CUDA=1"] + ["-DRAT_EXT_SM90=1"] * any(name.startswith("9.0a") for name in names)
+    cxx_flags += [*definitions, f'-DRAT_EXT_ARCHITECTURES="{" ".join(names)}"']
+    nvcc_flags, link_flags = nvcc_flags + definitions + gencode, link_flags + build["cuda_link_flags"]
+    kinds.append("cuda_sources")
+    # torch takes the toolkit to be around the nvcc on PATH, which may be a wrapper script; a torch without CUDA takes none.
+    told = ask(nvcc, "--dryrun", "none.cu")
+    include_dirs += dict.fromkeys(re.findall(r'"-I([^"]+)"', told))
+    library_dirs += dict.fromkeys(re.findall(r'"-L([^"]+)"', told))
+    top = re.search(r"^#\$ TOP=(.*)$", told, re.MULTILINE)
+    os.environ["CUDA_HOME"] = os.path.realpath(top[1] if top else Path(nvcc).parent.parent)
+    compiler = os.environ.get("PYTORCH_NVCC") or shlex.quote(nvcc)
+    os.environ["PYTORCH_NVCC"] = shlex.join([sys.executable, os.path.abspath("tools/keep_log.py"), *shlex.split(compiler)])
+    torch.version.cuda = torch.version.cuda or cuda_version
+
+jobs, memory = os.environ.get("MAX_JOBS", ""), re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+if not re.fullmatch(r"(0*[1-9][0-9]*)?", jobs):
+    sys.exit(f"rat_ext: MAX_JOBS: expected a whole number from 1 on, got {jobs!r}")
+bound = min(len(os.sched_getaffinity(0)), int(memory[1]) * 1024 // MEMORY_PER_JOB)
+os.environ["MAX_JOBS"] = jobs or str(max(1, bound))
+os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")  # pip's ninja, when its environment is not active
+
+from torch.utils import cpp_extension  # noqa: E402
+
+cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"] if nvcc else None
+version = runpy.run_path("rat_ext/_version.py")["__version__"]
+cxx_flags += [f'-DRAT_EXT_VERSION="{version}"', f"-DRAT_EXT_BUILD_NOTE={json.dumps(note, ensure_ascii=False)}"]
+extension = (cpp_extension.CUDAExtension if nvcc else cpp_extension.CppExtension)(
+    "rat_ext._C",
+    sorted(file for kind in kinds for pattern in build[kind] for file in glob.glob(pattern, recursive=True)),
+    include_dirs=include_dirs,  # before torch's own, among which is another pybind11
+    library_dirs=library_dirs,
+    extra_compile_args={"cxx": cxx_flags + shlex.split(os.environ.get("CXXFLAGS", "")), "nvcc": nvcc_flags},
+    extra_link_args=link_flags,
+)
+extension.libraries = []  # torch adds torch_python, c10 and a shared CUDA runtime: they would tie the build to one torch
 
 
-def is_current(output, command):
-    """Whether `output` was made by this very command from files that have not changed since."""
-    record, dependencies = output.with_suffix(".cmd"), output.with_suffix(".d")
-    if not (output.exists() and record.exists() and dependencies.exists()) or record.read_text() != shlex.join(command):
-        return False
-    files = dependencies.read_text().replace("\\\n", " ").split(":", 1)[1].split()
-    return all(os.path.exists(f) and os.path.getmtime(f) < output.stat().st_mtime for f in files)
+class Build(cpp_extension.BuildExtension):
+    def finalize_options(self):
+        super().finalize_options()  # an editable install would build in a new folder each time, where ninja finds nothing made
+        self.build_temp = f"build/rat_ext-{sysconfig.get_config_var('SOABI')}-{'cuda' if nvcc else 'cpu'}"
 
-
-def compile_one(command, output):
-    if is_current(output, command):
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(command, capture_output=True, text=True)
-    told = done.stdout + done.stderr
-    output.with_suffix(".log").write_text(told)  # registers and spills of each kernel: tools/resource_report.py
-    if done.returncode:
-        sys.exit(f"{shlex.join(command)}\n{told}\nrat_ext: compiling {command[-1]} failed")
-    sys.stderr.write(re.sub(r"^(ptxas info|\s+\d+ bytes stack frame).*\n", "", told, flags=re.MULTILINE))
-    output.with_suffix(".cmd").write_text(shlex.join(command))
-
-
-class BuildExtension(build_ext):
-    def build_extension(self, ext):
-        cuda, reason = choose_cuda()
-        if cuda:
-            targets = architectures()
-            names = " ".join(name + ("+PTX" if ptx else "") for name, _, ptx in targets)
-            hopper = any(number in ("90", "90a") for _, number, _ in targets)
-            note = f"CPU + CUDA {cuda.version} kernels for {names}, {reason}"
-        else:
-            note = f"for the CPU only: {reason}"
+    def build_extensions(self):
+        compiler, header = shlex.split(cpp_extension.get_cxx_compiler())[0], f"{sysconfig.get_path('include')}/Python.h"
+        if not shutil.which(compiler):
+            sys.exit(f"rat_ext: no C++ compiler {compiler!r} found; set CXX")
+        if not os.path.exists(header):
+            sys.exit(f"rat_ext: no {header}; install Python's headers (on Debian and Ubuntu: python3-dev)")
         print(f"rat_ext: building {note}", flush=True)
-
-        cxx = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or ""]
-        if not shutil.which(cxx[0]):
-            sys.exit(f"rat_ext: no C++ compiler found ({cxx[0] or 'looked for g++ and c++ on PATH'}); set CXX")
-        python_include = Path(sysconfig.get_path("include"))
-        if not (python_include / "Python.h").exists():
-            sys.exit(f"rat_ext: no Python.h in {python_include}; install Python's headers (on Debian and Ubuntu: python3-dev)")
-        cxx_flags = CXX_FLAGS + shlex.split(os.environ.get("CXXFLAGS", ""))
-        folder = Path("build") / f"rat_ext-{sysconfig.get_config_var('SOABI')}-{'cuda' if cuda else 'cpu'}"
-        torch_folder = Path(torch.__file__).parent
-        definitions = ["-DRAT_EXT_CUDA=1", *(["-DRAT_EXT_SM90=1"] if hopper else [])] if cuda else []
-        cuda_headers = [f"-isystem{f}" for f in cuda.includes] if cuda else []
-        described = [f'-DRAT_EXT_VERSION="{self.distribution.get_version()}"', f'-DRAT_EXT_BUILD_NOTE="{note}"']
-        described += [f'-DRAT_EXT_ARCHITECTURES="{names}"'] if cuda else []
-
-        def host(source, *flags):
-            return [*cxx, *cxx_flags, *definitions, *flags, "-MMD"], source
-
-        jobs = []
-        if cuda:
-            gencode = [f"-gencode=arch=compute_{n},code=sm_{n}" for _, n, _ in targets]
-            gencode += [f"-gencode=arch=compute_{n},code=compute_{n}" for _, n, ptx in targets if ptx]
-            hopper_only = ["-gencode=arch=compute_90a,code=sm_90a"]  # for files that use Hopper's own instructions
-            for source in sorted(ROOT.glob("csrc/cuda/**/*.cu"), key=lambda f: -f.stat().st_size):
-                if "sm90" not in source.name:
-                    jobs.append(([cuda.nvcc, *NVCC_FLAGS, *gencode, *definitions, "-MMD"], source))
-                elif hopper:
-                    jobs.append(([cuda.nvcc, *NVCC_FLAGS, *hopper_only, *definitions, "-MMD"], source))
-        jobs.append(host(ROOT / "csrc/ops/ops.cpp", *cuda_headers, f"-isystem{torch_folder / 'include'}"))
-        python_headers = [f"-isystem{pybind11.get_include()}", f"-isystem{python_include}"]
-        jobs.append(host(ROOT / "csrc/module.cpp", *described, *python_headers))
-        for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
-            isa = "_" + source.stem.rpartition("_")[2]
-            jobs.append(host(source, *(ISA_FLAGS.get(isa, []) if platform.machine() == "x86_64" else [])))
-
-        objects = []
-        with concurrent.futures.ThreadPoolExecutor(job_count()) as pool:
-            running = []
-            for command, source in jobs:
-                source = source.relative_to(ROOT)
-                output = folder / source.parent / (source.name + ".o")
-                command = [*command, "-MF", str(output.with_suffix(".d")), "-o", str(output), "-c", str(source)]
-                running.append(pool.submit(compile_one, command, output))
-                objects.append(str(output))
-            try:
-                for job in running:
-                    job.result()
-            finally:
-                pool.shutdown(cancel_futures=True)  # after a failure: start no other
-
-        # libtorch.so brings libtorch_cuda.so where there is one. `import torch` has loaded them: no path is recorded.
-        link = [*cxx, "-shared", *objects, f"-L{torch_folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch"]
-        if cuda:  # hidden, or the dynamic loader would bind the calls to the libcudart.so that torch has loaded
-            link += [f"-L{f}" for f in cuda.library_folders] + ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        link += ["-Wl,--exclude-libs,ALL", "-o", self.get_ext_fullpath(ext.name)]
-        Path(link[-1]).parent.mkdir(parents=True, exist_ok=True)
-        if subprocess.run(link).returncode:
-            sys.exit(f"{shlex.join(link)}\nrat_ext: linking failed")
+        super().build_extensions()
 
 
-os.chdir(ROOT)
-setup(ext_modules=[Extension("rat_ext._C", sources=[])], cmdclass={"build_ext": BuildExtension})
+setup(ext_modules=[extension], cmdclass={"build_ext": Build})

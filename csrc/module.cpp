@@ -16,7 +16,7 @@
 #endif
 
 namespace rat {
-extern const uint64_t torch_target_version;  // ops/ops.cpp: TORCH_TARGET_VERSION
+extern const uint64_t torch_target_version;  // ops/: TORCH_TARGET_VERSION, from build.txt
 namespace cpu {
 const char* isa();  // the instruction set that the CPU kernels chose on this machine
 }
@@ -110,7 +110,8 @@ py::dict build_info(bool kernels) {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// It keeps no state that a lock would have to guard: what the functions ask is found once, by static initialisation.
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "The compiled part of rat_ext. Its ops are torch.ops.rat_ext.*";
   m.def("build_info", &build_info, py::arg("kernels") = true,
         "What was compiled, as a dict. kernels=True also asks the GPU, if there is one, for each kernel's registers, "

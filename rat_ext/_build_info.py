@@ -82,7 +82,7 @@ def _load() -> ModuleType:
                 f"The compiled part, _C{suffix}, is there but does not load beside torch {torch.__version__}. "
                 "Build it again: pip install --force-reinstall --no-deps <where rat_ext came from>"
             )
-        elif others := sorted(f.name for f in folder.glob("_C.*")):
+        elif others := sorted(f.name for f in folder.glob("_C.*so")):
             hint = f"The compiled part was built for another Python ({', '.join(others)}); this one needs _C{suffix}."
         elif (folder.parent / "setup.py").exists():
             hint = (

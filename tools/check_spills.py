@@ -23,9 +23,9 @@ def read_limits(text: str) -> list[tuple[str, int]]:
     return [(match[1], int(match[2] or 0)) for match in matches]
 
 
-def limit(kernel: str, limits: list[tuple[str, int]]) -> float:
+def limit(row: dict, limits: list[tuple[str, int]]) -> float:
     """The last pattern that matches decides; a kernel that none matches may spill what it wants."""
-    found = [size for pattern, size in limits if fnmatchcase(kernel, pattern)]
+    found = [size for pattern, size in limits if fnmatchcase(f"{row['kernel']} on {row['arch']}", pattern)]
     return found[-1] if found else math.inf
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     if missing:
         sys.exit(f"the report holds no kernel for {', '.join(missing)}")
     spilling = [row for row in rows if row["spill_stores"] or row["spill_loads"]]
-    forbidden = [r for r in spilling if max(r["spill_stores"], r["spill_loads"]) > limit(r["kernel"], limits)]
+    forbidden = [r for r in spilling if max(r["spill_stores"], r["spill_loads"]) > limit(r, limits)]
     if forbidden:
         sys.exit(f"{len(forbidden)} of {len(rows)} kernels spill more than they may:\n{table(forbidden)}")
     print(f"{len(rows)} kernels, {len(spilling)} with spills, none above the limits of {arguments.limits.name}")

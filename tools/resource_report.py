@@ -57,8 +57,10 @@ def parse_log(text: str) -> list[dict]:
 def collect(folder: Path) -> list[dict]:
     rows = []
     for log in sorted(folder.rglob("*.log")):
-        source = log.name.split(".cu")[0] + ".cu"
+        source = log.name.removesuffix(".log").removesuffix(".o").removesuffix(".cu") + ".cu"
         rows += [{"source": source, **row} for row in parse_log(log.read_text(errors="replace"))]
+    # Hopper's kernels are empty for every other architecture.
+    rows = [row for row in rows if "sm90" not in row["symbol"] or row["arch"] == "sm_90a"]
     names = readable([row["symbol"] for row in rows])
     return sorted(({"kernel": names[row["symbol"]], **row} for row in rows), key=lambda r: (r["kernel"], r["arch"]))
 

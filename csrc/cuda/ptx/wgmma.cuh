@@ -11,6 +11,11 @@
 #include "../device/elements.cuh"
 #include "opaque.cuh"
 
+// Kernels that use wgmma are empty in every other pass, and what they alone use is then used by nobody.
+#ifndef __CUDA_ARCH_FEAT_SM90_ALL
+#pragma nv_diag_suppress 177
+#endif
+
 namespace rat::cuda {
 
 // Before the first wgmma, and whenever ordinary instructions wrote registers that the next one reads.
