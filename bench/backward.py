@@ -34,16 +34,6 @@ PHASES = {
 }
 LAW_ROUNDINGS = 4  # of the dtype, of each term, as if they were independent
 
-LONG = "T=131072 B=2 .*D=128"
-FULL = "T=(4096 B=64|16384 B=16|131072 B=2) .*D=128"
-# figure: what is listed, unit, must, aim, and the rows they are for. Of tera-operations more is better, as of shares.
-TARGETS = {
-    "attention_tflop_s": ("TFLOP/s", 420, 520, LONG),
-    "prepare_of_copy": ("of copy", 0.75, 0.88, FULL),
-    "scan_of_copy": ("of copy", 0.75, 0.88, FULL),
-    "peak_gb": ("GB", 1.5, 0.8, LONG),
-}
-
 
 def rows(quick: bool) -> list[Row]:
     shapes = (
@@ -93,17 +83,6 @@ def peak_gb(train: Training, device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated(device) - before - sum(x.nbytes for x in results)) / 1e9
 
 
-def verdicts(row: Row, figures: dict[str, float]) -> dict[str, list]:
-    """[must, aim, word] of each figure that has a target in this row."""
-    found = {}
-    for key, (_, must, aim, where) in TARGETS.items():
-        if re.search(where, str(row)):
-            sign = 1 if aim > must else -1
-            value = sign * figures[key]
-            found[key] = [must, aim, "aim" if value >= sign * aim else "must" if value >= sign * must else "MISSED"]
-    return found
-
-
 def measure(row: Row, device: torch.device, limits: dict, calls: int) -> dict:
     train = Training(row, device)
     laws = broken_laws(train)
@@ -125,7 +104,7 @@ def measure(row: Row, device: torch.device, limits: dict, calls: int) -> dict:
     free()
     small = set(profile(Training(check_row(row, device), device), device, 1))
     unchecked = [name for name in listed if re.match(PHASES["attention"], name) and name not in small]
-    return {"laws": laws, "ms": ms, "kernel_ms": listed, **figures, "targets": verdicts(row, figures), "unchecked": unchecked}
+    return {"laws": laws, "ms": ms, "kernel_ms": listed, **figures, "unchecked": unchecked}
 
 
 def main() -> int:
@@ -168,8 +147,6 @@ def main() -> int:
         shown.append([entry["name"], *backward_cells(entry, number)])
     print()
     table(["backward", *BACKWARD], shown)
-    for key, (unit, must, aim, where) in TARGETS.items():
-        print(f"  {key}: must {must}, aim {aim} {unit}, in rows {where}")
     print(f"{deadline.seconds():.0f} s")
     save(result, options)
     return 1 if wrong else 0

@@ -40,6 +40,7 @@ from rat_ext import reference
 
 NAMES = ("q", "k", "v", "gate", "out_gate")
 ROUNDINGS = 8  # of the dtype, relative to the largest value, allowed beside twice the eager error
+COMPILED = "T=(4096 B=64|16384 B=16|131072 B=2|4096 B=1) H=16 G=2 D=128 L=16"  # rows that the compiled peer joins
 EAGER_BYTES = 40 << 30  # the eager definition is left out where its scores would need more than this
 
 
@@ -182,7 +183,29 @@ def attempt(name: str, result: dict, measure) -> None:
     free()
 
 
-def time_row(row: Row, device: torch.device, clock: Clock, peers: bool, compiled_peer: bool) -> dict:
+def dense_peers(row: Row, device: torch.device, clock: Clock) -> dict:
+    """Causal attention of H heads of the row's size by scaled_dot_product_attention. It knows nothing of chunks."""
+    result: dict = {"ms": {}, "left_out": {}}
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (row.batch, row.tokens, row.heads, row.dim)
+    dense = [torch.randn(shape, generator=generator, device=device, dtype=row.dtype).transpose(1, 2) for _ in range(3)]
+    backends = {"sdpa": None}
+    if device.type == "cuda":
+        backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
+    for name, backend in backends.items():
+
+        def measure(backend=backend):
+            leaves = [x.detach() for x in dense]
+            with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+                function = lambda: F.scaled_dot_product_attention(*leaves, is_causal=True)  # noqa: E731
+                return both(clock, function, leaves, torch.ones_like(dense[0]), 300.0)
+
+        attempt(name, result, measure)
+    return result
+
+
+def time_row(row: Row, device: torch.device, clock: Clock, peers: bool, compiled_peer: bool, dense: dict) -> dict:
+    """``dense`` keeps the peers that rows of the same size share."""
     result: dict = {"ms": {}, "left_out": {}}
     tensors = inputs(row, device, row.batch, row.tokens)
     dy = torch.randn_like(tensors[2])
@@ -207,22 +230,10 @@ def time_row(row: Row, device: torch.device, clock: Clock, peers: bool, compiled
         attempt("compiled", result, lambda: measure_rat(compiled.rat_attention))
     tensors = dy = None
     free()
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (row.batch, row.tokens, row.heads, row.dim)
-    dense = [torch.randn(shape, generator=generator, device=device, dtype=row.dtype).transpose(1, 2) for _ in range(3)]
-    backends = {"sdpa": None}
-    if device.type == "cuda":
-        backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
-    for name, backend in backends.items():
-
-        def measure(backend=backend):
-            leaves = [x.detach() for x in dense]
-            with sdpa_kernel(backend) if backend else contextlib.nullcontext():
-                function = lambda: F.scaled_dot_product_attention(*leaves, is_causal=True)  # noqa: E731
-                return both(clock, function, leaves, torch.ones_like(dense[0]), 300.0)
-
-        attempt(name, result, measure)
-    return result
+    size = (row.batch, row.tokens, row.heads, row.dim, row.dtype)
+    if size not in dense:
+        dense[size] = dense_peers(row, device, clock)
+    return {key: result[key] | dense[size][key] for key in result}
 
 
 # ---- memory on the CPU -----------------------------------------------------------------------------------------------
@@ -272,7 +283,9 @@ def memory(tokens: int) -> dict:
 
 def main() -> int:
     p = parser(__doc__)
-    p.add_argument("--no-compiled", action="store_true", help="leave the compiled peer out: compiling takes its time")
+    p.add_argument(
+        "--compiled", default=COMPILED, metavar="REGEX", help="rows with the compiled peer: it takes half a minute each"
+    )
     add_kernels(p)
     options = p.parse_args()
     deadline = Deadline(options.time_limit)
@@ -290,8 +303,12 @@ def main() -> int:
         f"measured ceilings: copy {limits['copy_gb_s']:.0f} GB/s, matmul {limits['matmul_tflop_s']:.3g} TFLOP/s\n",
         flush=True,
     )
-    compiled_peer = device.type == "cuda" and not (options.no_peers or options.no_compiled)
+
+    def compiled_peer(row: Row) -> bool:
+        return device.type == "cuda" and not options.no_peers and re.search(options.compiled, str(row)) is not None
+
     checks: dict = {}
+    dense: dict = {}
     wrong = False
     for row in listed:
         if deadline.over():
@@ -299,12 +316,12 @@ def main() -> int:
             result["stopped_before"] = str(row)
             break
         free()
-        entry = checked(row, device, checks, compiled_peer)
+        entry = checked(row, device, checks, compiled_peer(row))
         result["rows"].append(entry)
         if entry["check"]["wrong"]:
             wrong = True
             continue
-        entry |= time_row(row, device, clock, not options.no_peers, compiled_peer)
+        entry |= time_row(row, device, clock, not options.no_peers, compiled_peer(row), dense)
         show(row, entry, limits)
     if device.type == "cpu" and not wrong and not options.rows:
         result["memory"] = memory(1024 if options.quick else 16384)

@@ -1,8 +1,8 @@
-"""Makes the Markdown tables of README.md from the JSON files in bench/results.
+"""Makes bench/RESULTS.md and the tables of README.md from the JSON files in bench/results.
 
-Between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` stands what the newest results of bench NAME say, a table for
-each device (several files of one device and bench, say of different --rows, are merged: a newer row replaces an older
-one of its name). ``--check`` changes nothing and fails when the file is not what it would be.
+RESULTS.md is made whole. In README.md, what stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` is made. Several
+files of one device and bench (say of different --rows) are merged: a newer row replaces an older one of its name.
+``--check`` changes nothing and fails when a file is not what it would be.
 """
 
 from __future__ import annotations
@@ -53,8 +53,12 @@ def op(result: dict) -> str:
 
 
 def host(result: dict) -> str:
-    rows = [[name, f"{us:.1f}", str(result["targets"].get(name) or "")] for name, us in result["microseconds"].items()]
-    return markdown(["host time a call, microseconds", "", "target"], rows)
+    rows = []
+    for row in result["rows"]:
+        empty = row["empty_us"]
+        beside = [f"{empty:.1f}", f"{row['us'] / empty:.2f}x"] if empty else ["-", "-"]
+        rows.append([row["name"], f"{row['us']:.1f}", *beside])
+    return markdown(["host time per call, microseconds", "rat_ext", "an empty autograd function", "ratio"], rows)
 
 
 def decode(result: dict) -> str:
@@ -87,17 +91,12 @@ BACKWARD = ["attention ms", "any order", "TFLOP/s", "prepare ms", "of copy", "sc
 
 
 def backward_cells(row: dict, show=number) -> list[str]:
-    """The figures of a row under BACKWARD, with the target that was reached, or MISSED, where there is one."""
-
-    def figure(key: str) -> str:
-        text = f"{row[key]:.0%}" if key.endswith("of_copy") else show(row[key])
-        return text + (f" ({row['targets'][key][2]})" if key in row["targets"] else "")
-
+    """The figures of a row under BACKWARD."""
     ms = row["ms"]
-    line = [show(ms["attention"]), show(ms["attention, any order"]), figure("attention_tflop_s")]
+    line = [show(ms["attention"]), show(ms["attention, any order"]), show(row["attention_tflop_s"])]
     for phase in ("prepare", "scan"):
-        line += [show(ms[phase]), figure(f"{phase}_of_copy")]
-    return [*line, show(ms["all kernels"]), figure("peak_gb")]
+        line += [show(ms[phase]), f"{row[f'{phase}_of_copy']:.0%}"]
+    return [*line, show(ms["all kernels"]), show(row["peak_gb"])]
 
 
 def backward(result: dict) -> str:
@@ -106,7 +105,62 @@ def backward(result: dict) -> str:
     return markdown(["backward", *BACKWARD], lines)
 
 
-MAKERS = {"op": op, "backward": backward, "host": host, "decode": decode, "recurrence": recurrence, "phases": phases}
+def families(result: dict) -> str:
+    chosen, portable = result["ms"]["auto"], result["ms"]["sm80"]
+    rows = []
+    for name, ms in chosen.items():
+        cells = [f"{number(a)} ({b / a:.2f}x)" for a, b in zip(ms, portable[name], strict=True)]
+        rows.append([f"`{name}`", *cells])
+    return markdown(["ms by graph replay (portable kernels' time over it)", "forward", "forward + backward"], rows)
+
+
+def readme(result: dict) -> str:
+    """Six rows that say what there is to say: the shapes at which the peers are timed too."""
+    rows = []
+    for row in result["rows"]:
+        if not (re.match(README_ROWS, row["name"]) and "ms" in row):
+            continue
+        for i, phase in enumerate(("forward", "forward + backward")):
+            ms = {name: times[i] for name, times in row["ms"].items()}
+            peers = [f"{number(ms[n])} ({ms[n] / ms['rat_ext']:.1f}x)" if n in ms else "-" for n in ("compiled", "sdpa cudnn")]
+            rows.append([f"{phase}, T = {row['tokens']}, B = {row['batch']}", f"**{number(ms['rat_ext'])}**", *peers])
+    rows.sort(key=lambda row: "backward" in row[0])
+    return markdown(["ms", "rat_ext", "the definition, compiled", "dense attention, cuDNN"], rows)
+
+
+README_ROWS = r"T=(4096 B=64|16384 B=16|131072 B=2) H=16 G=2 D=128 L=16 bfloat16$"
+MAKERS = {
+    "op": op,
+    "backward": backward,
+    "decode": decode,
+    "recurrence": recurrence,
+    "families": families,
+    "host": host,
+    "phases": phases,
+}
+
+# What RESULTS.md says above each bench's tables.
+WORDS = {
+    "op": """## The op against its peers
+
+RAT's rows have two key and query groups, an output gate and rotation; dense attention has none of them. "compiled" is the
+same definition under `torch.compile` (associative scan and FlexAttention). "portable kernels" are those that run where there
+is no Hopper GPU, timed on this one. "of ceiling" is the time that the needed products or bytes take at the rates measured in
+the same run, over the time measured. Small rows are bound by the host.""",
+    "backward": """## The backward by phase
+
+Attention in TFLOP/s of its five products, also with `deterministic=False` ("any order"); the memory-bound phases as shares of
+copy bandwidth. Peak memory is that of forward + backward beyond inputs, y, dy and gradients.""",
+    "decode": """## Decoding
+
+One step in a CUDA graph, other memory read through the L2 cache before each. The floor: reading the chunk states once.""",
+    "recurrence": "## The recurrence alone",
+    "families": """## Kernel families
+
+The chosen kernels beside the portable ones, forced by `RAT_EXT_KERNELS=sm80`: none of the chosen may be slower.""",
+    "host": "## Host time",
+    "phases": "## Time by kernel",
+}
 
 
 def merged(bench: str, folder: Path) -> list[dict]:
@@ -122,26 +176,40 @@ def merged(bench: str, folder: Path) -> list[dict]:
     return sorted(found.values(), key=lambda r: (r["device_type"] != "cuda", r["device"]))
 
 
-def section(bench: str, folder: Path) -> str:
-    parts = []
-    for result in merged(bench, folder):
-        where = result["device"] + (f", {result['threads']} threads, {result['isa']}" if result["device_type"] == "cpu" else "")
-        versions = f"torch {result['torch']}" + (f", CUDA {result['cuda']}" if result["device_type"] == "cuda" else "")
-        head = f"**{where}** ({versions}, commit {result['commit']}, {result['date'][:10]}"
-        if limits := result.get("ceilings"):
-            copy, matmul = number(limits["copy_gb_s"]), number(limits["matmul_tflop_s"])
-            head += f"; ceilings measured: copy {copy} GB/s, matmul {matmul} TFLOP/s"
-        parts += [head + ")", MAKERS[bench](result)]
-    return "\n\n".join(parts)
+def head_line(result: dict) -> str:
+    where = result["device"] + (f", {result['threads']} threads, {result['isa']}" if result["device_type"] == "cpu" else "")
+    versions = f"torch {result['torch']}" + (f", CUDA {result['cuda']}" if result["device_type"] == "cuda" else "")
+    head = f"**{where}** ({versions}, commit {result['commit']}, {result['date'][:10]}"
+    if limits := result.get("ceilings"):
+        copy, matmul = number(limits["copy_gb_s"]), number(limits["matmul_tflop_s"])
+        head += f"; ceilings measured: copy {copy} GB/s, matmul {matmul} TFLOP/s"
+    return head + ")"
+
+
+def section(bench: str, make, folder: Path) -> str:
+    return "\n\n".join(f"{head_line(result)}\n\n{make(result)}" for result in merged(bench, folder))
+
+
+def results(folder: Path) -> str:
+    parts = [
+        "# Results\n\nMade by `python bench/table.py` from the JSON files in `bench/results/`, which say device, versions,\n"
+        "commit and date. [README.md](README.md) says how the figures are measured."
+    ]
+    for bench, words in WORDS.items():
+        if body := section(bench, MAKERS[bench], folder):
+            parts += [words, body]
+    return "\n\n".join(parts) + "\n"
 
 
 def fill(text: str, folder: Path) -> str:
+    """README.md with its tables made anew."""
+
     def replace(match: re.Match) -> str:
-        bench = match[1]
-        if bench not in MAKERS:
-            sys.exit(f"bench/table.py: unknown marker bench:{bench}; known: {', '.join(MAKERS)}")
-        body = section(bench, folder)
-        return f"<!-- bench:{bench} -->\n" + (f"\n{body}\n\n" if body else "") + "<!-- /bench -->"
+        if match[1] != "readme":
+            sys.exit(f"bench/table.py: unknown marker bench:{match[1]}; known: readme")
+        newest = [result for result in merged("op", folder) if result["device_type"] == "cuda"]
+        body = "\n\n".join(f"{head_line(result)}\n\n{readme(result)}" for result in newest)
+        return "<!-- bench:readme -->\n" + (f"\n{body}\n\n" if body else "") + "<!-- /bench -->"
 
     return re.sub(r"<!-- bench:(\w+) -->.*?<!-- /bench -->", replace, text, flags=re.DOTALL)
 
@@ -149,17 +217,18 @@ def fill(text: str, folder: Path) -> str:
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the tables are not those of the JSON")
-    p.add_argument("--file", type=Path, default=HERE.parent / "README.md")
+    p.add_argument("--folder", type=Path, default=HERE.parent, help="of README.md and bench/RESULTS.md")
     p.add_argument("--results", type=Path, default=HERE / "results")
     options = p.parse_args()
-    text = options.file.read_text()
-    made = fill(text, options.results)
-    if made == text:
-        return 0
+    readme_file, results_file = options.folder / "README.md", options.folder / "bench" / "RESULTS.md"
+    made = {readme_file: fill(readme_file.read_text(), options.results), results_file: results(options.results)}
+    stale = [path for path, text in made.items() if not path.exists() or path.read_text() != text]
     if options.check:
-        print(f"{options.file}: tables are not those of {options.results}; run python bench/table.py", file=sys.stderr)
-        return 1
-    options.file.write_text(made)
+        for path in stale:
+            print(f"{path}: tables are not those of {options.results}; run python bench/table.py", file=sys.stderr)
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(made[path])
     return 0
 
 

@@ -53,17 +53,39 @@ def test_the_reference_has_the_same_arguments(op):
     assert [(p.name, p.default, p.kind) for p in mine.values()] == [(p.name, p.default, p.kind) for p in theirs.values()]
 
 
-def blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE) if README.exists() else []
+def pages() -> list[Path]:
+    root = README.parent
+    return [page for page in (README, root / "CONTRIBUTING.md", *sorted(root.glob("docs/*.md"))) if page.exists()]
+
+
+def blocks() -> list[tuple[str, str]]:
+    """(name, code) of every Python block of the documentation."""
+    found = []
+    for page in pages():
+        code = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+        found += [(f"{page.name}-{i + 1}", text) for i, text in enumerate(code)]
+    return found
 
 
 @pytest.mark.skipif(not README.exists(), reason="no README beside the tests")
 def test_the_readme_has_examples():
-    assert len(blocks()) >= 2
+    assert sum(name.startswith("README.md") for name, _ in blocks()) >= 2
 
 
-@pytest.mark.parametrize("number", range(len(blocks())))
-def test_readme_example(number, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "code"), blocks(), ids=[name for name, _ in blocks()])
+def test_documented_example(name, code, tmp_path, monkeypatch):
     """Each block runs by itself, as a reader would paste it."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(blocks()[number], f"README.md, example {number + 1}", "exec"), {"__name__": "__main__"})
+    exec(compile(code, name, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_links_and_paths_exist(page):
+    """Links to files, and paths in backticks that begin with a folder of the repository."""
+    root, text = README.parent, page.read_text()
+    links = [target for target in re.findall(r"\]\(([^)#:]+)\)", text)]
+    missing = [target for target in links if not (page.parent / target).exists()]
+    paths = re.findall(r"`((?:csrc|rat_ext|tests|bench|tools|docs|attention|recurrence|ptx|device|host)/[\w./]*)`", text)
+    bases = (root, root / "csrc" / "cuda")
+    missing += [path for path in paths if not any((base / path).exists() for base in bases)]
+    assert not missing
