@@ -2,7 +2,7 @@
 // queries that walk them, and the rotation of q.
 #pragma once
 
-#include "../device/elements.cuh"
+#include "../device/rows.cuh"
 #include "../device/sequence.cuh"
 #include "../host/launch.h"
 #include "../phases.h"
@@ -75,17 +75,10 @@ struct KeyTile {
 __device__ __forceinline__ KeyTile key_tile(const Sizes& s, const ChunkStates& c, int64_t item, int64_t keys) {
   KeyTile k;
   if (c.compact) {
-    int64_t low = 0, high = s.sequences - 1;
-    while (low < high) {
-      const int64_t middle = (low + high + 1) / 2;
-      if (first_chunk_row(s, c, middle) / keys + middle <= item) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    k.sequence = sequence_at(s, low);
-    k.first = (item - (first_chunk_row(s, c, low) / keys + low)) * keys;
+    const auto first_tile = [&](int64_t n) { return first_chunk_row(s, c, n) / keys + n; };
+    const int64_t n = last_sequence(s, item, first_tile);
+    k.sequence = sequence_at(s, n);
+    k.first = (item - first_tile(n)) * keys;
   } else {
     const int64_t tiles = (c.rows + keys - 1) / keys;
     k.sequence = sequence_at(s, item / tiles);

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "../device/elements.cuh"
+#include "../device/math.cuh"
 #include "opaque.cuh"
 
 namespace rat::cuda {
