@@ -18,20 +18,8 @@ __global__ void __launch_bounds__(256)
   const int piece = static_cast<int>(index % pieces);
   const int64_t row = index / pieces;
   const int64_t group = row % groups, token = row / groups % s.tokens, batch = row / groups / s.tokens;
-  int64_t n = batch;
-  if (s.cu_seqlens) {
-    int64_t low = 0, high = s.sequences - 1;  // the last n that starts at or before the token
-    while (low < high) {
-      const int64_t middle = (low + high + 1) / 2;
-      if (s.cu_seqlens[middle] <= token) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    n = low;
-  }
-  const Sequence sequence = sequence_at(s, n);
+  const auto begin = [&](int64_t n) { return s.cu_seqlens[n]; };
+  const Sequence sequence = sequence_at(s, s.cu_seqlens ? last_sequence(s, token, begin) : batch);
   if (token >= sequence.end) return;
   const int half = static_cast<int>(s.head_dim / 2);
   const T* from = row_pointer<T>(x, batch, token, group) + 4 * piece;

@@ -36,7 +36,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "../device/elements.cuh"
+#include "../device/math.cuh"
 #include "../device/sequence.cuh"
 #include "../host/launch.h"
 #include "../ptx/mbarrier.cuh"
@@ -688,21 +688,8 @@ __global__ void __launch_bounds__(256)
   constexpr int kStride = C::kDim + 8;  // float2 stores of a warp then cover all banks
   __shared__ alignas(16) float shared[C::kQueries * kStride];
   const int64_t groups = s.q_groups, group = blockIdx.x % groups, tile = blockIdx.x / groups;
-  int64_t n;
-  if (s.cu_seqlens) {
-    int64_t low = 0, high = s.sequences - 1;  // the last n whose first tile is <= tile
-    while (low < high) {
-      const int64_t middle = (low + high + 1) / 2;
-      if (s.cu_seqlens[middle] / C::kQueries + middle <= tile) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    n = low;
-  } else {
-    n = tile / tiles_per_row;
-  }
+  const auto first_tile = [&](int64_t n) { return s.cu_seqlens[n] / C::kQueries + n; };
+  const int64_t n = s.cu_seqlens ? last_sequence(s, tile, first_tile) : tile / tiles_per_row;
   const Sequence q = sequence_at(s, n);
   const int64_t first =
       (tile - first_query_tile<C::kQueries>(s, n, q.begin, tiles_per_row)) * C::kQueries;  // row of the sequence

@@ -30,7 +30,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "../device/elements.cuh"
+#include "../device/rows.cuh"
 #include "../device/sequence.cuh"
 #include "../host/launch.h"
 #include "../ptx/cp_async.cuh"
@@ -146,17 +146,9 @@ __device__ __forceinline__ void describe_tile(const Arguments& a, uint32_t index
   if (a.size.cu_seqlens) {  // as work_item() does
     head = index % heads;
     const uint32_t item = a.schedule.total / heads - 1 - index / heads;
-    uint32_t high = static_cast<uint32_t>(a.size.sequences) - 1;
-    n = 0;
-    while (n < high) {
-      const uint32_t middle = (n + high + 1) / 2;
-      if (static_cast<uint32_t>(a.size.cu_seqlens[middle]) / ROWS + 2 * middle <= item) {
-        n = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    in_sequence = item - (static_cast<uint32_t>(a.size.cu_seqlens[n]) / ROWS + 2 * n);
+    const auto first = [&](uint32_t n) { return static_cast<uint32_t>(a.size.cu_seqlens[n]) / ROWS + 2 * n; };
+    n = last_sequence(a.size, item, first);
+    in_sequence = item - first(n);
   } else {
     const Schedule& s = a.schedule;
     const uint32_t first = s.section == s.pairs ? 0 : index / (s.section * s.per_row) * s.section;

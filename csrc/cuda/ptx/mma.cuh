@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "../device/elements.cuh"
+#include "../device/math.cuh"
 #include "cp_async.cuh"
 #include "special.cuh"
 
@@ -55,34 +55,6 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, const uint32
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(address), "r"(r[0]),
                "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
-}
-
-// Two floats to one word, the first in the low half.
-template <class T>
-__device__ __forceinline__ uint32_t pack2(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t pack2<bf16>(float low, float high) {
-  uint32_t r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-template <>
-__device__ __forceinline__ uint32_t pack2<f16>(float low, float high) {
-  uint32_t r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-
-// The two floats of a word.
-template <class T>
-__device__ __forceinline__ float2 unpack2(uint32_t word);
-template <>
-__device__ __forceinline__ float2 unpack2<bf16>(uint32_t word) {
-  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
-}
-template <>
-__device__ __forceinline__ float2 unpack2<f16>(uint32_t word) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&word));
 }
 
 // A shared-memory tile of rows of DPAD 16-bit elements. The 16-byte piece `piece` of a row lies where the row's low bits

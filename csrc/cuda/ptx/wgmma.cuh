@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "../device/elements.cuh"
+#include "../device/math.cuh"
 #include "opaque.cuh"
 
 // Kernels that use wgmma are empty in every other pass, and what they alone use is then used by nobody.
