@@ -198,7 +198,8 @@ class BuildExtension(build_ext):
                     jobs.append(([cuda.nvcc, *NVCC_FLAGS, *gencode, *definitions, "-MMD"], source))
                 elif hopper:
                     jobs.append(([cuda.nvcc, *NVCC_FLAGS, *hopper_only, *definitions, "-MMD"], source))
-        jobs.append(host(ROOT / "csrc/ops/ops.cpp", *cuda_headers, f"-isystem{torch_folder / 'include'}"))
+        for source in sorted(ROOT.glob("csrc/ops/*.cpp")):
+            jobs.append(host(source, *cuda_headers, f"-isystem{torch_folder / 'include'}"))
         python_headers = [f"-isystem{pybind11.get_include()}", f"-isystem{python_include}"]
         jobs.append(host(ROOT / "csrc/module.cpp", *described, *python_headers))
         for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):

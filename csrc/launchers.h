@@ -1,4 +1,4 @@
-// What ops/ops.cpp hands to the CPU and CUDA launchers: plain structs of pointers, strides and sizes. No torch, no CUDA.
+// What csrc/ops hands to the CPU and CUDA launchers: plain structs of pointers, strides and sizes. No torch, no CUDA.
 //
 // Conventions, for every struct below:
 // - All sizes and strides count elements, never bytes, and are int64_t.
@@ -6,13 +6,17 @@
 // - N is the number of sequences. Dense: N = batch, sequence n is row n of the token tensors, tokens [0, tokens).
 //   Packed (cu_seqlens given): batch = 1, and sequence n is tokens [cu_seqlens[n], cu_seqlens[n + 1]) of row 0.
 // - A token has a position inside its sequence: position = (lengths ? lengths[n] : 0) + (t - first token of n).
-//   Its chunk is c = position / chunk_size. Three facts follow from it and are kept apart in the code: the recurrence
-//   resets where position % chunk_size == 0; the keys of a query are the states of chunks 0 ... c - 1; rotation is by c.
+//   Its chunk is c = position / chunk_size. Three facts of a call are kept apart (Sizes): where the recurrence resets, which
+//   states become keys, and what rotation counts.
+// - Contiguous arguments (tables, biases, states, lengths, lse: every plain pointer below) start at multiples of 16 bytes. Rows
+//   need not: see Sizes::aligned16.
 // - Head h of H reads query group h / (H / q_groups) and key group h / (H / k_groups).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <vector>
 
 namespace rat {
 
@@ -31,17 +35,28 @@ struct Rows {
 
 struct Sizes {
   DType dtype = DType::f32;
-  int64_t batch = 0;       // B
-  int64_t tokens = 0;      // T, per row
-  int64_t sequences = 0;   // N
-  int64_t heads = 0;       // H
-  int64_t q_groups = 0;    // groups of q; divides H
-  int64_t k_groups = 0;    // groups of k; divides H. H itself where k holds per-head states (chunk_attention)
-  int64_t head_dim = 0;    // D, a multiple of 8, 8 ... 256
-  int64_t chunk_size = 0;  // L >= 1, may exceed T
+  int64_t batch = 0;         // B
+  int64_t tokens = 0;        // T, per row
+  int64_t sequences = 0;     // N
+  int64_t heads = 0;         // H
+  int64_t q_groups = 0;      // groups of q; divides H
+  int64_t k_groups = 0;      // groups of k; divides H. H itself where k holds per-head states (chunk_attention)
+  int64_t head_dim = 0;      // D, a multiple of 8, 8 ... 256
+  int64_t chunk_size = 0;    // L >= 1, may exceed T
+  int64_t reset = 0;         // the recurrence starts anew where position % reset == 0: L, or 1 where there is no gate
+  int64_t key_every = 0;     // a query of position t sees the keys of states 0 ... t / key_every - 1: L
+  int64_t rotate_every = 0;  // a query of position t rotates by t / rotate_every: L
   const int32_t* cu_seqlens = nullptr;  // (N + 1), or null when dense
   const int32_t* lengths = nullptr;     // (N) tokens that each sequence had before this call, or null: all 0
-  bool aligned16 = false;  // every pointer and every row stride below is a multiple of 16 bytes: vector access is legal
+  bool aligned16 =
+      false;  // every Rows pointer and row stride of the call is a multiple of 16 bytes: vector access is legal
+};
+
+// Which kernel family serves a phase of a call, and why, or why it was passed over.
+struct Choice {
+  std::string phase;   // "attention_fwd"
+  std::string family;  // "sm90"
+  std::string why;     // "chosen", or the reason it does not serve the call
 };
 
 // Where chunk states live. State c of head h of sequence n is the D contiguous elements of T at
@@ -80,6 +95,7 @@ struct Rotary {
 // is the same as f = 0 everywhere. The caller has checked shapes; device-resident facts (cu_seqlens, lengths, capacity,
 // rotary rows) are checked by the launcher: CPU throws std::invalid_argument, CUDA prints the argument and traps.
 struct AttentionFwdParams {
+  static constexpr const char* kPhase = "attention_fwd";
   Sizes size;
   Rows q;                           // (B, T, q_groups, D)
   Rows k;                           // (B, T, k_groups, D)
@@ -99,6 +115,7 @@ struct AttentionFwdParams {
 
 // Backward of the same. All input fields as in the forward (y, lse and chunks are inputs now).
 struct AttentionBwdParams {
+  static constexpr const char* kPhase = "attention_bwd";
   AttentionFwdParams fwd;
   bool deterministic = true;  // false: sums may be taken in any order, where that is faster
   Rows dy;                    // (B, T, H, D) of T
@@ -120,6 +137,7 @@ struct AttentionBwdParams {
 
 // y_t = f_t y_{t-1} + (1 - f_t) x_t inside each chunk.
 struct RecurrenceFwdParams {
+  static constexpr const char* kPhase = "recurrence_fwd";
   Sizes size;                       // q_groups unused; k_groups = groups of x
   Rows x;                           // (B, T, k_groups, D)
   Rows gate;                        // (B, T, H, D) logits
@@ -130,6 +148,7 @@ struct RecurrenceFwdParams {
 };
 
 struct RecurrenceBwdParams {
+  static constexpr const char* kPhase = "recurrence_bwd";
   RecurrenceFwdParams fwd;       // y is an input; it is not used to recover states where that would lose precision
   Rows dy;                       // (B, T, H, D)
   const void* dfinal = nullptr;  // (N, H, D) acc or null
@@ -144,6 +163,7 @@ struct RecurrenceBwdParams {
 // Row b uses pool entry slots[b] (or b when slots is null; then P >= batch was checked); slots[b] < 0 skips the row: its y
 // is zeros and nothing else is touched. Two rows naming one entry is undefined.
 struct DecodeParams {
+  static constexpr const char* kPhase = "decode";
   DType dtype = DType::f32;
   int64_t batch = 0, heads = 0, q_groups = 0, k_groups = 0, head_dim = 0, chunk_size = 0;
   bool aligned16 = false;
@@ -174,7 +194,7 @@ void decode_step(const DecodeParams&);
 // Instruction set in use: "baseline", "avx2" or "avx512". Chosen once; RAT_EXT_CPU_ISA forces one.
 const char* isa();
 
-// Runs body(begin, end) over [0, n) on the host's thread pool. ops/ops.cpp supplies torch's; the kernels know only this.
+// Runs body(begin, end) over [0, n) on the host's thread pool. csrc/ops supplies torch's; the kernels know only this.
 using ParallelBody = void (*)(void* context, int64_t begin, int64_t end);
 void parallel_for(int64_t n, int64_t grain, ParallelBody body, void* context);
 int num_threads();
@@ -193,6 +213,13 @@ void attention_bwd(const AttentionBwdParams&, const Allocator&, void* stream);
 void recurrence_fwd(const RecurrenceFwdParams&, const Allocator&, void* stream);
 void recurrence_bwd(const RecurrenceBwdParams&, const Allocator&, void* stream);
 void decode_step(const DecodeParams&, void* stream);
+
+// The families of each phase of a call, best first, those that do not serve it included. Asks the current device.
+std::vector<Choice> explain(const AttentionFwdParams&);
+std::vector<Choice> explain(const AttentionBwdParams&);
+std::vector<Choice> explain(const RecurrenceFwdParams&);
+std::vector<Choice> explain(const RecurrenceBwdParams&);
+std::vector<Choice> explain(const DecodeParams&);
 }  // namespace cuda
 
 }  // namespace rat

@@ -2,7 +2,7 @@
 
 from ._build_info import __version__, build_info
 from .cache import RATCache
-from .ops import chunk_attention, chunk_recurrence, rat_attention, rat_attention_packed, rat_decode_step
+from .ops import chunk_attention, chunk_recurrence, explain, rat_attention, rat_attention_packed, rat_decode_step
 from .rotary import rotary_tables
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "build_info",
     "chunk_attention",
     "chunk_recurrence",
+    "explain",
     "rat_attention",
     "rat_attention_packed",
     "rat_decode_step",
