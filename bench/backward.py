@@ -30,7 +30,7 @@ from table import BACKWARD, backward_cells
 PHASES = {
     "attention": r"chunk_attention_\w*bwd",
     "prepare": r"chunk_prepare_\w*bwd",
-    "scan": r"(chunk_scan_|chunk_carry_)\w*bwd",
+    "scan": r"(chunk_scan_|chunk_segment_)\w*bwd",
 }
 LAW_ROUNDINGS = 4  # of the dtype, of each term, as if they were independent
 

@@ -6,8 +6,8 @@
 // - N is the number of sequences. Dense: N = batch, sequence n is row n of the token tensors, tokens [0, tokens).
 //   Packed (cu_seqlens given): batch = 1, and sequence n is tokens [cu_seqlens[n], cu_seqlens[n + 1]) of row 0.
 // - A token has a position inside its sequence: position = (lengths ? lengths[n] : 0) + (t - first token of n).
-//   Its chunk is c = position / chunk_size. Three facts of a call are kept apart (Sizes): where the recurrence resets, which
-//   states become keys, and what rotation counts.
+//   Its chunk is c = position / chunk_size. Three facts follow from it and are kept apart in the code, as `reset`,
+//   `key_every` and `rotate_every` of Sizes.
 // - Contiguous arguments (tables, biases, states, lengths, lse: every plain pointer below) start at multiples of 16 bytes. Rows
 //   need not: see Sizes::aligned16.
 // - Head h of H reads query group h / (H / q_groups) and key group h / (H / k_groups).
@@ -15,8 +15,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <string>
-#include <vector>
 
 namespace rat {
 
@@ -42,21 +40,16 @@ struct Sizes {
   int64_t q_groups = 0;      // groups of q; divides H
   int64_t k_groups = 0;      // groups of k; divides H. H itself where k holds per-head states (chunk_attention)
   int64_t head_dim = 0;      // D, a multiple of 8, 8 ... 256
-  int64_t chunk_size = 0;    // L >= 1, may exceed T
-  int64_t reset = 0;         // the recurrence starts anew where position % reset == 0: L, or 1 where there is no gate
-  int64_t key_every = 0;     // a query of position t sees the keys of states 0 ... t / key_every - 1: L
-  int64_t rotate_every = 0;  // a query of position t rotates by t / rotate_every: L
+  int64_t chunk_size = 0;    // L >= 1, may exceed T. Set together with the three below, by set_chunk_size()
+  int64_t reset = 0;         // the recurrence starts anew where position % reset == 0
+  int64_t key_every = 0;     // a query sees keys [0, position / key_every): key j is the state that closes stretch j
+  int64_t rotate_every = 0;  // a position, and the key that it closes, rotate by position / rotate_every
   const int32_t* cu_seqlens = nullptr;  // (N + 1), or null when dense
   const int32_t* lengths = nullptr;     // (N) tokens that each sequence had before this call, or null: all 0
-  bool aligned16 =
-      false;  // every Rows pointer and row stride of the call is a multiple of 16 bytes: vector access is legal
-};
+  // Every Rows pointer and row stride of the call is a multiple of 16 bytes: vector access is legal.
+  bool aligned16 = false;
 
-// Which kernel family serves a phase of a call, and why, or why it was passed over.
-struct Choice {
-  std::string phase;   // "attention_fwd"
-  std::string family;  // "sm90"
-  std::string why;     // "chosen", or the reason it does not serve the call
+  void set_chunk_size(int64_t size) { chunk_size = reset = key_every = rotate_every = size; }
 };
 
 // Where chunk states live. State c of head h of sequence n is the D contiguous elements of T at
@@ -95,7 +88,6 @@ struct Rotary {
 // is the same as f = 0 everywhere. The caller has checked shapes; device-resident facts (cu_seqlens, lengths, capacity,
 // rotary rows) are checked by the launcher: CPU throws std::invalid_argument, CUDA prints the argument and traps.
 struct AttentionFwdParams {
-  static constexpr const char* kPhase = "attention_fwd";
   Sizes size;
   Rows q;                           // (B, T, q_groups, D)
   Rows k;                           // (B, T, k_groups, D)
@@ -115,7 +107,6 @@ struct AttentionFwdParams {
 
 // Backward of the same. All input fields as in the forward (y, lse and chunks are inputs now).
 struct AttentionBwdParams {
-  static constexpr const char* kPhase = "attention_bwd";
   AttentionFwdParams fwd;
   bool deterministic = true;  // false: sums may be taken in any order, where that is faster
   Rows dy;                    // (B, T, H, D) of T
@@ -137,7 +128,6 @@ struct AttentionBwdParams {
 
 // y_t = f_t y_{t-1} + (1 - f_t) x_t inside each chunk.
 struct RecurrenceFwdParams {
-  static constexpr const char* kPhase = "recurrence_fwd";
   Sizes size;                       // q_groups unused; k_groups = groups of x
   Rows x;                           // (B, T, k_groups, D)
   Rows gate;                        // (B, T, H, D) logits
@@ -148,7 +138,6 @@ struct RecurrenceFwdParams {
 };
 
 struct RecurrenceBwdParams {
-  static constexpr const char* kPhase = "recurrence_bwd";
   RecurrenceFwdParams fwd;       // y is an input; it is not used to recover states where that would lose precision
   Rows dy;                       // (B, T, H, D)
   const void* dfinal = nullptr;  // (N, H, D) acc or null
@@ -163,7 +152,6 @@ struct RecurrenceBwdParams {
 // Row b uses pool entry slots[b] (or b when slots is null; then P >= batch was checked); slots[b] < 0 skips the row: its y
 // is zeros and nothing else is touched. Two rows naming one entry is undefined.
 struct DecodeParams {
-  static constexpr const char* kPhase = "decode";
   DType dtype = DType::f32;
   int64_t batch = 0, heads = 0, q_groups = 0, k_groups = 0, head_dim = 0, chunk_size = 0;
   bool aligned16 = false;
@@ -213,13 +201,6 @@ void attention_bwd(const AttentionBwdParams&, const Allocator&, void* stream);
 void recurrence_fwd(const RecurrenceFwdParams&, const Allocator&, void* stream);
 void recurrence_bwd(const RecurrenceBwdParams&, const Allocator&, void* stream);
 void decode_step(const DecodeParams&, void* stream);
-
-// The families of each phase of a call, best first, those that do not serve it included. Asks the current device.
-std::vector<Choice> explain(const AttentionFwdParams&);
-std::vector<Choice> explain(const AttentionBwdParams&);
-std::vector<Choice> explain(const RecurrenceFwdParams&);
-std::vector<Choice> explain(const RecurrenceBwdParams&);
-std::vector<Choice> explain(const DecodeParams&);
 }  // namespace cuda
 
 }  // namespace rat

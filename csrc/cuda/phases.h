@@ -38,18 +38,17 @@ Launch chunk_prepare_fwd(const AttentionFwdParams&, const FwdScratch&, Arena&);
 // Forward phase 2 (attention/*_fwd.cu): softmax over earlier chunks and self; overwrites v~ in y by y, writes lse.
 Launch chunk_attention_fwd(const AttentionFwdParams&, const FwdScratch&, Arena&);
 
-// Are chunks short enough, and the call of the kind, for phases 1 and 3 of recurrence/reverse_short.cu? Phase 3 then makes p_tt and
-// ds_tt itself.
-bool short_chunks(const AttentionFwdParams&);
+// Do phases 1 and 3 come from the family for short chunks (recurrence/choose.cu)? Phase 3 then makes p_tt and ds_tt itself.
+bool short_chunks(const AttentionBwdParams&);
 
-// Backward phase 1 (recurrence/backward.cu): do, dout_gate, Delta; p_self, ds_self unless short_chunks().
+// Backward phase 1 (recurrence/prepare.cu): do, dout_gate, Delta; p_self, ds_self unless short_chunks().
 Launch chunk_prepare_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
 
 // Backward phase 2 (attention/*_bwd.cu): scratch.dq, scratch.dchunk_k, scratch.dchunk_v; every element of dq and
 // every valid chunk row is written (zeros where nothing attends).
 Launch chunk_attention_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
 
-// Backward phase 3 (recurrence/backward.cu): reverse scan; dq, dk, dv, dgate, dgate_bias, dinitial.
+// Backward phase 3 (recurrence/reverse.cu, reverse_short.cu): reverse scan; dq, dk, dv, dgate, dgate_bias, dinitial.
 Launch chunk_scan_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
 
 // A kernel as build_info() lists it. Each family registers its kernels (all instantiations that it may launch).
@@ -65,6 +64,7 @@ KernelList chunk_recurrence_kernels();
 KernelList chunk_attention_fwd_sm80_kernels();
 KernelList chunk_attention_bwd_sm80_kernels();
 KernelList chunk_attention_f32_kernels();
+KernelList chunk_attention_rotate_reduce_kernels();
 KernelList decode_kernels();
 KernelList chunk_attention_fwd_sm90_kernels();
 KernelList chunk_attention_bwd_sm90_kernels();

@@ -18,7 +18,7 @@ BwdScratch take_scratch(const AttentionBwdParams& a, Arena& arena) {
   const int64_t scalars = s.batch * s.heads * s.tokens;
   const int64_t states = (c.compact ? 1 : s.sequences) * s.heads * c.rows * s.head_dim;
   BwdScratch scratch{};
-  if (!short_chunks(a.fwd)) {
+  if (!short_chunks(a)) {
     scratch.p_self = arena.take<float>(scalars);
     scratch.ds_self = arena.take<float>(scalars);
   }

@@ -5,26 +5,28 @@
 namespace rat::cuda {
 namespace {
 
-constexpr Family<AttentionFwdParams, FwdScratch> kFwd[] = {
-    {"sm90", sm90::fwd_refuses, sm90::fwd},
-    {"sm80", sm80::fwd_refuses, sm80::fwd},
-    {"f32", f32::fwd_refuses, f32::fwd},
-};
+using FwdTable = FamilyTable<Family<AttentionFwdParams, FwdScratch>>;
+using BwdTable = FamilyTable<Family<AttentionBwdParams, BwdScratch>>;
 
-constexpr Family<AttentionBwdParams, BwdScratch> kBwd[] = {
-    {"sm90", sm90::bwd_refuses, sm90::bwd},
-    {"sm80", sm80::bwd_refuses, sm80::bwd},
-    {"f32", f32::bwd_refuses, f32::bwd},
-};
+const FwdTable kFwd("attention_fwd", {{"sm90", sm90::fwd_refuses, sm90::fwd},
+                                      {"sm80", sm80::fwd_refuses, sm80::fwd},
+                                      {"f32", f32::fwd_refuses, f32::fwd}});
+
+const BwdTable kBwd("attention_bwd", {{"sm90", sm90::bwd_refuses, sm90::bwd},
+                                      {"sm80", sm80::bwd_refuses, sm80::bwd},
+                                      {"f32", f32::bwd_refuses, f32::bwd}});
 
 }  // namespace
 
 Launch chunk_attention_fwd(const AttentionFwdParams& p, const FwdScratch& scratch, Arena& arena) {
-  return choose("attention_fwd", kFwd, p).plan(p, scratch, arena);
+  return kFwd.choose(p).plan(p, scratch, arena);
 }
 
 Launch chunk_attention_bwd(const AttentionBwdParams& p, const BwdScratch& scratch, Arena& arena) {
-  return choose("attention_bwd", kBwd, p).plan(p, scratch, arena);
+  return kBwd.choose(p).plan(p, scratch, arena);
 }
+
+std::vector<Choice> explain_attention_fwd(const AttentionFwdParams& p) { return kFwd.explain(p); }
+std::vector<Choice> explain_attention_bwd(const AttentionBwdParams& p) { return kBwd.explain(p); }
 
 }  // namespace rat::cuda

@@ -6,6 +6,7 @@
 // through shared memory between the two products. The blocks are those of the sm_80 family: (query tile, head) in the
 // forward, (query tile, query group) for dq, (key tile, head) for dK and dV.
 #include "families.h"
+#include "rotate_reduce.h"
 #include "tiles.cuh"
 
 namespace rat::cuda {
@@ -486,17 +487,6 @@ void launch_bwd(F32Params k, cudaStream_t stream) {
   }
 }
 
-Rows copy_rows(const Sizes& s, const Rows& rows, int64_t groups, const float* cos, const float* sin, float* to,
-               cudaStream_t stream) {
-  const char* name = "chunk_attention_rotate_bwd_kernel";
-  const int64_t threads = s.batch * s.tokens * groups * (s.head_dim / 8);
-  if (threads == 0) return rows;
-  chunk_attention_rotate_bwd_kernel<float>
-      <<<grid_x(ceil_div(threads, 256), name), 256, 0, stream>>>(s, rows, groups, cos, sin, to);
-  check_launch(name);
-  return Rows{to, s.tokens * groups * s.head_dim, groups * s.head_dim, s.head_dim};
-}
-
 }  // namespace
 
 namespace f32 {
@@ -515,25 +505,25 @@ Launch fwd(const AttentionFwdParams& p, const FwdScratch& scratch, Arena&) {
   };
 }
 
-const char* bwd_refuses(const AttentionBwdParams& p) { return fwd_refuses(p.fwd); }
+const char* bwd_refuses(const AttentionBwdParams& p) {
+  if (const char* reason = fwd_refuses(p.fwd)) return reason;
+  const ChunkStates& c = p.fwd.chunks;
+  return is_aligned16(c.k) && is_aligned16(c.v) ? nullptr : "chunk states are not 16-byte aligned";
+}
 
 Launch bwd(const AttentionBwdParams& p, const BwdScratch& scratch, Arena& arena) {
-  const Sizes& s = p.fwd.size;
-  Piece<float> q;     // R q, or a copy of q in aligned rows; not taken where q itself serves
-  Piece<float> dout;  // a copy in aligned rows
-  if (p.fwd.rotary.cos != nullptr || !s.aligned16) q = arena.take<float>(s.batch * s.tokens * s.q_groups * s.head_dim);
-  if (!s.aligned16) dout = arena.take<float>(s.batch * s.tokens * s.heads * s.head_dim);
-  return [&p, scratch, q, dout](cudaStream_t stream) {
+  const ProductRows rows = take_product_rows(p, arena);
+  return [&p, scratch, rows](cudaStream_t stream) {
     const Sizes& s = p.fwd.size;
     if (s.sequences * s.heads == 0) return;
     F32Params k = common_params(p.fwd);
-    k.dout = scratch.dout;
+    const ProductInputs inputs = make_product_rows(p, scratch, rows, stream);
+    k.q = inputs.q;
+    k.dout = inputs.dout;
     k.delta = scratch.delta;
     k.dq = scratch.dq;
     k.dchunk_k = scratch.dchunk_k;
     k.dchunk_v = scratch.dchunk_v;
-    if (q.taken()) k.q = copy_rows(s, k.q, s.q_groups, k.cos, k.sin, q, stream);
-    if (dout.taken()) k.dout = copy_rows(s, k.dout, s.heads, nullptr, nullptr, dout, stream);
     if (s.head_dim <= 64) return launch_bwd<64>(k, stream);
     if (s.head_dim <= 128) return launch_bwd<128>(k, stream);
     return launch_bwd<256>(k, stream);
@@ -549,16 +539,9 @@ KernelList chunk_attention_f32_kernels() {
         reinterpret_cast<const void*>(&chunk_attention_##KERNEL##_f32_kernel<DPAD>)                                    \
   }
   static const KernelEntry entries[] = {
-      RAT_ENTRY(fwd, 64),
-      RAT_ENTRY(fwd, 128),
-      RAT_ENTRY(fwd, 256),
-      RAT_ENTRY(dq_bwd, 64),
-      RAT_ENTRY(dq_bwd, 128),
-      RAT_ENTRY(dq_bwd, 256),
-      RAT_ENTRY(dkdv_bwd, 64),
-      RAT_ENTRY(dkdv_bwd, 128),
-      RAT_ENTRY(dkdv_bwd, 256),
-      {"chunk_attention_rotate_bwd<float>", reinterpret_cast<const void*>(&chunk_attention_rotate_bwd_kernel<float>)},
+      RAT_ENTRY(fwd, 64),      RAT_ENTRY(fwd, 128),      RAT_ENTRY(fwd, 256),
+      RAT_ENTRY(dq_bwd, 64),   RAT_ENTRY(dq_bwd, 128),   RAT_ENTRY(dq_bwd, 256),
+      RAT_ENTRY(dkdv_bwd, 64), RAT_ENTRY(dkdv_bwd, 128), RAT_ENTRY(dkdv_bwd, 256),
   };
 #undef RAT_ENTRY
   return {entries, static_cast<int>(sizeof(entries) / sizeof(entries[0]))};

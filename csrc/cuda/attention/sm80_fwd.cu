@@ -154,14 +154,16 @@ __global__ void __launch_bounds__(FwdTraits<DPAD>::kThreads, 2)
         // Pieces past D / 2 clear the columns from D on: there are as many of them as pieces of 8 columns beyond D.
         const int low_column = inside ? 4 * piece : head_dim + (piece - head_dim / 8) * 8;
         const int high_column = inside ? 4 * piece + half : low_column + 4;
-        *reinterpret_cast<FourOf<T>*>(shared + Tile<DPAD>::offset(row, low_column / 8) + low_column % 8 * 2) = a;
-        *reinterpret_cast<FourOf<T>*>(shared + Tile<DPAD>::offset(row, high_column / 8) + high_column % 8 * 2) = b;
+        *reinterpret_cast<FourOf<T>*>(shared + SwizzledTile<DPAD>::offset(row, low_column / 8) + low_column % 8 * 2) =
+            a;
+        *reinterpret_cast<FourOf<T>*>(shared + SwizzledTile<DPAD>::offset(row, high_column / 8) + high_column % 8 * 2) =
+            b;
       }
     }
     __syncthreads();  // the Q tile is whole
 
     LeftOperand<DPAD, MT, Traits::kQueriesInRegisters> query;
-    query.bind(query_tile + warp_row * Tile<DPAD>::kRowBytes, lane);
+    query.bind(query_tile + warp_row * SwizzledTile<DPAD>::kRowBytes, lane);
 
     int slot = 0;
     const auto next = [](int s) { return s == Traits::kSlots - 1 ? 0 : s + 1; };
@@ -172,7 +174,7 @@ __global__ void __launch_bounds__(FwdTraits<DPAD>::kThreads, 2)
       load(p.chunks.k, block + 1, next(next(slot)));
 
       float s[MT][NT][4];
-      product_over_d<T, DPAD>(s, query, Tile<DPAD>::lane_columns(ring + slot * Traits::kSlotBytes, lane));
+      product_over_d<T, DPAD>(s, query, SwizzledTile<DPAD>::lane_columns(ring + slot * Traits::kSlotBytes, lane));
       slot = next(slot);
 
       if (block >= counts[2]) {
@@ -242,7 +244,7 @@ __global__ void __launch_bounds__(FwdTraits<DPAD>::kThreads, 2)
       __syncthreads();  // V(block) has landed; K(block) is used up
       load(p.chunks.v, block + 1, next(next(slot)));
       product_over_rows<T, DPAD, MT, NT / 2, 1>(o, weights,
-                                                Tile<DPAD>::lane_rows(ring + slot * Traits::kSlotBytes, lane));
+                                                SwizzledTile<DPAD>::lane_rows(ring + slot * Traits::kSlotBytes, lane));
       slot = next(slot);
     }
     cp_async_wait<0>();

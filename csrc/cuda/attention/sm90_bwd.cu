@@ -2,7 +2,7 @@
 // waives it: no sum depends on which block comes first.
 //
 // With P_tj = exp(scale (R q)_t . K_j - lse_t) and dS_tj = P_tj (do_t . V_j - Delta_t), three steps:
-//  0. rotate (attention_tiles.cuh): R q in T to the workspace.
+//  0. rotate (rotate_reduce.cu): R q in T to the workspace.
 //  1. dqkv: everything in five products, each 2 D FLOP a query and visible key. A block owns the dK, dV of (128 chunk states,
 //     head) in registers and walks the query tiles that see them, from the last token of the sequence backwards:
 //       S^T = K Q^T,  dP^T = V dO^T,  dV += P^T dO,  dK += dS^T Q,  and  dQ = dS K,  which it adds to a sum in global memory.
@@ -12,10 +12,9 @@
 // Reads per (128 keys, query, head): q and do, 2 D elements of T through L2, 8 bytes of lse and Delta; adds D floats in L2.
 //
 // The sum of dQ over key tiles and over the heads of a group is taken in one order: key tiles first to last, in each the heads
-// of the group. Every (query tile, group) has a turn counter; a block adds when the counter shows its rank. Items are handed
-// out in that same order by a global counter, so a block only ever waits for blocks that began before it: no deadlock, whatever
-// else runs on the GPU. Blocks of one query tile start together and fall in step one tile behind each other; the waiting lies in
-// warps of its own, two tiles deep.
+// of the group. Every (query tile, group) has a turn counter; a block adds when the counter shows its rank. Why nobody waits for
+// ever stands at the item counter, Arguments::next. Blocks of one query tile start together and fall in step one tile behind each
+// other; the waiting lies in warps of its own, two tiles deep.
 //
 // One block a multiprocessor:
 //   warp 0           one thread takes items, tells the others, and feeds K, V (once an item) and the ring of q, do.
@@ -37,15 +36,20 @@
 #include <cmath>
 #include <type_traits>
 
-#include "../device/elements.cuh"
+#include "../device/math.cuh"
 #include "../device/sequence.cuh"
 #include "../host/launch.h"
 #include "../ptx/cp_async.cuh"
 #include "../ptx/mbarrier.cuh"
+#include "../ptx/memory.cuh"
 #include "../ptx/mma.cuh"
+#include "../ptx/opaque.cuh"
+#include "../ptx/registers.cuh"
+#include "../ptx/target.cuh"
 #include "../ptx/tma.cuh"
 #include "../ptx/wgmma.cuh"
 #include "families.h"
+#include "rotate_reduce.h"
 #include "tiles.cuh"
 
 namespace rat::cuda {
@@ -59,6 +63,7 @@ struct Traits {
   static constexpr int kKeys = 128;                       // chunk states an item
   static constexpr int kQueries = DIM == 128 ? 64 : 128;  // a tile. A consumer's part of dQ is 64 x 64 either way
   static constexpr int kConsumers = 2;                    // warpgroups
+  static constexpr int kConsumerThreads = 128 * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   static constexpr int kStages = 2;
@@ -73,11 +78,11 @@ struct Traits {
 // What an item is. Made by the thread that feeds, read by everyone. Query tile m has tokens [m, m + 1) * kQueries of its
 // sequence; the item walks tiles last, last - 1, ... last - steps + 1.
 struct Item {
-  int64_t scalars;  // offset of the sequence's first token in lse and Delta
-  int64_t states;   // offset of the first key in dchunk_k, dchunk_v
-  int64_t seen;     // query r of the sequence sees key j of the item when r >= seen + j * chunk_size
-  int64_t turns;    // offset of tile 0 of this group in the turn counters; its dQ starts at kTileFloats times that
-  int32_t token;    // of the sequence's first token
+  int64_t scalars;      // offset of the sequence's first token in lse and Delta
+  int64_t states;       // offset of the first key in dchunk_k, dchunk_v
+  VisibleFrom visible;  // which queries see its keys
+  int64_t turns;        // offset of tile 0 of this group in the turn counters; its dQ starts at kTileFloats times that
+  int32_t token;        // of the sequence's first token
   int32_t batch;
   int32_t head;
   int32_t group;
@@ -103,13 +108,28 @@ struct Shared {
   float minus_lse[C::kStages][C::kQueries];  // in powers of two
   float delta[C::kStages][C::kQueries];
   Item item[kItemSlots];
-  alignas(8) uint64_t item_full[kItemSlots], item_empty[kItemSlots];
-  uint64_t state_full, state_empty;
-  uint64_t q_full[C::kStages], q_empty[C::kStages], dout_full[C::kStages], dout_empty[C::kStages];
-  uint64_t dq_full[2], dq_empty[2];
+  // Filled by / left by. An arrival of a consumer stands for a warp: kConsumerWarps of them.
+  RingBarriers<kItemSlots> items;    // warp 0's thread / consumers, the lanes 0 of warp 1, the threads of warps 2 and 3
+  RingBarriers<1> states;            // K and V. Warp 0's copies / consumers
+  RingBarriers<C::kStages> q_tiles;  // warp 0's copies / consumers
+  RingBarriers<C::kStages> dout_tiles;  // do, lse and Delta. Warp 0's copies and the lanes of warp 1 / consumers
+  RingBarriers<2> dq_tiles;             // consumers / the thread of warp 2 (slot 0) or warp 3 (slot 1)
+
+  __device__ __forceinline__ void init_barriers() {
+    constexpr uint32_t kConsumerWarps = 4 * C::kConsumers;
+    items.init(1, kConsumerWarps + 3);
+    states.init(1, kConsumerWarps);
+    q_tiles.init(1, kConsumerWarps);
+    dout_tiles.init(1 + 32, kConsumerWarps);
+    dq_tiles.init(kConsumerWarps, 1);
+  }
 };
 
-enum NamedBarrier { kScoresWritten = 1, kRowsCleared = 2 };  // both consumers
+// Of the hardware: 0 is that of __syncthreads(). All threads of both consumers wait at them.
+enum NamedBarrier {
+  kScoresWritten = 1,  // each consumer has written its half of dS: both read all of it
+  kRowsCleared = 2,    // rows past the end of K, V, q or do are zeros: both multiply them
+};
 
 // Items in order: key tiles first to last, as early ones are seen by the most queries; in each the (sequence, head) pairs, and
 // of each the shares of the queries. Compact rows: key tiles as key_tile() numbers them, then heads, then shares.
@@ -129,7 +149,12 @@ struct Arguments {
   const float* delta;
   float* dq_tiles;  // (query tiles, groups, kTileFloats)
   uint32_t* turns;  // (query tiles, groups), zero at the start
-  uint32_t* next;   // item counter, zero at the start
+  // The item counter, zero at the start. Why the ordered sum of dQ cannot deadlock: items come from this one counter, and the
+  // ranks at which a (query tile, group) is added to rise with it. So an item waits only for turns of items with a smaller
+  // number, which blocks took before it; and of all unfinished items the smallest waits for none, hence always runs, however
+  // few blocks are resident and whatever else runs on the GPU. A block's own items are in rising order too. Handing out items
+  // by block index would break this.
+  uint32_t* next;
   float* dchunk_k;  // share s of the queries adds s * share_stride
   float* dchunk_v;
   int64_t share_stride;
@@ -147,10 +172,6 @@ __device__ __forceinline__ int64_t first_query_tile(const Sizes& s, int64_t n, i
 template <int QUERIES>
 inline int64_t query_tiles(const Sizes& s) {
   return s.cu_seqlens ? s.tokens / QUERIES + s.sequences : s.sequences * ceil_div(s.tokens, QUERIES);
-}
-
-__device__ __forceinline__ int clamp_token(int64_t token) {
-  return static_cast<int>(token < 0 ? 0 : token > INT32_MAX ? INT32_MAX : token);
 }
 
 // False where there is nothing to do.
@@ -174,21 +195,16 @@ __device__ __forceinline__ bool describe_item(const Arguments& a, uint32_t index
   const int length = static_cast<int>(q.end - q.begin);
   item.scalars = (q.batch * a.size.heads + head) * a.size.tokens + q.begin;
   item.states = chunk_offset(a.size, a.chunks, q.index, head) + tile.first * a.size.head_dim + share * a.share_stride;
-  item.seen = (tile.first + 1) * a.size.chunk_size - q.start;
+  item.visible = VisibleFrom(a.size, q, tile.first);
   item.token = static_cast<int>(q.begin);
   item.batch = static_cast<int>(q.batch);
   item.head = static_cast<int>(head);
   item.group = static_cast<int>(head / a.heads_per_group);
   item.turns = first_query_tile<C::kQueries>(a.size, q.index, q.begin, a.tiles_per_row) * a.size.q_groups + item.group;
   item.length = length;
-  const int first_seen = clamp_token(item.seen);
-  // Query tiles that see the first key, counted from the last token backwards; this share has [begin, end).
-  const int last = (length - 1) / C::kQueries;
-  const int64_t seen_tiles = first_seen < length ? last - first_seen / C::kQueries + 1 : 0;
-  const int begin = static_cast<int>(seen_tiles * share / a.schedule.shares);
-  const int end = static_cast<int>(seen_tiles * (share + 1) / a.schedule.shares);
-  item.last = last - begin;
-  item.steps = end - begin;
+  const QueryWalk walk = query_walk<C::kQueries>(item.visible, length, share, a.schedule.shares);
+  item.last = walk.last - walk.begin;
+  item.steps = walk.end - walk.begin;
   item.keys = static_cast<int>(min(static_cast<int64_t>(C::kKeys), tile.closed - tile.first));
   item.key_row = static_cast<int>(first_chunk_row(a.size, a.chunks, q.index) + tile.first);
   item.key_outer = static_cast<int>(a.chunks.compact ? head : q.index * heads + head);
@@ -199,18 +215,14 @@ __device__ __forceinline__ bool describe_item(const Arguments& a, uint32_t index
 // ---- warp 0: items, K, V, q, do ---------------------------------------------------------------------------------------
 
 template <class C>
-__device__ __forceinline__ void feed(const Arguments& a, const CUtensorMap& k_map, const CUtensorMap& v_map,
-                                     const CUtensorMap& q_map, const CUtensorMap& dout_map, Shared<C>& shared) {
-  tma_prefetch_map(&k_map);
-  tma_prefetch_map(&v_map);
-  tma_prefetch_map(&q_map);
-  tma_prefetch_map(&dout_map);
-  const uint32_t state_full = shared_address(&shared.state_full), state_empty = shared_address(&shared.state_empty);
+struct Feeder {
+  const Arguments& a;
+  Shared<C>& shared;
 
-  const auto describe = [&](uint32_t number) {
-    const uint32_t slot = number % kItemSlots;
-    mbarrier_wait(shared_address(&shared.item_empty[slot]), (number / kItemSlots % 2) ^ 1);
-    Item& item = shared.item[slot];
+  // Takes the next item with something to do, or says that there is none.
+  __device__ __forceinline__ void describe(Ring<kItemSlots>& items) {
+    items.wait_empty();
+    Item& item = shared.item[items.slot()];
     for (;;) {
       const uint32_t index = atomicAdd(a.next, 1u);
       if (index < a.schedule.total) {
@@ -220,50 +232,68 @@ __device__ __forceinline__ void feed(const Arguments& a, const CUtensorMap& k_ma
         break;
       }
     }
-    mbarrier_arrive(shared_address(&shared.item_full[slot]));
-  };
-  const auto load_rows = [&](const CUtensorMap& map, uint32_t target, uint32_t barrier, int token, int head,
-                             int batch) {
-    mbarrier_arrive_expect(barrier, C::kRowsBytes);
+    mbarrier_arrive(items.full());
+    items.next();
+  }
+
+  __device__ __forceinline__ void load_states(const CUtensorMap& k_map, const CUtensorMap& v_map, uint32_t full,
+                                              const Item& item) {
+    mbarrier_arrive_expect(full, 2 * C::kStateBytes);
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) {
-      tma_load(target + panel * C::kRowsPanel, &map, barrier, 64 * panel, token, head, batch);
+      const uint32_t offset = panel * C::kStatePanel;
+      tma_load(shared_address(shared.k) + offset, &k_map, full, 64 * panel, item.key_row, item.key_outer);
+      tma_load(shared_address(shared.v) + offset, &v_map, full, 64 * panel, item.key_row, item.key_outer);
     }
-  };
+  }
 
-  uint32_t count = 0;  // query tiles so far
-  describe(0);
+  __device__ __forceinline__ void load_rows(const CUtensorMap& map, uint32_t target, uint32_t full, int token, int head,
+                                            int batch) {
+    mbarrier_arrive_expect(full, C::kRowsBytes);
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+      tma_load(target + panel * C::kRowsPanel, &map, full, 64 * panel, token, head, batch);
+    }
+  }
+};
+
+template <class C>
+__device__ __forceinline__ void feed(const Arguments& a, const CUtensorMap& k_map, const CUtensorMap& v_map,
+                                     const CUtensorMap& q_map, const CUtensorMap& dout_map, Shared<C>& shared) {
+  tma_prefetch_map(&k_map);
+  tma_prefetch_map(&v_map);
+  tma_prefetch_map(&q_map);
+  tma_prefetch_map(&dout_map);
+  Feeder<C> feeder{a, shared};
+  Ring<kItemSlots> described(shared.items);
+  Ring<1> states(shared.states);
+  Ring<C::kStages> q_tiles(shared.q_tiles), dout_tiles(shared.dout_tiles);
+  feeder.describe(described);
 #pragma unroll 1
   for (uint32_t items = 0;; ++items) {
     const Item& item = shared.item[items % kItemSlots];
     if (item.keys == 0) break;
     const int steps = item.steps;
+    states.wait_empty();
     if (steps > 0) {
-      mbarrier_wait(state_empty, (items % 2) ^ 1);
-      mbarrier_arrive_expect(state_full, 2 * C::kStateBytes);
-#pragma unroll
-      for (int panel = 0; panel < C::kPanels; ++panel) {
-        const uint32_t offset = panel * C::kStatePanel;
-        tma_load(shared_address(shared.k) + offset, &k_map, state_full, 64 * panel, item.key_row, item.key_outer);
-        tma_load(shared_address(shared.v) + offset, &v_map, state_full, 64 * panel, item.key_row, item.key_outer);
-      }
+      feeder.load_states(k_map, v_map, states.full(), item);
     } else {  // keeps the phases in step with the items
-      mbarrier_wait(state_empty, (items % 2) ^ 1);
-      mbarrier_arrive(state_full);
+      mbarrier_arrive(states.full());
     }
+    states.next();
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step, ++count) {
-      const uint32_t slot = count % C::kStages, parity = (count / C::kStages % 2) ^ 1;
+    for (int step = 0; step < steps; ++step) {
       const int token = item.token + (item.last - step) * C::kQueries;
-      mbarrier_wait(shared_address(&shared.q_empty[slot]), parity);
-      load_rows(q_map, shared_address(shared.q[slot]), shared_address(&shared.q_full[slot]), token, item.group,
-                item.batch);
-      mbarrier_wait(shared_address(&shared.dout_empty[slot]), parity);
-      load_rows(dout_map, shared_address(shared.dout[slot]), shared_address(&shared.dout_full[slot]), token, item.head,
-                item.batch);
-      if (step == 0) describe(items + 1);  // its counter and sequence are fetched while the tiles arrive
+      q_tiles.wait_empty();
+      feeder.load_rows(q_map, shared_address(shared.q[q_tiles.slot()]), q_tiles.full(), token, item.group, item.batch);
+      q_tiles.next();
+      dout_tiles.wait_empty();
+      feeder.load_rows(dout_map, shared_address(shared.dout[dout_tiles.slot()]), dout_tiles.full(), token, item.head,
+                       item.batch);
+      dout_tiles.next();
+      if (step == 0) feeder.describe(described);  // its counter and sequence are fetched while the tiles arrive
     }
-    if (steps == 0) describe(items + 1);
+    if (steps == 0) feeder.describe(described);
   }
 }
 
@@ -272,19 +302,18 @@ __device__ __forceinline__ void feed(const Arguments& a, const CUtensorMap& k_ma
 template <class C>
 __device__ __forceinline__ void feed_scalars(const Arguments& a, Shared<C>& shared, int lane) {
   constexpr int kEach = C::kQueries / 32;
-  uint32_t count = 0;
+  Ring<C::kStages> dout_tiles(shared.dout_tiles);
 #pragma unroll 1
-  for (uint32_t items = 0;; ++items) {
-    const uint32_t item_slot = items % kItemSlots;
-    mbarrier_wait(shared_address(&shared.item_full[item_slot]), items / kItemSlots % 2);
-    const Item& item = shared.item[item_slot];
+  for (Ring<kItemSlots> items(shared.items);; items.next()) {
+    items.wait_full();
+    const Item& item = shared.item[items.slot()];
     if (item.keys == 0) break;
     const int steps = item.steps, length = item.length;
     int row = item.last * C::kQueries + lane;
     const float* lse = a.lse + item.scalars;
     const float* delta = a.delta + item.scalars;
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step, ++count, row -= C::kQueries) {
+    for (int step = 0; step < steps; ++step, dout_tiles.next(), row -= C::kQueries) {
       float x[kEach], y[kEach];
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
@@ -292,55 +321,44 @@ __device__ __forceinline__ void feed_scalars(const Arguments& a, Shared<C>& shar
         x[i] = valid ? lse[row + 32 * i] * -kLog2e : -INFINITY;
         y[i] = valid ? delta[row + 32 * i] : 0.0f;
       }
-      const uint32_t slot = count % C::kStages;
-      mbarrier_wait(shared_address(&shared.dout_empty[slot]), (count / C::kStages % 2) ^ 1);
+      const uint32_t slot = dout_tiles.slot();
+      dout_tiles.wait_empty();
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         shared.minus_lse[slot][lane + 32 * i] = x[i];
         shared.delta[slot][lane + 32 * i] = y[i];
       }
-      mbarrier_arrive(shared_address(&shared.dout_full[slot]));
+      mbarrier_arrive(dout_tiles.full());
     }
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(shared_address(&shared.item_empty[item_slot]));
+    if (lane == 0) mbarrier_arrive(items.empty());
   }
 }
 
-// ---- warps 2, 3: dQ to global memory, in turn -----------------------------------------------------------------------------
-
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
-  uint32_t x;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(x) : "l"(__cvta_generic_to_global(p)) : "memory");
-  return x;
-}
-__device__ __forceinline__ void store_release(uint32_t* p, uint32_t x) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;\n" ::"l"(__cvta_generic_to_global(p)), "r"(x) : "memory");
-}
+// ---- warps 2, 3: dQ to global memory, in turn -------------------------------------------------------------------------
 
 // `slot`: this thread serves every other tile, those of one place of shared memory. A tile's way to global memory and back,
 // with the fences around it, takes longer than a tile's products, hence two threads.
 template <class C>
 __device__ __forceinline__ void drain(const Arguments& a, Shared<C>& shared, uint32_t slot) {
-  const uint32_t full = shared_address(&shared.dq_full[slot]), empty = shared_address(&shared.dq_empty[slot]);
   const uint32_t source = shared_address(shared.dq[slot]);
-  uint32_t count = 0;
+  Ring<2> dq_tiles(shared.dq_tiles);
 #pragma unroll 1
-  for (uint32_t items = 0;; ++items) {
-    const uint32_t item_slot = items % kItemSlots;
-    mbarrier_wait(shared_address(&shared.item_full[item_slot]), items / kItemSlots % 2);
-    const Item& item = shared.item[item_slot];
+  for (Ring<kItemSlots> items(shared.items);; items.next()) {
+    items.wait_full();
+    const Item& item = shared.item[items.slot()];
     if (item.keys == 0) break;
     const int steps = item.steps;
     const uint32_t rank = static_cast<uint32_t>(item.rank);
     int64_t tile = item.turns + item.last * a.size.q_groups;
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step, ++count, tile -= a.size.q_groups) {
-      if (count % 2 != slot) continue;
+    for (int step = 0; step < steps; ++step, dq_tiles.next(), tile -= a.size.q_groups) {
+      if (dq_tiles.slot() != slot) continue;
       uint32_t* turn = a.turns + tile;
       float* target = a.dq_tiles + tile * C::kTileFloats;
       while (a.ordered && load_acquire(turn) != rank) {
       }
-      mbarrier_wait(full, count / 2 % 2);
+      dq_tiles.wait_full();
       fence_proxy_async_all();  // the sums before, seen by the acquire, come before this one through the copy engine
       if (a.ordered && rank == 0) {
         bulk_store(target, source, C::kTileFloats * 4);
@@ -350,67 +368,62 @@ __device__ __forceinline__ void drain(const Arguments& a, Shared<C>& shared, uin
       bulk_commit();
       bulk_wait();
       store_release(turn, rank + 1);
-      mbarrier_arrive(empty);
+      mbarrier_arrive(dq_tiles.empty());
     }
-    mbarrier_arrive(shared_address(&shared.item_empty[item_slot]));
+    mbarrier_arrive(items.empty());
   }
 }
 
 // ---- consumers --------------------------------------------------------------------------------------------------------
 
-template <int STEPS>
-__device__ __forceinline__ void hold_operands(uint32_t (&p)[STEPS][4]) {
-#pragma unroll
-  for (int i = 0; i < STEPS; ++i) hold_registers(p[i]);
-}
-
-// Rows [from, ROWS) of a tile become zeros: by all threads of both consumers.
-template <int ROWS, int PANELS>
-__device__ __forceinline__ void clear_rows(uint32_t tile, int from, int thread) {
-  for (int i = thread; i < (ROWS - from) * 8; i += 256) {
-#pragma unroll
-    for (int panel = 0; panel < PANELS; ++panel) {
-      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};\n" ::"r"(tile + panel * ROWS * 128 + from * 128 + i * 16),
-                   "r"(0)
-                   : "memory");
-    }
-  }
-}
-
+// A thread of a consumer and its steps. Products are issued, not waited for: until the wait a product owns its accumulators
+// and its operands in registers, which hold_registers() tells the compiler.
 template <class C>
-__device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, int warpgroup) {
+struct Consumer {
   using T = typename C::T;
-  constexpr int kScores = C::kQueries / 2;  // accumulators of S^T
-  constexpr int kSteps = C::kQueries / 16;  // of the products over queries
-  constexpr int kSums = C::kDim / 2;        // accumulators of dK, of dV
-  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, quad = lane % 4;
-  const int key = warpgroup * 64 + thread / 32 * 16 + lane / 4;  // and key + 8
+  static constexpr int kScores = C::kQueries / 2;  // accumulators of S^T, of dP^T
+  static constexpr int kSteps = C::kQueries / 16;  // of the products over queries
+  static constexpr int kSums = C::kDim / 2;        // accumulators of dK, of dV
 
-  const uint64_t k_left = descriptor_k_major(shared_address(shared.k) + warpgroup * 64 * 128);
-  const uint64_t v_left = descriptor_k_major(shared_address(shared.v) + warpgroup * 64 * 128);
-  const uint64_t q_columns = descriptor_k_major(shared_address(shared.q));
-  const uint64_t dout_columns = descriptor_k_major(shared_address(shared.dout));
-  const uint64_t q_rows = descriptor_n_major(shared_address(shared.q), C::kRowsPanel);
-  const uint64_t dout_rows = descriptor_n_major(shared_address(shared.dout), C::kRowsPanel);
-  // dQ: wide heads are halved by columns, narrow ones by queries.
-  const uint64_t ds_left = descriptor_k_major(shared_address(shared.ds) + (C::kPanels == 1 ? warpgroup * 64 * 128 : 0));
-  const uint64_t k_rows =
-      descriptor_n_major(shared_address(shared.k) + (C::kPanels == 1 ? 0 : warpgroup * C::kStatePanel), C::kStatePanel);
-  // This lane's address for stmatrix: matrices 0 ... 3 of step k are (queries 16 k ..., keys 0 ...), (same, keys 8 ...),
-  // (queries 16 k + 8 ..., keys 0 ...), (same, keys 8 ...) of the warp's 16 keys.
-  const uint32_t ds_lane = shared_address(shared.ds) + warpgroup * C::kScorePanel + (lane / 16 * 8 + lane % 8) * 128 +
-                           (((thread / 32 * 2 + lane / 8 % 2) ^ lane % 8) * 16);
-  const uint32_t dq_thread = shared_address(shared.dq) + warpgroup * (C::kTileFloats * 2) + thread * 16;
+  const Arguments& a;
+  Shared<C>& shared;
+  int warpgroup, thread, lane, quad;
+  int key;  // of this thread, in the item; it also has key + 8
+  // Descriptors; those of q, do and dS are of the first place.
+  uint64_t k_left, v_left;           // this consumer's keys
+  uint64_t q_columns, dout_columns;  // as S^T = K Q^T reads them
+  uint64_t q_rows, dout_rows;        // as dK += dS^T Q reads them
+  uint64_t ds_left, k_rows;     // this consumer's half of dQ: wide heads are halved by columns, narrow ones by queries
+  uint32_t ds_lane, dq_thread;  // where this thread writes dS and dQ
 
-  float dk[kSums], dv[kSums], s[kScores], dp[kScores];
-  uint32_t p[kSteps][4], ds[kSteps][4];
+  __device__ __forceinline__ Consumer(const Arguments& a_, Shared<C>& shared_, int warpgroup_)
+      : a(a_), shared(shared_), warpgroup(warpgroup_) {
+    thread = threadIdx.x % 128, lane = threadIdx.x % 32, quad = lane % 4;
+    key = warpgroup * 64 + thread / 32 * 16 + lane / 4;
+    k_left = descriptor_k_major(shared_address(shared.k) + warpgroup * 64 * 128);
+    v_left = descriptor_k_major(shared_address(shared.v) + warpgroup * 64 * 128);
+    q_columns = descriptor_k_major(shared_address(shared.q));
+    dout_columns = descriptor_k_major(shared_address(shared.dout));
+    q_rows = descriptor_n_major(shared_address(shared.q), C::kRowsPanel);
+    dout_rows = descriptor_n_major(shared_address(shared.dout), C::kRowsPanel);
+    ds_left = descriptor_k_major(shared_address(shared.ds) + (C::kPanels == 1 ? warpgroup * 64 * 128 : 0));
+    k_rows = descriptor_n_major(shared_address(shared.k) + (C::kPanels == 1 ? 0 : warpgroup * C::kStatePanel),
+                                C::kStatePanel);
+    // For stmatrix: matrices 0 ... 3 of step k are (queries 16 k ..., keys 0 ...), (same, keys 8 ...),
+    // (queries 16 k + 8 ..., keys 0 ...), (same, keys 8 ...) of the warp's 16 keys.
+    ds_lane = shared_address(shared.ds) + warpgroup * C::kScorePanel + (lane / 16 * 8 + lane % 8) * 128 +
+              (((thread / 32 * 2 + lane / 8 % 2) ^ lane % 8) * 16);
+    dq_thread = shared_address(shared.dq) + warpgroup * (C::kTileFloats * 2) + thread * 16;
+  }
 
-  const auto leave = [&](uint64_t& barrier) {  // one arrival a warp
+  // One arrival per warp.
+  __device__ __forceinline__ void leave(uint32_t barrier) const {
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(shared_address(&barrier));
-  };
+    if (lane == 0) mbarrier_arrive(barrier);
+  }
+
   // c = left (64 x D) right^T, right being the tile of a stage
-  const auto issue_scores = [&](float (&c)[kScores], uint64_t left, uint64_t right) {
+  __device__ __forceinline__ void issue_scores(float (&c)[kScores], uint64_t left, uint64_t right) const {
     wgmma_ss<T, C::kQueries, false>(c, left, right);
 #pragma unroll
     for (int step = 1; step < C::kDim / 16; ++step) {
@@ -418,153 +431,105 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
                                      descriptor_add(right, step / 4 * C::kRowsPanel + step % 4 * 32));
     }
     wgmma_commit();
-  };
-  const auto issue_sums = [&](float (&c)[kSums], uint32_t (&left)[kSteps][4], uint64_t right) {
+  }
+
+  // c += left (64 x queries) right (queries x D)
+  __device__ __forceinline__ void issue_sums(float (&c)[kSums], uint32_t (&left)[kSteps][4], uint64_t right) const {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) wgmma_rs<T, C::kDim>(c, left[step], descriptor_add(right, step * 2048));
     wgmma_commit();
-  };
+  }
 
-  uint32_t count = 0;  // query tiles so far
-#pragma unroll 1
-  for (uint32_t items = 0;; ++items) {
-    const uint32_t item_slot = items % kItemSlots;
-    mbarrier_wait(shared_address(&shared.item_full[item_slot]), items / kItemSlots % 2);
-    const Item& item = shared.item[item_slot];
-    if (item.keys == 0) break;
+  // dq = dS K, this consumer's 64 x 64 of it
+  __device__ __forceinline__ void issue_dq(float (&dq)[32], uint32_t ds_offset) const {
+    const uint64_t left = descriptor_add(ds_left, ds_offset);
+    wgmma_ss_n_major<T, 64, false>(dq, left, k_rows);
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) dk[i] = dv[i] = 0.0f;
-    // Else the zeros move to where the first products are in flight, which then wait for each other.
-    hold_registers(dk);
-    hold_registers(dv);
+    for (int step = 1; step < C::kKeys / 16; ++step) {
+      wgmma_ss_n_major<T, 64, true>(dq, descriptor_add(left, step / 4 * C::kScorePanel + step % 4 * 32),
+                                    descriptor_add(k_rows, step * 2048));
+    }
+    wgmma_commit();
+  }
 
-    mbarrier_wait(shared_address(&shared.state_full), items % 2);
-    const int steps = item.steps;
-    if (steps > 0) {
-      // Query row + c sees this thread's keys when row + c >= seen[h]; from `clear` on a tile's queries see all 64.
-      int seen[2];
+  // Rows [from, ROWS) of two tiles become zeros, for all threads of both consumers. Both tiles have landed.
+  template <int ROWS>
+  __device__ __forceinline__ void clear_rows(uint32_t tile, uint32_t other, int from) const {
+    clear_rows<ROWS>(tile, from);
+    clear_rows<ROWS>(other, from);
+    fence_proxy_async();  // ordinary stores, read by wgmma
+    named_barrier_sync(kRowsCleared, C::kConsumerThreads);
+  }
+  template <int ROWS>
+  __device__ __forceinline__ void clear_rows(uint32_t tile, int from) const {
+    for (int i = threadIdx.x - 128; i < (ROWS - from) * 8; i += C::kConsumerThreads) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        seen[h] = clamp_token(item.seen + (key + 8 * h) * a.size.chunk_size - 2 * quad);
-      }
-      const int clear = clamp_token(item.seen + (warpgroup * 64 + 63) * a.size.chunk_size);
-
-      const auto slot_of = [](uint32_t n) { return n % C::kStages; };
-      const auto parity_of = [](uint32_t n) { return n / C::kStages % 2; };
-      const auto await = [&](uint64_t (&barriers)[C::kStages], uint32_t n) {
-        mbarrier_wait(shared_address(&barriers[slot_of(n)]), parity_of(n));
-      };
-
-      if (item.keys < C::kKeys) {
-        clear_rows<C::kKeys, C::kPanels>(shared_address(shared.k), item.keys, threadIdx.x - 128);
-        clear_rows<C::kKeys, C::kPanels>(shared_address(shared.v), item.keys, threadIdx.x - 128);
-        fence_proxy_async();  // ordinary stores, read by wgmma
-        named_barrier_sync(kRowsCleared, 256);
-      }
-      // One query tile. Nothing is in flight from one tile to the next: the compiler would not keep track of it.
-#pragma unroll 1
-      for (int step = 0; step < steps; ++step, ++count) {
-        const uint32_t slot = slot_of(count);
-        const int row = (item.last - step) * C::kQueries;  // first query of the tile
-        await(shared.q_full, count);
-        if (step == 0 && item.length - row < C::kQueries) {
-          await(shared.dout_full, count);
-          clear_rows<C::kQueries, C::kPanels>(shared_address(shared.q[slot]), item.length - row, threadIdx.x - 128);
-          clear_rows<C::kQueries, C::kPanels>(shared_address(shared.dout[slot]), item.length - row, threadIdx.x - 128);
-          fence_proxy_async();
-          named_barrier_sync(kRowsCleared, 256);
-        }
-        hold_registers(s);
-        wgmma_fence();
-        issue_scores(s, k_left, descriptor_add(q_columns, slot * C::kRowsBytes));
-        await(shared.dout_full, count);
-        hold_registers(dp);
-        wgmma_fence();
-        issue_scores(dp, v_left, descriptor_add(dout_columns, slot * C::kRowsBytes));
-        wgmma_wait<1>();
-        hold_registers(s);
-        const float* minus_lse = shared.minus_lse[slot] + 2 * quad;
-#pragma unroll
-        for (int i = 0; i < kScores / 4; ++i) {
-          const float2 l = *reinterpret_cast<const float2*>(minus_lse + 8 * i);
-          s[4 * i] = exp2_fast(fmaf(s[4 * i], a.scale_log2, l.x));
-          s[4 * i + 1] = exp2_fast(fmaf(s[4 * i + 1], a.scale_log2, l.y));
-          s[4 * i + 2] = exp2_fast(fmaf(s[4 * i + 2], a.scale_log2, l.x));
-          s[4 * i + 3] = exp2_fast(fmaf(s[4 * i + 3], a.scale_log2, l.y));
-        }
-        if (row < clear) {
-#pragma unroll
-          for (int i = 0; i < kScores; ++i) {
-            if (row + i / 4 * 8 + i % 2 < seen[i / 2 % 2]) s[i] = 0.0f;
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kScores / 2; ++i) p[i / 4][i % 4] = pack2<T>(s[2 * i], s[2 * i + 1]);
-        hold_operands(p);
-        hold_registers(dv);
-        wgmma_fence();
-        issue_sums(dv, p, descriptor_add(dout_rows, slot * C::kRowsBytes));
-        wgmma_wait<1>();
-        hold_registers(dp);
-        const float* delta = shared.delta[slot] + 2 * quad;
-#pragma unroll
-        for (int i = 0; i < kScores / 4; ++i) {
-          const float2 d = *reinterpret_cast<const float2*>(delta + 8 * i);
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            uint32_t& weights = p[i / 2][i % 2 * 2 + h];
-            const float2 w = unpack2<T>(weights);
-            ds[i / 2][i % 2 * 2 + h] = pack2<T>(w.x * (dp[4 * i + 2 * h] - d.x), w.y * (dp[4 * i + 2 * h + 1] - d.y));
-          }
-        }
-        // The other consumer may still read dS of the tile before, not that of the one before it, whose place this takes:
-        // it came to the last barrier after its product with it.
-        const uint32_t ds_offset = count % 2 * C::kScoreBytes;
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) stmatrix_x4_trans(ds_lane + ds_offset + step * 2048, ds[step]);
-        fence_proxy_async();  // ordinary stores, read by wgmma
-        named_barrier_sync(kScoresWritten, 256);
-
-        float dq[32];
-        hold_registers(dq);
-        hold_operands(ds);
-        hold_registers(dk);
-        wgmma_fence();
-        {
-          const uint64_t left = descriptor_add(ds_left, ds_offset);
-          wgmma_ss_n_major<T, 64, false>(dq, left, k_rows);
-#pragma unroll
-          for (int step = 1; step < C::kKeys / 16; ++step) {
-            wgmma_ss_n_major<T, 64, true>(dq, descriptor_add(left, step / 4 * C::kScorePanel + step % 4 * 32),
-                                          descriptor_add(k_rows, step * 2048));
-          }
-          wgmma_commit();
-        }
-        issue_sums(dk, ds, descriptor_add(q_rows, slot * C::kRowsBytes));
-        wgmma_wait<2>();
-        hold_registers(dv);
-        hold_operands(p);
-        leave(shared.dout_empty[slot]);
-        wgmma_wait<1>();
-        hold_registers(dq);
-        mbarrier_wait(shared_address(&shared.dq_empty[count % 2]), (count / 2 % 2) ^ 1);
-        const uint32_t dq_to = dq_thread + count % 2 * (C::kTileFloats * 4);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(dq_to + i * 2048), "f"(dq[4 * i]),
-                       "f"(dq[4 * i + 1]), "f"(dq[4 * i + 2]), "f"(dq[4 * i + 3])
-                       : "memory");
-        }
-        fence_proxy_async();  // ordinary stores, read by the copy engine
-        leave(shared.dq_full[count % 2]);
-        wgmma_wait<0>();
-        hold_registers(dk);
-        hold_operands(ds);
-        leave(shared.q_empty[slot]);
+      for (int panel = 0; panel < C::kPanels; ++panel) {
+        clear_shared16(tile + panel * ROWS * 128 + from * 128 + i * 16);
       }
     }
-    leave(shared.state_empty);
+  }
 
+  // P^T from S^T in s: in s and, rounded, as a left operand in p. Tiles that start before query `clear` need a mask: query
+  // row + c sees this thread's keys when row + c >= seen[h].
+  __device__ __forceinline__ void weights(float (&s)[kScores], uint32_t (&p)[kSteps][4], uint32_t slot, int row,
+                                          int clear, const int (&seen)[2]) const {
+    const float* minus_lse = shared.minus_lse[slot] + 2 * quad;
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) {
+      const float2 l = *reinterpret_cast<const float2*>(minus_lse + 8 * i);
+      s[4 * i] = exp2_fast(fmaf(s[4 * i], a.scale_log2, l.x));
+      s[4 * i + 1] = exp2_fast(fmaf(s[4 * i + 1], a.scale_log2, l.y));
+      s[4 * i + 2] = exp2_fast(fmaf(s[4 * i + 2], a.scale_log2, l.x));
+      s[4 * i + 3] = exp2_fast(fmaf(s[4 * i + 3], a.scale_log2, l.y));
+    }
+    if (row < clear) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        if (row + i / 4 * 8 + i % 2 < seen[i / 2 % 2]) s[i] = 0.0f;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) p[i / 4][i % 4] = pack2<T>(s[2 * i], s[2 * i + 1]);
+  }
+
+  // dS^T from the rounded P^T and dP^T, as a left operand.
+  __device__ __forceinline__ void gradients(uint32_t (&ds)[kSteps][4], const uint32_t (&p)[kSteps][4],
+                                            const float (&dp)[kScores], uint32_t slot) const {
+    const float* delta = shared.delta[slot] + 2 * quad;
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) {
+      const float2 d = *reinterpret_cast<const float2*>(delta + 8 * i);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float2 w = unpack2<T>(p[i / 2][i % 2 * 2 + h]);
+        ds[i / 2][i % 2 * 2 + h] = pack2<T>(w.x * (dp[4 * i + 2 * h] - d.x), w.y * (dp[4 * i + 2 * h + 1] - d.y));
+      }
+    }
+  }
+
+  // The other consumer may still read dS of the tile before, not that of the one before it, whose place this takes: it came to
+  // the last barrier after its product with it.
+  __device__ __forceinline__ void share_gradients(const uint32_t (&ds)[kSteps][4], uint32_t ds_offset) const {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) stmatrix_x4_trans(ds_lane + ds_offset + step * 2048, ds[step]);
+    fence_proxy_async();  // ordinary stores, read by wgmma
+    named_barrier_sync(kScoresWritten, C::kConsumerThreads);
+  }
+
+  __device__ __forceinline__ void hand_over_dq(const float (&dq)[32], const Ring<2>& dq_tiles) const {
+    dq_tiles.wait_empty();
+    const uint32_t to = dq_thread + dq_tiles.slot() * (C::kTileFloats * 4);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      store_shared16(to + i * 2048, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+    }
+    fence_proxy_async();  // ordinary stores, read by the copy engine
+    leave(dq_tiles.full());
+  }
+
+  __device__ __forceinline__ void store_sums(const Item& item, const float (&dk)[kSums],
+                                             const float (&dv)[kSums]) const {
     const int head_dim = static_cast<int>(a.size.head_dim), keys = item.keys;
     float* to_k = a.dchunk_k + item.states;
     float* to_v = a.dchunk_v + item.states;
@@ -583,7 +548,99 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
         }
       }
     }
-    leave(shared.item_empty[item_slot]);
+  }
+};
+
+template <class C>
+__device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, int warpgroup) {
+  const Consumer<C> me(a, shared, warpgroup);
+  constexpr int kScores = Consumer<C>::kScores, kSteps = Consumer<C>::kSteps, kSums = Consumer<C>::kSums;
+  float dk[kSums], dv[kSums], s[kScores], dp[kScores];
+  uint32_t p[kSteps][4], ds[kSteps][4];
+  Ring<1> states(shared.states);
+  Ring<C::kStages> q_tiles(shared.q_tiles), dout_tiles(shared.dout_tiles);
+  Ring<2> dq_tiles(shared.dq_tiles);
+
+#pragma unroll 1
+  for (Ring<kItemSlots> items(shared.items);; items.next()) {
+    items.wait_full();
+    const Item& item = shared.item[items.slot()];
+    if (item.keys == 0) break;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) dk[i] = dv[i] = 0.0f;
+    // Else the zeros move to where the first products are in flight, which then wait for each other.
+    hold_registers(dk);
+    hold_registers(dv);
+
+    states.wait_full();
+    const int steps = item.steps;
+    if (steps > 0) {
+      int seen[2];  // by this thread's first query of a tile, of the tiles' queries 2 quad ...
+#pragma unroll
+      for (int h = 0; h < 2; ++h) seen[h] = clamp_token(item.visible.of(me.key + 8 * h) - 2 * me.quad);
+      const int clear = clamp_token(item.visible.of(warpgroup * 64 + 63));  // from here on queries see all 64 keys
+
+      if (item.keys < C::kKeys) {
+        me.template clear_rows<C::kKeys>(shared_address(shared.k), shared_address(shared.v), item.keys);
+      }
+      // One query tile. Nothing is in flight from one tile to the next: the compiler would not keep track of it.
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        const uint32_t slot = q_tiles.slot(), rows_offset = slot * C::kRowsBytes;
+        const uint32_t ds_offset = dq_tiles.slot() * C::kScoreBytes;
+        const int row = (item.last - step) * C::kQueries;  // first query of the tile
+        q_tiles.wait_full();
+        if (step == 0 && item.length - row < C::kQueries) {
+          dout_tiles.wait_full();
+          me.template clear_rows<C::kQueries>(shared_address(shared.q[slot]), shared_address(shared.dout[slot]),
+                                              item.length - row);
+        }
+        hold_registers(s);
+        wgmma_fence();
+        me.issue_scores(s, me.k_left, descriptor_add(me.q_columns, rows_offset));
+        dout_tiles.wait_full();
+        hold_registers(dp);
+        wgmma_fence();
+        me.issue_scores(dp, me.v_left, descriptor_add(me.dout_columns, rows_offset));
+        wgmma_wait<1>();  // S^T
+        hold_registers(s);
+        me.weights(s, p, slot, row, clear, seen);
+        hold_registers(p);
+        hold_registers(dv);
+        wgmma_fence();
+        me.issue_sums(dv, p, descriptor_add(me.dout_rows, rows_offset));
+        wgmma_wait<1>();  // dP^T
+        hold_registers(dp);
+        me.gradients(ds, p, dp, slot);
+        me.share_gradients(ds, ds_offset);
+
+        float dq[32];
+        hold_registers(dq);
+        hold_registers(ds);
+        hold_registers(dk);
+        wgmma_fence();
+        me.issue_dq(dq, ds_offset);
+        me.issue_sums(dk, ds, descriptor_add(me.q_rows, rows_offset));
+        wgmma_wait<2>();  // dV
+        hold_registers(dv);
+        hold_registers(p);
+        me.leave(dout_tiles.empty());
+        wgmma_wait<1>();  // dQ
+        hold_registers(dq);
+        me.hand_over_dq(dq, dq_tiles);
+        wgmma_wait<0>();  // dK
+        hold_registers(dk);
+        hold_registers(ds);
+        me.leave(q_tiles.empty());
+        q_tiles.next();
+        dout_tiles.next();
+        dq_tiles.next();
+      }
+    }
+    me.leave(states.empty());
+    states.next();
+    me.store_sums(item, dk, dv);
+    me.leave(items.empty());
   }
 }
 
@@ -593,34 +650,19 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                                          const __grid_constant__ CUtensorMap v_map,
                                          const __grid_constant__ CUtensorMap q_map,
                                          const __grid_constant__ CUtensorMap dout_map) {
+#ifdef RAT_HOPPER_CODE
   // At its symbol, not rounded up at run time: every address and descriptor is then a constant and takes no register.
   extern __shared__ __align__(1024) uint8_t raw_shared[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(raw_shared);
   if (shared_address(raw_shared) % 1024 != 0) __trap();
   const int warpgroup = threadIdx.x / 128;
   if (threadIdx.x == 0) {
-    constexpr int kConsumerWarps = 4 * C::kConsumers;
-    for (int i = 0; i < kItemSlots; ++i) {
-      mbarrier_init(shared_address(&shared.item_full[i]), 1);
-      mbarrier_init(shared_address(&shared.item_empty[i]), kConsumerWarps + 3);  // and warps 1, 2, 3
-    }
-    for (int i = 0; i < C::kStages; ++i) {
-      mbarrier_init(shared_address(&shared.q_full[i]), 1);
-      mbarrier_init(shared_address(&shared.q_empty[i]), kConsumerWarps);
-      mbarrier_init(shared_address(&shared.dout_full[i]), 1 + 32);  // the copy, and the lanes of warp 1
-      mbarrier_init(shared_address(&shared.dout_empty[i]), kConsumerWarps);
-    }
-    mbarrier_init(shared_address(&shared.state_full), 1);
-    mbarrier_init(shared_address(&shared.state_empty), kConsumerWarps);
-    for (int i = 0; i < 2; ++i) {
-      mbarrier_init(shared_address(&shared.dq_full[i]), kConsumerWarps);
-      mbarrier_init(shared_address(&shared.dq_empty[i]), 1);
-    }
+    shared.init_barriers();
     mbarrier_init_fence();
   }
-  __syncthreads();
+  __syncthreads();  // the barriers are ready
   if (warpgroup == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(C::kProducerRegisters));
+    give_registers<C::kProducerRegisters>();
     if (threadIdx.x == 0) {
       feed<C>(a, k_map, v_map, q_map, dout_map, shared);
     } else if (threadIdx.x / 32 == 1) {
@@ -629,9 +671,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       drain<C>(a, shared, threadIdx.x / 32 - 2);
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(C::kConsumerRegisters));
+    take_registers<C::kConsumerRegisters>();
     consume<C>(a, shared, warpgroup - 1);
   }
+#endif
 }
 
 // ---- finish -----------------------------------------------------------------------------------------------------------
@@ -642,24 +685,12 @@ __global__ void __launch_bounds__(256)
     chunk_attention_finish_bwd_sm90_kernel(const __grid_constant__ Sizes s, const float* tiles, const uint32_t* turns,
                                            uint32_t tiles_per_row, const float* cos, const float* sin, float scale,
                                            float* dq) {
+#ifdef RAT_HOPPER_CODE
   constexpr int kStride = C::kDim + 8;  // float2 stores of a warp then cover all banks
   __shared__ alignas(16) float shared[C::kQueries * kStride];
   const int64_t groups = s.q_groups, group = blockIdx.x % groups, tile = blockIdx.x / groups;
-  int64_t n;
-  if (s.cu_seqlens) {
-    int64_t low = 0, high = s.sequences - 1;  // the last n whose first tile is <= tile
-    while (low < high) {
-      const int64_t middle = (low + high + 1) / 2;
-      if (s.cu_seqlens[middle] / C::kQueries + middle <= tile) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    n = low;
-  } else {
-    n = tile / tiles_per_row;
-  }
+  const auto first_tile = [&](int64_t n) { return s.cu_seqlens[n] / C::kQueries + n; };
+  const int64_t n = s.cu_seqlens ? last_sequence(s, tile, first_tile) : tile / tiles_per_row;
   const Sequence q = sequence_at(s, n);
   const int64_t first =
       (tile - first_query_tile<C::kQueries>(s, n, q.begin, tiles_per_row)) * C::kQueries;  // row of the sequence
@@ -681,7 +712,7 @@ __global__ void __launch_bounds__(256)
     *reinterpret_cast<float2*>(to + 8 * kStride) = make_float2(c[i].z * scale, c[i].w * scale);
   }
   __syncthreads();
-  const TileChunks chunks(q.start + first, s.chunk_size);
+  const RowAngles angles(s, q.start + first);
   const int head_dim = static_cast<int>(s.head_dim), half = head_dim / 2;
   for (int index = threadIdx.x; index < rows * (C::kDim / 8); index += 256) {
     const int r = index / (C::kDim / 8), piece = index % (C::kDim / 8);
@@ -689,20 +720,21 @@ __global__ void __launch_bounds__(256)
     float low[4], high[4];
     load4(shared + r * kStride + 4 * piece, low, true);
     load4(shared + r * kStride + 4 * piece + half, high, true);
-    rotate4(low, high, cos, sin, chunks.of(r), half, piece, -1.0f);
+    rotate4(low, high, cos, sin, angles.of(r), half, piece, -1.0f);
     float* to = dq + ((q.batch * s.tokens + q.begin + first + r) * groups + group) * head_dim + 4 * piece;
     *reinterpret_cast<float4*>(to) = make_float4(low[0], low[1], low[2], low[3]);
     *reinterpret_cast<float4*>(to + half) = make_float4(high[0], high[1], high[2], high[3]);
   }
+#endif
 }
 
 // ---- launcher ---------------------------------------------------------------------------------------------------------
 
+// How a call is cut, from sizes alone.
 struct Plan {
   int64_t query_tiles = 0;
-  int64_t shares = 1;
+  int64_t shares = 1;  // of the queries of a key tile
   int64_t items = 0;
-  int64_t extent = 0;  // elements of one dchunk tensor
 };
 
 template <int DIM>
@@ -711,10 +743,9 @@ Plan make_plan(const AttentionBwdParams& p) {
   using C = Traits<bf16, DIM>;
   Plan plan;
   plan.query_tiles = query_tiles<C::kQueries>(s);
-  plan.extent = states_extent(s, p.fwd.chunks);
   const int64_t items = key_tiles(s, p.fwd.chunks, C::kKeys) * s.heads;
-  // An item for each of 132 multiprocessors, but no share under 1024 queries. More only lengthens the queues of dQ.
-  if (items > 0) plan.shares = std::clamp<int64_t>(132 / items, 1, std::max<int64_t>(1, s.tokens / 1024));
+  // One item for each multiprocessor, but no share under 1024 queries. More only lengthens the queues of dQ.
+  plan.shares = count_shares(items, 1, s.tokens, 1024, 132);
   plan.items = items * plan.shares;
   return plan;
 }
@@ -723,24 +754,21 @@ constexpr int64_t kTileFloats = Traits<bf16, 128>::kTileFloats;
 static_assert(kTileFloats == Traits<bf16, 64>::kTileFloats);
 
 struct Pieces {
-  Piece<uint16_t> rotated;
+  ProductRows rows;
   Piece<float> dq_tiles;
   Piece<uint32_t> counters;  // turns, then the item counter
   int64_t counter_count;
-  Piece<float> shares_k;  // (shares, extent) each, where there are several
-  Piece<float> shares_v;
+  Shares shares;
 };
 
 Pieces take_pieces(const AttentionBwdParams& p, const Plan& plan, Arena& arena) {
-  const Sizes& s = p.fwd.size;
+  const int64_t tiles = plan.query_tiles * p.fwd.size.q_groups;
   Pieces pieces;
-  pieces.rotated = arena.take<uint16_t>(p.fwd.rotary.cos ? s.batch * s.tokens * s.q_groups * s.head_dim : 0);
-  pieces.dq_tiles = arena.take<float>(plan.query_tiles * s.q_groups * kTileFloats);
-  pieces.counter_count = plan.query_tiles * s.q_groups + 1;
+  pieces.rows = take_product_rows(p, arena);
+  pieces.dq_tiles = arena.take<float>(tiles * kTileFloats);
+  pieces.counter_count = tiles + 1;
   pieces.counters = arena.take<uint32_t>(pieces.counter_count);
-  const int64_t partial = plan.shares > 1 ? plan.shares * plan.extent : 0;
-  pieces.shares_k = arena.take<float>(partial);
-  pieces.shares_v = arena.take<float>(partial);
+  pieces.shares = take_shares(p, plan.shares, arena);
   return pieces;
 }
 
@@ -759,15 +787,7 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
   const float* cos = static_cast<const float*>(p.fwd.rotary.cos);
   const float* sin = static_cast<const float*>(p.fwd.rotary.sin);
 
-  Rows q = p.fwd.q;
-  if (cos) {
-    const char* name = "chunk_attention_rotate_bwd_kernel";
-    const int64_t threads = s.batch * s.tokens * s.q_groups * (s.head_dim / 8);
-    chunk_attention_rotate_bwd_kernel<T><<<grid_x(ceil_div(threads, 256), name), 256, 0, stream>>>(
-        s, q, s.q_groups, cos, sin, reinterpret_cast<T*>(pieces.rotated.get()));
-    check_launch(name);
-    q = Rows{pieces.rotated.get(), s.tokens * s.q_groups * s.head_dim, s.q_groups * s.head_dim, s.head_dim};
-  }
+  const ProductInputs inputs = make_product_rows(p, scratch, pieces.rows, stream);
   check(cudaMemsetAsync(pieces.counters, 0, pieces.counter_count * sizeof(uint32_t), stream), "turn counters");
   if (!p.deterministic) {
     const size_t bytes = plan.query_tiles * s.q_groups * kTileFloats * sizeof(float);
@@ -784,9 +804,9 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
   a.dq_tiles = pieces.dq_tiles;
   a.turns = pieces.counters;
   a.next = pieces.counters + pieces.counter_count - 1;
-  a.dchunk_k = plan.shares > 1 ? pieces.shares_k : scratch.dchunk_k;
-  a.dchunk_v = plan.shares > 1 ? pieces.shares_v : scratch.dchunk_v;
-  a.share_stride = plan.extent;
+  a.dchunk_k = pieces.shares.dchunk_k(scratch);
+  a.dchunk_v = pieces.shares.dchunk_v(scratch);
+  a.share_stride = pieces.shares.extent;
   a.ordered = p.deterministic;
   a.heads_per_group = static_cast<uint32_t>(s.heads / s.q_groups);
   a.tiles_per_row = static_cast<uint32_t>(ceil_div(s.tokens, C::kQueries));
@@ -803,8 +823,8 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
   const int64_t outer = c.compact ? s.heads : s.sequences * s.heads;
   const CUtensorMap k_map = swizzled_rows_map(c.k, type, s.head_dim, c.rows, outer, C::kKeys);
   const CUtensorMap v_map = swizzled_rows_map(c.v, type, s.head_dim, c.rows, outer, C::kKeys);
-  const CUtensorMap q_map = token_map(q, type, s, s.q_groups, C::kQueries);
-  const CUtensorMap dout_map = token_map(scratch.dout, type, s, s.heads, C::kQueries);
+  const CUtensorMap q_map = token_map(inputs.q, type, s, s.q_groups, C::kQueries);
+  const CUtensorMap dout_map = token_map(inputs.dout, type, s, s.heads, C::kQueries);
 
   constexpr int kBytes = static_cast<int>(sizeof(Shared<C>));
   static_assert(kBytes <= 227 * 1024);
@@ -818,7 +838,7 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
   chunk_attention_finish_bwd_sm90_kernel<C><<<grid_x(plan.query_tiles * s.q_groups, name), 256, 0, stream>>>(
       s, pieces.dq_tiles, pieces.counters, a.tiles_per_row, cos, sin, a.scale, scratch.dq);
   check_launch(name);
-  if (plan.shares > 1) add_shares(pieces.shares_k, pieces.shares_v, plan.shares, plan.extent, scratch, stream);
+  add_shares(pieces.shares, scratch, stream);
 }
 
 // A tensor map wants strides that are multiples of 16 bytes, which aligned16 says, and none of zero.
@@ -838,20 +858,12 @@ const char* bwd_refuses(const AttentionBwdParams& p) {
   return "this build has no code for sm_90a";
 #endif
   const Sizes& s = p.fwd.size;
-  const ChunkStates& c = p.fwd.chunks;
   constexpr int64_t kMany = INT64_C(1) << 30;  // tile and row indices are 32-bit
   if (s.dtype != DType::bf16 && s.dtype != DType::f16) return "the dtype is not bfloat16 or float16";
   if (s.head_dim > 128) return "D is over 128";
   if (!s.aligned16) return "rows are not 16-byte aligned";
   if (!std::isfinite(static_cast<float>(p.fwd.scale) * kLog2e)) return "the scale is not finite in float32";
-  if (c.rows <= 0) return "there are no chunk states";
-  if (c.rows > kMany) return "there are over 2^30 chunk states per head";
-  if (c.head != c.rows * s.head_dim || (!c.compact && c.sequence != s.heads * c.head)) {
-    return "chunk states are not contiguous";
-  }
-  if (reinterpret_cast<uintptr_t>(c.k) % 16 != 0 || reinterpret_cast<uintptr_t>(c.v) % 16 != 0) {
-    return "chunk states are not 16-byte aligned";
-  }
+  if (const char* reason = no_state_map(s, p.fwd.chunks)) return reason;
   if (s.tokens > kMany || s.sequences * s.heads > kMany) return "the call is too large for 32-bit indices";
   if (!p.fwd.rotary.cos && !has_map(p.fwd.q, s, s.q_groups)) return "no tensor map describes the rows of q";
   if (!has_map(p.fwd.out_gate.ptr ? p.dv : p.dy, s, s.heads)) return "no tensor map describes the rows of dO";

@@ -12,12 +12,15 @@
 //   warpgroup 1 ...  consumers: 64 queries each. S = Q K^T of a block is issued before P V of the block before, and the
 //                    softmax of one warpgroup runs while another one's products do: a token passed by named barriers keeps
 //                    them in turn. v~ and out_gate are loaded while the last product runs.
-// The running softmax starts from the self term: its maximum from s_self, and exp(s_self - m) v~ joins at the end. So no row is
-// empty and no -inf reaches the maximum. The maximum moves only when it would grow by more than 2^kSlack: sums and products
-// stay exact, since all of a row are relative to the same number, and O is rarely rescaled.
+// The running softmax is that of softmax.cuh: it starts from the self term s_self, and exp(s_self - m) v~ joins at the end.
 //
-// Shared memory: q (2 tiles), K and V rings (kStages blocks each), barriers. Every tile lies in panels of 64 columns, 128 bytes
-// a row, 16-byte pieces swizzled: the layout that the copy engine writes and wgmma reads.
+// Shared memory: q (2 tiles), K and V rings (kStages blocks each), descriptions of tiles, barriers. Every tile lies in panels of
+// 64 columns, 128 bytes a row, 16-byte pieces swizzled: the layout that the copy engine writes and wgmma reads.
+//
+// Rings (mbarrier.cuh), who fills and who leaves a slot:
+//   tiles   warp 0 fills, one arrival;      each loader thread and each consumer warp leaves
+//   q       each loader thread fills;       each consumer warp leaves, after its epilogue
+//   k, v    the copy engine's bytes fill;   each consumer warp leaves, when its products have read the block
 //
 // Rows of the last block that no query of the tile sees may hold anything, NaN too. Their scores are masked; their values
 // are set to zero in shared memory before the product, since 0 NaN is NaN.
@@ -27,15 +30,20 @@
 #include <cmath>
 #include <type_traits>
 
-#include "../device/elements.cuh"
+#include "../device/rows.cuh"
 #include "../device/sequence.cuh"
 #include "../host/launch.h"
 #include "../ptx/cp_async.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/mma.cuh"
+#include "../ptx/registers.cuh"
+#include "../ptx/target.cuh"
 #include "../ptx/tma.cuh"
 #include "../ptx/wgmma.cuh"
 #include "families.h"
+#include "plan.h"
+#include "softmax.cuh"
+#include "visible.cuh"
 
 namespace rat::cuda {
 namespace {
@@ -61,8 +69,8 @@ struct Traits {
   static_assert(DIM % 64 == 0 && KEYS % 16 == 0 && KEYS <= 256 && kConsumerRegisters <= 240);
 };
 
-// What a tile is. Made by the thread that feeds K and V, read by everyone.
-struct Tile {
+// What a tile of queries is. Made by the thread that feeds K and V, read by everyone.
+struct QueryTile {
   int64_t token;  // of row 0, in the row of the token tensors
   int64_t batch;
   int32_t head;
@@ -70,14 +78,8 @@ struct Tile {
   int32_t keys;     // chunk states that its last query sees
   int32_t key_row;  // of its first chunk state in the tensor map
   int32_t key_outer;
-  uint32_t first;    // chunk of row 0
-  uint32_t to_next;  // rows until the next chunk starts
-  uint32_t size;     // chunk size, clamped to 32 bits
-
-  __device__ __forceinline__ int chunk(int row) const {
-    const uint32_t r = static_cast<uint32_t>(row);
-    return static_cast<int>(r < to_next ? first : first + 1 + (r - to_next) / size);
-  }
+  VisibleKeys visible;
+  RowAngles angles;
 };
 
 // Tiles are described before the one before is fed, while the consumers may be two further behind.
@@ -90,10 +92,17 @@ struct Shared {
   alignas(1024) T k[C::kStages][C::kPanels][C::kKeys * 64];
   alignas(1024) T v[C::kStages][C::kPanels][C::kKeys * 64];
   float own[2][C::kRows];  // s_self
-  Tile tile[kTileSlots];
-  alignas(8) uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
-  uint64_t q_full[2], q_empty[2];
-  uint64_t k_full[C::kStages], k_empty[C::kStages], v_full[C::kStages], v_empty[C::kStages];
+  QueryTile tile[kTileSlots];
+  RingBarriers<kTileSlots> tile_ring;
+  RingBarriers<2> q_ring;
+  RingBarriers<C::kStages> k_ring, v_ring;
+};
+
+// Hardware barriers of the block; 0 is that of __syncthreads().
+enum NamedBarrier {
+  kQueriesCleared = 1,  // the loaders, once: padding columns of q are zeros
+  kTurn = 2,            // + warpgroup: its turn to issue products. It waits, the warpgroup before it arrives
+  kValuesCleared = 8,   // + warpgroup: it alone, after it has set values to zero that no query sees
 };
 
 template <class C>
@@ -117,8 +126,9 @@ struct Arguments {
   ChunkStates chunks;
   const float* s_self;
   float* lse;
-  float scale_log2;  // |scale| log2(e): scores are in units of log 2
-  float q_sign;      // sign of the scale: q carries it
+  float scale_log2;    // |scale| log2(e), above zero
+  float q_sign;        // sign of the scale: q carries it
+  bool queries_by_16;  // rows of q and of the rotary tables may be read in 16-byte pieces
   uint32_t heads_per_group;
   Schedule schedule;
 };
@@ -130,23 +140,15 @@ __device__ __forceinline__ uint32_t tile_index(uint32_t round) {
 
 // In 32-bit arithmetic: 64-bit divisions would take longer than a small tile.
 template <int ROWS>
-__device__ __forceinline__ void describe_tile(const Arguments& a, uint32_t index, Tile& tile) {
+__device__ __forceinline__ void describe_tile(const Arguments& a, uint32_t index, QueryTile& tile) {
   const uint32_t heads = static_cast<uint32_t>(a.size.heads);
   uint32_t n, head, in_sequence;
   if (a.size.cu_seqlens) {  // as work_item() does
     head = index % heads;
     const uint32_t item = a.schedule.total / heads - 1 - index / heads;
-    uint32_t high = static_cast<uint32_t>(a.size.sequences) - 1;
-    n = 0;
-    while (n < high) {
-      const uint32_t middle = (n + high + 1) / 2;
-      if (static_cast<uint32_t>(a.size.cu_seqlens[middle]) / ROWS + 2 * middle <= item) {
-        n = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    in_sequence = item - (static_cast<uint32_t>(a.size.cu_seqlens[n]) / ROWS + 2 * n);
+    const auto first = [&](uint32_t n) { return static_cast<uint32_t>(a.size.cu_seqlens[n]) / ROWS + 2 * n; };
+    n = last_sequence(a.size, item, first);
+    in_sequence = item - first(n);
   } else {
     const Schedule& s = a.schedule;
     const uint32_t first = s.section == s.pairs ? 0 : index / (s.section * s.per_row) * s.section;
@@ -167,33 +169,15 @@ __device__ __forceinline__ void describe_tile(const Arguments& a, uint32_t index
   tile.head = static_cast<int>(head);
   const int rows = token < end ? static_cast<int>(min(static_cast<uint32_t>(ROWS), end - token)) : 0;
   tile.rows = rows;
-  const uint32_t size =
-      a.size.chunk_size < INT64_C(0xffffffff) ? static_cast<uint32_t>(a.size.chunk_size) : 0xffffffffu;
-  const uint32_t position = start + in_sequence * ROWS;
-  tile.size = size;
-  tile.first = position / size;
-  tile.to_next = size - position % size;
-  tile.keys = rows > 0 ? tile.chunk(rows - 1) : 0;
-  tile.key_row = a.chunks.compact ? static_cast<int>(begin / size + n) : 0;
+  const int64_t position = start + in_sequence * ROWS;
+  tile.visible = VisibleKeys(a.size, position);
+  tile.angles = RowAngles(a.size, position);
+  tile.keys = rows > 0 ? tile.visible.to_any(rows) : 0;
+  tile.key_row = a.chunks.compact ? static_cast<int>(begin / tile.visible.every + n) : 0;
   tile.key_outer = static_cast<int>(a.chunks.compact ? head : n * heads + head);
 }
 
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Good to a unit in the last place of a float, without the code that a division spends on subnormal numbers.
-__device__ __forceinline__ float reciprocal_fast(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float sigmoid_fast(float x) {
-  return reciprocal_fast(1.0f + exp2_fast(x * -1.4426950408889634f));
-}
+__device__ __forceinline__ float sigmoid_fast(float x) { return reciprocal_fast(1.0f + exp2_fast(x * -kLog2e)); }
 
 // Byte offset of column `column` (a multiple of 4) of row `row` in a tile of `rows` rows.
 __device__ __forceinline__ uint32_t swizzled(int rows, int row, int column) {
@@ -203,62 +187,58 @@ __device__ __forceinline__ uint32_t swizzled(int rows, int row, int column) {
 
 // ---- producers --------------------------------------------------------------------------------------------------------
 
+// Warp 0, one thread: describes tiles, one ahead of feeding them, and asks the copy engine for their blocks.
 template <class C>
 __device__ __forceinline__ void feed_blocks(const Arguments& a, const CUtensorMap& k_map, const CUtensorMap& v_map,
                                             Shared<C>& shared) {
   constexpr uint32_t kBytes = C::kKeys * C::kDim * 2;
   constexpr uint32_t kPanelBytes = C::kKeys * 128;
-  const uint32_t k_tile = shared_address(shared.k), v_tile = shared_address(shared.v);
-  const uint32_t k_full = shared_address(shared.k_full), k_empty = shared_address(shared.k_empty);
-  const uint32_t v_full = shared_address(shared.v_full), v_empty = shared_address(shared.v_empty);
+  const uint32_t k_blocks = shared_address(shared.k), v_blocks = shared_address(shared.v);
   tma_prefetch_map(&k_map);
   tma_prefetch_map(&v_map);
 
-  const auto load = [&](const CUtensorMap& map, uint32_t tiles, uint32_t full, uint32_t empty, uint32_t count, int row,
-                        int outer) {
-    const uint32_t slot = count % C::kStages, parity = count / C::kStages % 2;
-    mbarrier_wait(empty + 8 * slot, parity ^ 1);  // the consumers have left the slot
-    mbarrier_arrive_expect(full + 8 * slot, kBytes);
+  const auto load = [&](const CUtensorMap& map, uint32_t blocks, Ring<C::kStages>& ring, int row, int outer) {
+    ring.wait_empty();
+    mbarrier_arrive_expect(ring.full(), kBytes);
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; ++panel) {
-      tma_load(tiles + slot * kBytes + panel * kPanelBytes, &map, full + 8 * slot, 64 * panel, row, outer);
+      tma_load(blocks + ring.slot() * kBytes + panel * kPanelBytes, &map, ring.full(), 64 * panel, row, outer);
     }
+    ring.next();
   };
 
   uint32_t round = 0;
-  const auto describe = [&](uint32_t number) {
-    const uint32_t slot = number % kTileSlots;
-    mbarrier_wait(shared_address(&shared.tile_empty[slot]), (number / kTileSlots % 2) ^ 1);
-    Tile& tile = shared.tile[slot];
+  Ring<kTileSlots> described(shared.tile_ring);
+  const auto describe = [&] {
+    described.wait_empty();
+    QueryTile& tile = shared.tile[described.slot()];
     tile.rows = 0;  // unless there is one more
     for (; round * gridDim.x < a.schedule.total && tile.rows == 0; ++round) {
       const uint32_t index = tile_index(round);
       if (index < a.schedule.total) describe_tile<C::kRows>(a, index, tile);
     }
-    mbarrier_arrive(shared_address(&shared.tile_full[slot]));
+    mbarrier_arrive(described.full());
+    described.next();
   };
-  uint32_t count = 0;  // blocks so far
-  describe(0);
+  Ring<C::kStages> k_ring(shared.k_ring), v_ring(shared.v_ring);
+  describe();
 #pragma unroll 1
   for (uint32_t tiles = 0;; ++tiles) {
-    const Tile& tile = shared.tile[tiles % kTileSlots];
+    const QueryTile& tile = shared.tile[tiles % kTileSlots];
     if (tile.rows == 0) break;
-    describe(tiles + 1);  // the loaders work one tile ahead
+    describe();  // the loaders work one tile ahead
     const int outer = tile.key_outer;
     const int blocks = (tile.keys + C::kKeys - 1) / C::kKeys;
     if (blocks == 0) continue;
     // In the order in which the consumers need them: K runs one block ahead of V.
     int row = tile.key_row + (blocks - 1) * C::kKeys;
-    load(k_map, k_tile, k_full, k_empty, count, row, outer);
+    load(k_map, k_blocks, k_ring, row, outer);
 #pragma unroll 1
-    for (int block = 1; block < blocks; ++block) {
-      load(k_map, k_tile, k_full, k_empty, count + 1, row - C::kKeys, outer);
-      load(v_map, v_tile, v_full, v_empty, count, row, outer);
-      ++count;
-      row -= C::kKeys;
+    for (int block = 1; block < blocks; ++block, row -= C::kKeys) {
+      load(k_map, k_blocks, k_ring, row - C::kKeys, outer);
+      load(v_map, v_blocks, v_ring, row, outer);
     }
-    load(v_map, v_tile, v_full, v_empty, count, row, outer);
-    ++count;
+    load(v_map, v_blocks, v_ring, row, outer);
   }
 }
 
@@ -276,7 +256,7 @@ __device__ __forceinline__ void rotate_pair(uint32_t& low, uint32_t& high, const
 }
 
 // q of one tile, in 16-byte pieces. A thread owns the same 8 columns of both halves in a run of rows: it rotates only what it
-// loaded itself, so no barrier lies between, and fetches angles only where the chunk changes.
+// loaded itself, so no barrier lies between, and fetches angles only where they change.
 template <class C>
 struct QueryPieces {
   using T = typename C::T;
@@ -308,20 +288,20 @@ struct QueryPieces {
   }
 
   // After the loads have landed; waits for them itself, with the first angles in flight.
-  __device__ __forceinline__ void rotate(const Arguments& a, const Tile& tile) const {
+  __device__ __forceinline__ void rotate(const Arguments& a, const QueryTile& tile) const {
     const float* cos = static_cast<const float*>(a.rotary.cos);
     const float* sin = static_cast<const float*>(a.rotary.sin);
-    const uint32_t size = tile.size, to_next = tile.to_next;
+    const uint32_t every = tile.angles.every, to_next = tile.angles.to_next;
     const int last = min(end, tile.rows);
     float c[8], s[8];
-    uint32_t chunk = tile.first, left = to_next - row;
+    uint32_t index = tile.angles.first, left = to_next - row;
     if (static_cast<uint32_t>(row) >= to_next) {
       const uint32_t past = row - to_next;
-      chunk += 1 + past / size;
-      left = size - past % size;
+      index += 1 + past / every;
+      left = every - past % every;
     }
     const auto fetch_angles = [&] {
-      const int64_t angle = static_cast<int64_t>(chunk) * half + column;
+      const int64_t angle = static_cast<int64_t>(index) * half + column;
 #pragma unroll
       for (int i = 0; i < 8; i += 4) {
         const float4 co = __ldg(reinterpret_cast<const float4*>(cos + angle + i));
@@ -340,25 +320,15 @@ struct QueryPieces {
 #pragma unroll 1
     for (int r = row; r < last; ++r) {
       uint32_t x[4], y[4];
-      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-                   : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                   : "r"(low(r))
-                   : "memory");
-      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-                   : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
-                   : "r"(high(r))
-                   : "memory");
+      load_shared16(x, low(r));
+      load_shared16(y, high(r));
 #pragma unroll
       for (int i = 0; i < 4; ++i) rotate_pair<T>(x[i], y[i], &c[2 * i], &s[2 * i]);
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(low(r)), "r"(x[0]), "r"(x[1]), "r"(x[2]),
-                   "r"(x[3])
-                   : "memory");
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(high(r)), "r"(y[0]), "r"(y[1]), "r"(y[2]),
-                   "r"(y[3])
-                   : "memory");
+      store_shared16(low(r), x);
+      store_shared16(high(r), y);
       if (--left == 0) {
-        ++chunk;
-        left = size;
+        ++index;
+        left = every;
         if (cos != nullptr && r + 1 < last) fetch_angles();
       }
     }
@@ -367,7 +337,7 @@ struct QueryPieces {
 
 // The same, two columns at a time, where 16-byte accesses are not legal or D / 2 is no multiple of 8.
 template <class C>
-__device__ __forceinline__ void load_queries_slowly(const Arguments& a, const Tile& tile, const typename C::T* q,
+__device__ __forceinline__ void load_queries_slowly(const Arguments& a, const QueryTile& tile, const typename C::T* q,
                                                     uint32_t target, int thread) {
   using T = typename C::T;
   const int half = static_cast<int>(a.size.head_dim) / 2;
@@ -383,7 +353,7 @@ __device__ __forceinline__ void load_queries_slowly(const Arguments& a, const Ti
       y = pack2<T>(to_float(from[half]), to_float(from[half + 1]));
       float c[2] = {a.q_sign, a.q_sign}, s[2] = {0.0f, 0.0f};
       if (a.rotary.cos != nullptr) {
-        const int64_t angle = static_cast<int64_t>(tile.chunk(row)) * half + column;
+        const int64_t angle = static_cast<int64_t>(tile.angles.of(row)) * half + column;
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           c[j] = static_cast<const float*>(a.rotary.cos)[angle + j] * a.q_sign;
@@ -392,14 +362,14 @@ __device__ __forceinline__ void load_queries_slowly(const Arguments& a, const Ti
       }
       rotate_pair<T>(x, y, c, s);
     }
-    asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(target + swizzled(C::kRows, row, column)), "r"(x) : "memory");
-    asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(target + swizzled(C::kRows, row, half + column)), "r"(y) : "memory");
+    store_shared4(target + swizzled(C::kRows, row, column), x);
+    store_shared4(target + swizzled(C::kRows, row, half + column), y);
   }
 }
 
 // The 128-byte lines of a (B, T, H, D) tensor at the tile's tokens, on their way to L2.
 template <class C>
-__device__ __forceinline__ void prefetch_rows(const Rows& tensor, const Tile& tile, int thread) {
+__device__ __forceinline__ void prefetch_rows(const Rows& tensor, const QueryTile& tile, int thread) {
   constexpr int kLines = C::kDim / 64;
   const char* base = static_cast<const char*>(tensor.ptr) +
                      2 * (tile.batch * tensor.batch + tile.token * tensor.token + tile.head * tensor.head);
@@ -410,142 +380,147 @@ __device__ __forceinline__ void prefetch_rows(const Rows& tensor, const Tile& ti
   }
 }
 
+// Warps 1 ... 3: q and s_self of the next tile, v~ and out_gate of the one that the consumers begin.
 template <class C>
 __device__ __forceinline__ void feed_queries(const Arguments& a, Shared<C>& shared, int thread) {
   using T = typename C::T;
   constexpr uint32_t kBytes = C::kRows * C::kDim * 2;
-  const uint32_t q_full = shared_address(shared.q_full), q_empty = shared_address(shared.q_empty);
-  const bool vector = a.size.aligned16 && a.size.head_dim % 16 == 0;
   if (a.size.head_dim < C::kDim) {  // padding columns: zeros, once
-    for (uint32_t i = thread; i < 2 * kBytes / 16; i += C::kLoaders) {
-      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};\n" ::"r"(shared_address(shared.q) + 16 * i), "r"(0)
-                   : "memory");
-    }
-    named_barrier_sync(1, C::kLoaders);
+    for (uint32_t i = thread; i < 2 * kBytes / 16; i += C::kLoaders) clear_shared16(shared_address(shared.q) + 16 * i);
+    named_barrier_sync(kQueriesCleared, C::kLoaders);
   }
+  Ring<kTileSlots> tile_ring(shared.tile_ring);
 #pragma unroll 1
-  for (uint32_t tiles = 0;; ++tiles) {
-    mbarrier_wait(shared_address(&shared.tile_full[tiles % kTileSlots]), tiles / kTileSlots % 2);
-    const Tile& tile = shared.tile[tiles % kTileSlots];
+  for (;; tile_ring.next()) {
+    const Ring<2> q_ring(shared.q_ring, tile_ring.count);
+    tile_ring.wait_full();
+    const QueryTile& tile = shared.tile[tile_ring.slot()];
     const int rows = tile.rows;
-    const uint32_t slot = tiles % 2;
-    mbarrier_wait(q_empty + 8 * slot, (tiles / 2 % 2) ^ 1);  // the consumers have left the tile before last
-    if (tiles > 0) {
+    q_ring.wait_empty();  // the consumers have left the tile before last
+    if (tile_ring.count > 0) {
       // They start the tile before now and want its v~ and out_gate at its end. Not earlier: what all blocks have asked for
       // must stay in L2 until it is used.
-      const uint32_t current = (tiles - 1) % kTileSlots;
-      prefetch_rows<C>(a.y, shared.tile[current], thread);
-      if (a.out_gate.ptr != nullptr) prefetch_rows<C>(a.out_gate, shared.tile[current], thread);
-      mbarrier_arrive(shared_address(&shared.tile_empty[current]));
+      const Ring<kTileSlots> current(shared.tile_ring, tile_ring.count - 1);
+      prefetch_rows<C>(a.y, shared.tile[current.slot()], thread);
+      if (a.out_gate.ptr != nullptr) prefetch_rows<C>(a.out_gate, shared.tile[current.slot()], thread);
+      mbarrier_arrive(current.empty());
     }
     if (rows > 0) {
       const float* own = a.s_self + (tile.batch * a.size.heads + tile.head) * a.size.tokens + tile.token;
 #pragma unroll 1
       for (int row = thread; row < C::kRows; row += C::kLoaders) {
-        cp_async4(shared_address(&shared.own[slot][row]), row < rows ? own + row : own, row < rows);
+        cp_async4(shared_address(&shared.own[q_ring.slot()][row]), row < rows ? own + row : own, row < rows);
       }
       const uint32_t group = static_cast<uint32_t>(tile.head) / a.heads_per_group;
       const T* q = static_cast<const T*>(a.q.ptr) + tile.batch * a.q.batch + tile.token * a.q.token + group * a.q.head;
-      const uint32_t target = shared_address(shared.q) + slot * kBytes;
-      if (vector) QueryPieces<C>(a, target, thread).load(q, a.q.token, rows);
+      const uint32_t target = shared_address(shared.q) + q_ring.slot() * kBytes;
+      const QueryPieces<C> pieces(a, target, opaque(thread));
+      if (a.queries_by_16) pieces.load(q, a.q.token, rows);
       cp_async_commit();
-      if (vector) {
-        QueryPieces<C>(a, target, thread).rotate(a, tile);
+      if (a.queries_by_16) {
+        pieces.rotate(a, tile);
       } else {
         load_queries_slowly<C>(a, tile, q, target, thread);
         cp_async_wait<0>();
       }
     }
     fence_proxy_async();  // q was written by ordinary stores and cp.async; wgmma reads it
-    mbarrier_arrive(q_full + 8 * slot);
+    mbarrier_arrive(q_ring.full());
     if (rows == 0) break;
   }
 }
 
 // ---- consumers --------------------------------------------------------------------------------------------------------
 
-// Scores of one block into weights relative to 2^m, and m raised where it has to be. s: C tiles of a wgmma.
-// visible[h]: how many keys of the block row h sees, less this thread's first column; used with MASK only.
-template <bool MASK, int COUNT>
-__device__ __forceinline__ void softmax_block(float (&s)[COUNT], float (&m)[2], float (&sum)[2], float (&shrink)[2],
-                                              float scale_log2, const int (&visible)[2]) {
-  constexpr float kSlack = 8.0f;
-  constexpr int kTiles = COUNT / 4;
-  if constexpr (MASK) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      if (i / 4 * 8 + i % 2 >= visible[i / 2 % 2]) s[i] = -INFINITY;
-    }
-  }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float top0 = s[2 * h], top1 = s[2 * h + 1];
-#pragma unroll
-    for (int i = 1; i < kTiles; ++i) {
-      top0 = fmaxf(top0, s[4 * i + 2 * h]);
-      top1 = fmaxf(top1, s[4 * i + 2 * h + 1]);
-    }
-    float top = fmaxf(top0, top1);
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    top *= scale_log2;
-    const bool raise = top > m[h] + kSlack;
-    shrink[h] = raise ? exp2_fast(m[h] - top) : 1.0f;
-    m[h] = raise ? top : m[h];
-    sum[h] *= shrink[h];
-  }
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) s[i] = exp2_fast(fmaf(s[i], scale_log2, -m[i / 2 % 2]));
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float sum0 = s[2 * h], sum1 = s[2 * h + 1];
-#pragma unroll
-    for (int i = 1; i < kTiles; ++i) {
-      sum0 += s[4 * i + 2 * h];
-      sum1 += s[4 * i + 2 * h + 1];
-    }
-    sum[h] += sum0 + sum1;
-  }
+// C tiles of a wgmma, as mma.sync's.
+template <int COUNT>
+using Tiles = float[COUNT / 4][4];
+template <int COUNT>
+__device__ __forceinline__ Tiles<COUNT>& tiles_of(float (&c)[COUNT]) {
+  return reinterpret_cast<Tiles<COUNT>&>(c);
 }
 
-template <class T, int COUNT>
-__device__ __forceinline__ void round_weights(uint32_t (&p)[COUNT / 8][4], const float (&s)[COUNT]) {
-#pragma unroll
-  for (int i = 0; i < COUNT / 2; ++i) p[i / 4][i % 4] = pack2<T>(s[2 * i], s[2 * i + 1]);
-}
-
-template <int STEPS>
-__device__ __forceinline__ void hold_weights(uint32_t (&p)[STEPS][4]) {
-#pragma unroll
-  for (int i = 0; i < STEPS; ++i) hold_registers(p[i]);
-}
-
+// What a warpgroup is at: 64 queries of a tile. The steps of a tile, in order:
+//   begin             the softmax starts from the self term
+//   first_block       S, softmax
+//   next_block        S of a block together with P V of the block before, softmax; once for each further block
+//   last_values       P V of the last block, with v~ and out_gate on their way
+//   epilogue          v~ joins; y, lse
 template <class C>
-__device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, int warpgroup) {
+struct Consumer {
   using T = typename C::T;
-  constexpr int kScores = C::kKeys / 2;  // accumulators of S
-  constexpr int kSteps = C::kKeys / 16;  // of P V
-  constexpr int kOutputs = C::kDim / 2;  // accumulators of O
-  constexpr uint32_t kQBytes = C::kRows * C::kDim * 2;
-  constexpr uint32_t kQPanel = C::kRows * 128;
-  constexpr uint32_t kBytes = C::kKeys * C::kDim * 2;
-  constexpr uint32_t kPanel = C::kKeys * 128;
-  // Named barriers 2 ... 2 + kConsumers: a warpgroup's turn to issue products. 8 + warpgroup: one warpgroup alone.
-  const int own_turn = 2 + warpgroup, next_turn = 2 + (warpgroup + 1) % C::kConsumers;
-  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, quad = lane % 4;
-  const int row = warpgroup * 64 + thread / 32 * 16 + lane / 4;  // and row + 8
+  static constexpr int kScores = C::kKeys / 2;  // accumulators of S
+  static constexpr int kSteps = C::kKeys / 16;  // of P V
+  static constexpr int kOutputs = C::kDim / 2;  // accumulators of O
+  static constexpr int kGroups = C::kDim / 32;  // of columns in the epilogue: a lane takes eight in every 32
+  static constexpr uint32_t kQBytes = C::kRows * C::kDim * 2, kQPanel = C::kRows * 128;
+  static constexpr uint32_t kBytes = C::kKeys * C::kDim * 2, kPanel = C::kKeys * 128;
 
-  const uint64_t q_first = descriptor_k_major(shared_address(shared.q) + warpgroup * 64 * 128);
-  const uint64_t k_first = descriptor_k_major(shared_address(shared.k));
-  const uint64_t v_first = descriptor_n_major(shared_address(shared.v), kPanel);
-  const uint32_t q_full = shared_address(shared.q_full), q_empty = shared_address(shared.q_empty);
-  const uint32_t k_full = shared_address(shared.k_full), k_empty = shared_address(shared.k_empty);
-  const uint32_t v_full = shared_address(shared.v_full), v_empty = shared_address(shared.v_empty);
+  const Arguments& a;
+  Shared<C>& shared;
+  int warpgroup, thread, lane, quad;
+  int row;                             // of the tile, and row + 8: this thread's
+  uint64_t q_first, k_first, v_first;  // descriptors of slot 0
+  Ring<2> q_ring;
+  Ring<C::kStages> v_ring;
 
   float s[kScores], o[kOutputs];
-  uint32_t p[kSteps][4];
+  uint32_t p[kSteps][4];                  // rounded weights
+  float own[2], m[2], sum[2], shrink[2];  // of both rows, in powers of two; sums are this lane's share of the quad's
+  int visible[2];                         // keys of the block that the row sees, less this thread's first column
+  Bytes16 values[2][kGroups], gates[2][kGroups];  // v~ and out_gate
 
-  const auto issue_scores = [&](uint64_t q_tile, uint32_t slot) {
+  __device__ __forceinline__ Consumer(const Arguments& a_, Shared<C>& shared_, int warpgroup_)
+      : a(a_),
+        shared(shared_),
+        warpgroup(warpgroup_),
+        thread(threadIdx.x % 128),
+        lane(threadIdx.x % 32),
+        quad(lane % 4),
+        row(warpgroup * 64 + thread / 32 * 16 + lane / 4),
+        q_first(descriptor_k_major(shared_address(shared.q) + warpgroup * 64 * 128)),
+        k_first(descriptor_k_major(shared_address(shared.k))),
+        v_first(descriptor_n_major(shared_address(shared.v), kPanel)),
+        q_ring(shared.q_ring),
+        v_ring(shared.v_ring) {}
+
+  // Descriptions pass in step with q.
+  __device__ __forceinline__ Ring<kTileSlots> tile_ring() const {
+    return Ring<kTileSlots>(shared.tile_ring, q_ring.count);
+  }
+  __device__ __forceinline__ const QueryTile& tile() const { return shared.tile[tile_ring().slot()]; }
+
+  // K of the block that lies `ahead` of the one that v_ring is at: scores run up to one block ahead of values.
+  __device__ __forceinline__ Ring<C::kStages> k_ring(uint32_t ahead) const {
+    return Ring<C::kStages>(shared.k_ring, v_ring.count + ahead);
+  }
+
+  // One arrival a warp. A warp's products are done when its wait returns.
+  __device__ __forceinline__ void leave(uint32_t barrier) const {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(barrier);
+  }
+
+  __device__ __forceinline__ void wait_turn() const { named_barrier_sync(kTurn + warpgroup, 256); }
+  __device__ __forceinline__ void pass_turn() const {
+    named_barrier_arrive(kTurn + (warpgroup + 1) % C::kConsumers, 256);
+  }
+
+  __device__ __forceinline__ void begin() {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      own[h] = shared.own[q_ring.slot()][row + 8 * h] * kLog2e;
+      m[h] = own[h];
+      sum[h] = 0.0f;
+      visible[h] = tile().visible.end(row + 8 * h);
+    }
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) o[i] = 0.0f;
+  }
+
+  // S = Q K^T of the block in a slot of k; in flight until a wait.
+  __device__ __forceinline__ void issue_scores(uint32_t slot) {
+    const uint64_t q_tile = descriptor_add(q_first, q_ring.slot() * kQBytes);
     const uint64_t k_tile = descriptor_add(k_first, slot * kBytes);
     wgmma_ss<T, C::kKeys, false>(s, q_tile, k_tile);
 #pragma unroll
@@ -554,237 +529,276 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
                                   descriptor_add(k_tile, step / 4 * kPanel + step % 4 * 32));
     }
     wgmma_commit();
-  };
-  const auto issue_values = [&](uint32_t slot) {
-    const uint64_t v_tile = descriptor_add(v_first, slot * kBytes);
+  }
+
+  // O += P V of the block that v_ring is at; in flight until a wait.
+  __device__ __forceinline__ void issue_values() {
+    const uint64_t v_tile = descriptor_add(v_first, v_ring.slot() * kBytes);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) wgmma_rs<T, C::kDim>(o, p[step], descriptor_add(v_tile, step * 2048));
     wgmma_commit();
-  };
-  // One arrival a warp. A warp's products are done when its wait returns.
-  const auto leave = [&](uint32_t barrier) {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barrier);
-  };
+  }
 
-  if (warpgroup == C::kConsumers - 1) named_barrier_arrive(2, 256);  // the first turn is warpgroup 0's
-
-  uint32_t count = 0;  // blocks so far
-  for (uint32_t tiles = 0;; ++tiles) {
-    const uint32_t q_slot = tiles % 2;
-    mbarrier_wait(q_full + 8 * q_slot, tiles / 2 % 2);
-    const Tile& tile = shared.tile[tiles % kTileSlots];
-    if (tile.rows == 0) break;
-    float m[2], sum[2] = {0.0f, 0.0f}, shrink[2], own[2];
-    int visible[2];
+  // Scores into weights relative to 2^m, and m raised where it has to be.
+  template <bool MASK>
+  __device__ __forceinline__ void softmax() {
+    Tiles<kScores>& tiles = tiles_of(s);
+    constexpr int kTiles = kScores / 4;
+    if constexpr (MASK) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) mask_row(tiles, h, visible[h], -INFINITY);
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int r = row + 8 * h;
-      own[h] = shared.own[q_slot][r] * 1.4426950408889634f;
-      m[h] = own[h];
-      visible[h] = tile.chunk(r);
-    }
+      float top0 = tiles[0][2 * h], top1 = tiles[0][2 * h + 1];
 #pragma unroll
-    for (int i = 0; i < kOutputs; ++i) o[i] = 0.0f;
-
-    const int keys = tile.keys, blocks = (keys + C::kKeys - 1) / C::kKeys;
-    if (blocks > 0) {
-      const int clear = static_cast<int>(tile.first) / C::kKeys;  // blocks that every query of the tile sees whole
-      const uint64_t q_tile = descriptor_add(q_first, q_slot * kQBytes);
-      const auto slot_of = [](uint32_t block) { return block % C::kStages; };
-      const auto parity_of = [](uint32_t block) { return block / C::kStages % 2; };
-      int block = blocks - 1;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) visible[h] -= block * C::kKeys + 2 * quad;
-
-      mbarrier_wait(k_full + 8 * slot_of(count), parity_of(count));
-      hold_registers(s);
-      wgmma_fence();
-      issue_scores(q_tile, slot_of(count));
-      const int valid = keys - block * C::kKeys;  // rows of this block that may be read
-      if (valid < C::kKeys) {
-        mbarrier_wait(v_full + 8 * slot_of(count), parity_of(count));
-        const uint32_t v_tile = shared_address(shared.v) + slot_of(count) * kBytes;
-        // Every warpgroup clears for itself, so none waits for another; zeros over zeros do no harm.
-        for (int r = valid + thread / 8; r < C::kKeys; r += 16) {
-#pragma unroll
-          for (int panel = 0; panel < C::kPanels; ++panel) {
-            asm volatile(
-                "st.shared.v4.b32 [%0], {%1, %1, %1, %1};\n" ::"r"(v_tile + panel * kPanel + r * 128 + thread % 8 * 16),
-                "r"(0)
-                : "memory");
-          }
-        }
-        fence_proxy_async();  // ordinary stores, read by wgmma
-        named_barrier_sync(8 + warpgroup, 128);
+      for (int i = 1; i < kTiles; ++i) {
+        top0 = fmaxf(top0, tiles[i][2 * h]);
+        top1 = fmaxf(top1, tiles[i][2 * h + 1]);
       }
-      wgmma_wait<0>();
-      hold_registers(s);
-      leave(k_empty + 8 * slot_of(count));
-      softmax_block<true>(s, m, sum, shrink, a.scale_log2, visible);
-      round_weights<T>(p, s);
-
-      // S of this block and P V of the one before are in flight together; the softmax waits for the first alone.
-      const auto advance = [&](auto masked) {
-        const uint32_t next = count + 1;
-        mbarrier_wait(k_full + 8 * slot_of(next), parity_of(next));
-        named_barrier_sync(own_turn, 256);
-        hold_registers(s);
-        hold_registers(o);
-        hold_weights(p);
-        wgmma_fence();
-        issue_scores(q_tile, slot_of(next));
-        mbarrier_wait(v_full + 8 * slot_of(count), parity_of(count));
-        wgmma_fence();
-        issue_values(slot_of(count));
-        named_barrier_arrive(next_turn, 256);
-        wgmma_wait<1>();
-        hold_registers(s);
-        leave(k_empty + 8 * slot_of(next));
-#pragma unroll
-        for (int h = 0; h < 2; ++h) visible[h] += C::kKeys;
-        softmax_block<decltype(masked)::value>(s, m, sum, shrink, a.scale_log2, visible);
-        wgmma_wait<0>();
-        hold_registers(o);
-        hold_weights(p);
-        leave(v_empty + 8 * slot_of(count));
-        if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
-#pragma unroll
-          for (int i = 0; i < kOutputs; ++i) o[i] *= shrink[i / 2 % 2];
-        }
-        round_weights<T>(p, s);
-        count = next;
-      };
-      --block;
-#pragma unroll 1
-      for (; block >= clear; --block) advance(std::true_type());
-#pragma unroll 1
-      for (; block >= 0; --block) advance(std::false_type());
-
-      mbarrier_wait(v_full + 8 * slot_of(count), parity_of(count));
+      shrink[h] = raise_maximum(m[h], quad_maximum(fmaxf(top0, top1)) * a.scale_log2);
+      sum[h] *= shrink[h];
     }
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) s[i] = exp2_fast(fmaf(s[i], a.scale_log2, -m[i / 2 % 2]));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float sum0 = tiles[0][2 * h], sum1 = tiles[0][2 * h + 1];
+#pragma unroll
+      for (int i = 1; i < kTiles; ++i) {
+        sum0 += tiles[i][2 * h];
+        sum1 += tiles[i][2 * h + 1];
+      }
+      sum[h] += sum0 + sum1;
+    }
+  }
 
-    // Epilogue. v~ and out_gate are fetched while the last product runs; a lane takes eight columns in every 32.
-    // What comes from the tile's description is read again, rather than kept in registers through the loop.
-    constexpr int kGroups = C::kDim / 32;
-    const int rows = tile.rows;
-    const int dim = static_cast<int>(a.size.head_dim);
+  __device__ __forceinline__ void round_weights() {
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) p[i / 4][i % 4] = pack2<T>(s[2 * i], s[2 * i + 1]);
+  }
+
+  // Values of the block from row `from` on, which no query sees, become zeros. Every warpgroup clears for itself, so none waits
+  // for another; zeros over zeros do no harm.
+  __device__ __forceinline__ void clear_values(int from) const {
+    const uint32_t v_tile = shared_address(shared.v) + v_ring.slot() * kBytes;
+    for (int r = from + thread / 8; r < C::kKeys; r += 16) {
+#pragma unroll
+      for (int panel = 0; panel < C::kPanels; ++panel)
+        clear_shared16(v_tile + panel * kPanel + r * 128 + thread % 8 * 16);
+    }
+    fence_proxy_async();  // ordinary stores, read by wgmma
+    named_barrier_sync(kValuesCleared + warpgroup, 128);
+  }
+
+  // The last block that the tile sees into; `block` is its number.
+  __device__ __forceinline__ void first_block(int block) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) visible[h] -= block * C::kKeys + 2 * quad;
+    const Ring<C::kStages> k = k_ring(0);
+    k.wait_full();
+    hold_registers(s);
+    wgmma_fence();
+    issue_scores(k.slot());
+    const int valid = tile().keys - block * C::kKeys;
+    if (valid < C::kKeys) {
+      v_ring.wait_full();
+      clear_values(valid);
+    }
+    wgmma_wait<0>();
+    hold_registers(s);
+    leave(k.empty());
+    softmax<true>();
+    round_weights();
+  }
+
+  // S of this block and P V of the one before are in flight together; the softmax waits for the first alone.
+  template <bool MASK>
+  __device__ __forceinline__ void next_block() {
+    const Ring<C::kStages> k = k_ring(1);
+    k.wait_full();
+    wait_turn();
+    hold_registers(s);
+    hold_registers(o);
+    hold_registers(p);
+    wgmma_fence();
+    issue_scores(k.slot());
+    v_ring.wait_full();
+    wgmma_fence();
+    issue_values();
+    pass_turn();
+    wgmma_wait<1>();
+    hold_registers(s);
+    leave(k.empty());
+#pragma unroll
+    for (int h = 0; h < 2; ++h) visible[h] += C::kKeys;
+    softmax<MASK>();
+    wgmma_wait<0>();
+    hold_registers(o);
+    hold_registers(p);
+    leave(v_ring.empty());
+    if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
+#pragma unroll
+      for (int i = 0; i < kOutputs; ++i) o[i] *= shrink[i / 2 % 2];
+    }
+    round_weights();
+    v_ring.next();
+  }
+
+  // Where this thread's part of the tile lies: 8 columns in every 32 of both its rows. Made at the end of a tile, rather than
+  // kept in registers through its loop.
+  struct Place {
+    T* y;
+    const T* out_gate;  // read only where it is given
+    float* lse;
+    int rows, columns;  // that exist, from this thread's first on
+    __device__ __forceinline__ bool has(int h) const { return 8 * h < rows; }
+    __device__ __forceinline__ bool has(int h, int g) const { return has(h) && 32 * g < columns; }
+  };
+  __device__ __forceinline__ Place place() const {
+    const QueryTile& t = tile();
+    const int64_t token = t.token + row;
+    return {static_cast<T*>(a.y.ptr) + t.batch * a.y.batch + token * a.y.token + t.head * a.y.head + 8 * quad,
+            static_cast<const T*>(a.out_gate.ptr) + t.batch * a.out_gate.batch + token * a.out_gate.token +
+                t.head * a.out_gate.head + 8 * quad,
+            a.lse + (t.batch * a.size.heads + t.head) * a.size.tokens + token, t.rows - row,
+            static_cast<int>(a.size.head_dim) - 8 * quad};
+  }
+
+  // v~ and out_gate of row h, where they may be read in 16-byte pieces; epilogue() reads them otherwise.
+  __device__ __forceinline__ void fetch_operands(const Place& at, int h) {
+    constexpr uint32_t kOpen = std::is_same_v<T, bf16> ? 0x7f807f80u : 0x7c007c00u;  // +inf twice: a gate of exactly 1
     const bool vector = a.size.aligned16;
     const bool gated = a.out_gate.ptr != nullptr;
-    T* y = static_cast<T*>(a.y.ptr) + tile.batch * a.y.batch + (tile.token + row) * a.y.token + tile.head * a.y.head +
-           8 * quad;
-    const T* z = static_cast<const T*>(a.out_gate.ptr) + tile.batch * a.out_gate.batch +
-                 (tile.token + row) * a.out_gate.token + tile.head * a.out_gate.head + 8 * quad;
-    constexpr uint32_t kOpen = std::is_same_v<T, bf16> ? 0x7f807f80u : 0x7c007c00u;  // +inf twice: a gate of exactly 1
-    Bytes16 values[2][kGroups], gates[2][kGroups];
-    const auto inside = [&](int h, int g) { return row + 8 * h < rows && 32 * g + 8 * quad < dim; };
-    const auto fetch_operands = [&](int h) {
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        values[h][g] = Bytes16{{0, 0, 0, 0}};
-        gates[h][g] = Bytes16{{kOpen, kOpen, kOpen, kOpen}};
-        if (vector && inside(h, g)) {
-          values[h][g] = *reinterpret_cast<const Bytes16*>(y + 8 * h * a.y.token + 32 * g);
-        }
-        if (vector && gated && inside(h, g)) {
-          gates[h][g] = *reinterpret_cast<const Bytes16*>(z + 8 * h * a.out_gate.token + 32 * g);
-        }
+    for (int g = 0; g < kGroups; ++g) {
+      values[h][g] = Bytes16{{0, 0, 0, 0}};
+      gates[h][g] = Bytes16{{kOpen, kOpen, kOpen, kOpen}};
+      if (vector && at.has(h, g)) {
+        values[h][g] = *reinterpret_cast<const Bytes16*>(at.y + 8 * h * a.y.token + 32 * g);
       }
-    };
-    if (tile.keys > 0) {
-      hold_registers(o);
-      hold_weights(p);
-      wgmma_fence();
-      issue_values(count % C::kStages);
-      fetch_operands(0);
-      if constexpr (C::kFetchBoth) fetch_operands(1);
-      wgmma_wait<0>();
-      hold_registers(o);
-      hold_weights(p);
-      leave(v_empty + 8 * (count % C::kStages));
-      ++count;
-    } else {
-      fetch_operands(0);
-      if constexpr (C::kFetchBoth) fetch_operands(1);
+      if (vector && gated && at.has(h, g)) {
+        gates[h][g] = *reinterpret_cast<const Bytes16*>(at.out_gate + 8 * h * a.out_gate.token + 32 * g);
+      }
     }
-    float (&tiles_of_o)[kOutputs / 4][4] = reinterpret_cast<float (&)[kOutputs / 4][4]>(o);
+  }
+  // Of both rows before the last product ends, where registers allow.
+  __device__ __forceinline__ void fetch_early(const Place& at) {
+    fetch_operands(at, 0);
+    if constexpr (C::kFetchBoth) fetch_operands(at, 1);
+  }
+
+  __device__ __forceinline__ void last_values(const Place& at) {
+    hold_registers(o);
+    hold_registers(p);
+    wgmma_fence();
+    issue_values();
+    fetch_early(at);
+    wgmma_wait<0>();
+    hold_registers(o);
+    hold_registers(p);
+    leave(v_ring.empty());
+    v_ring.next();
+  }
+
+  __device__ __forceinline__ void epilogue(const Place& at, int h) {
+    const bool vector = a.size.aligned16;
+    const bool gated = a.out_gate.ptr != nullptr;
+    const float own_weight = exp2_fast(own[h] - m[h]);
+    const float total = quad_sum(sum[h]) + own_weight;
+    const float inverse = reciprocal_fast(total);
+    if (at.has(h) && quad == 0) at.lse[8 * h] = (m[h] + __log2f(total)) * kLn2;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float total = sum[h];
-      total += __shfl_xor_sync(0xffffffffu, total, 1);
-      total += __shfl_xor_sync(0xffffffffu, total, 2);
-      const float own_weight = exp2_fast(own[h] - m[h]);
-      total += own_weight;
-      const float inverse = reciprocal_fast(total);
-      if (row + 8 * h < rows && quad == 0) {
-        a.lse[(tile.batch * a.size.heads + tile.head) * a.size.tokens + tile.token + row + 8 * h] =
-            (m[h] + __log2f(total)) * 0.6931471805599453f;
-      }
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        float out[8];
-        gather_quad(out, tiles_of_o, 4 * g, h, lane);
-        alignas(16) T value[8], gate[8];
-        *reinterpret_cast<Bytes16*>(value) = values[h][g];
-        *reinterpret_cast<Bytes16*>(gate) = gates[h][g];
-        if (!vector && inside(h, g)) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            value[i] = y[8 * h * a.y.token + 32 * g + i];
-            if (gated) gate[i] = z[8 * h * a.out_gate.token + 32 * g + i];
-          }
-        }
+    for (int g = 0; g < kGroups; ++g) {
+      float out[8];
+      gather_quad(out, tiles_of(o), 4 * g, h, lane);
+      alignas(16) T value[8], gate[8];
+      *reinterpret_cast<Bytes16*>(value) = values[h][g];
+      *reinterpret_cast<Bytes16*>(gate) = gates[h][g];
+      T* y = at.y + 8 * h * a.y.token + 32 * g;
+      const T* out_gate = at.out_gate + 8 * h * a.out_gate.token + 32 * g;
+      if (!vector && at.has(h, g)) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          out[i] = (out[i] + own_weight * to_float(value[i])) * (inverse * sigmoid_fast(to_float(gate[i])));
+          value[i] = y[i];
+          if (gated) gate[i] = out_gate[i];
         }
-        if (inside(h, g)) store8(y + 8 * h * a.y.token + 32 * g, out, vector);
       }
-      if (!C::kFetchBoth && h == 0) fetch_operands(1);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        out[i] = (out[i] + own_weight * to_float(value[i])) * (inverse * sigmoid_fast(to_float(gate[i])));
+      }
+      if (at.has(h, g)) store8(y, out, vector);
     }
-    leave(q_empty + 8 * q_slot);
-    leave(shared_address(&shared.tile_empty[tiles % kTileSlots]));
   }
-  if (warpgroup == 0) named_barrier_sync(own_turn, 256);  // the last turn that was passed on
+};
+
+template <class C>
+__device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, int warpgroup) {
+  Consumer<C> c(a, shared, warpgroup);
+  if (warpgroup == C::kConsumers - 1) named_barrier_arrive(kTurn, 256);  // the first turn is warpgroup 0's
+
+  for (;; c.q_ring.next()) {
+    c.q_ring.wait_full();  // and the tile's description, which the loaders waited for
+    if (c.tile().rows == 0) break;
+    c.begin();
+    const int blocks = (c.tile().keys + C::kKeys - 1) / C::kKeys;
+    if (blocks > 0) {
+      const int clear = c.tile().visible.first_masked_block(C::kKeys);
+      int block = blocks - 1;
+      c.first_block(block);
+      --block;
+#pragma unroll 1
+      for (; block >= clear; --block) c.template next_block<true>();
+#pragma unroll 1
+      for (; block >= 0; --block) c.template next_block<false>();
+      c.v_ring.wait_full();
+    }
+    const auto at = c.place();
+    if (c.tile().keys > 0) {
+      c.last_values(at);
+    } else {
+      c.fetch_early(at);
+    }
+    c.epilogue(at, 0);
+    if constexpr (!C::kFetchBoth) c.fetch_operands(at, 1);
+    c.epilogue(at, 1);
+    c.leave(c.q_ring.empty());
+    c.leave(c.tile_ring().empty());
+  }
+  if (warpgroup == 0) c.wait_turn();  // the last turn that was passed on
 }
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     chunk_attention_fwd_sm90_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap k_map,
                                     const __grid_constant__ CUtensorMap v_map) {
+#ifdef RAT_HOPPER_CODE
   extern __shared__ uint8_t raw_shared[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(
       raw_shared + (1024 - static_cast<uint32_t>(__cvta_generic_to_shared(raw_shared)) % 1024) % 1024);
   const int warpgroup = threadIdx.x / 128;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kTileSlots; ++i) {
-      mbarrier_init(shared_address(&shared.tile_full[i]), 1);
-      mbarrier_init(shared_address(&shared.tile_empty[i]), 4 * C::kConsumers + C::kLoaders);
-    }
-    for (int i = 0; i < 2; ++i) {
-      mbarrier_init(shared_address(&shared.q_full[i]), C::kLoaders);
-      mbarrier_init(shared_address(&shared.q_empty[i]), 4 * C::kConsumers);
-    }
-    for (int i = 0; i < C::kStages; ++i) {
-      mbarrier_init(shared_address(&shared.k_full[i]), 1);
-      mbarrier_init(shared_address(&shared.v_full[i]), 1);
-      mbarrier_init(shared_address(&shared.k_empty[i]), 4 * C::kConsumers);
-      mbarrier_init(shared_address(&shared.v_empty[i]), 4 * C::kConsumers);
-    }
+    constexpr uint32_t kConsumerWarps = 4 * C::kConsumers;
+    shared.tile_ring.init(1, C::kLoaders + kConsumerWarps);
+    shared.q_ring.init(C::kLoaders, kConsumerWarps);
+    shared.k_ring.init(1, kConsumerWarps);
+    shared.v_ring.init(1, kConsumerWarps);
     mbarrier_init_fence();
   }
-  __syncthreads();
+  __syncthreads();  // everyone sees the barriers
   if (warpgroup == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(C::kProducerRegisters));
+    give_registers<C::kProducerRegisters>();
     if (threadIdx.x >= 32) {
       feed_queries<C>(a, shared, threadIdx.x - 32);
     } else if (threadIdx.x == 0) {
       feed_blocks<C>(a, k_map, v_map, shared);
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(C::kConsumerRegisters));
+    take_registers<C::kConsumerRegisters>();
     consume<C>(a, shared, warpgroup - 1);
   }
+#endif
 }
 
 // ---- launcher ---------------------------------------------------------------------------------------------------------
@@ -803,6 +817,15 @@ constexpr int64_t kShortRows = 4096;        // chunk states a head, of 128 eleme
 constexpr int64_t kShortNarrowRows = 1024;  // of 64
 constexpr int64_t kRowsForScalarQueries = 4096;
 
+float scale_log2(const AttentionFwdParams& params) {
+  return mask_safe(static_cast<float>(std::fabs(params.scale) * 1.4426950408889634));
+}
+
+bool queries_by_16(const AttentionFwdParams& params) {
+  return params.size.aligned16 && params.size.head_dim % 16 == 0 && is_aligned16(params.rotary.cos) &&
+         is_aligned16(params.rotary.sin);
+}
+
 template <class C>
 void launch(const AttentionFwdParams& params, const FwdScratch& scratch, cudaStream_t stream) {
   const Sizes& s = params.size;
@@ -815,8 +838,9 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, cudaStr
   a.chunks = params.chunks;
   a.s_self = scratch.s_self;
   a.lse = static_cast<float*>(params.lse);
-  a.scale_log2 = static_cast<float>(std::fabs(params.scale) * 1.4426950408889634);
+  a.scale_log2 = scale_log2(params);
   a.q_sign = params.scale < 0 ? -1.0f : 1.0f;
+  a.queries_by_16 = queries_by_16(params);
   a.heads_per_group = static_cast<uint32_t>(s.heads / s.q_groups);
 
   const int64_t total = work_items(s, C::kRows) * s.heads;
@@ -844,15 +868,9 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, cudaStr
   check_launch(name);
 }
 
-// Chunk rows of a sequence; of packed ones their mean.
-int64_t rows_of_a_sequence(const AttentionFwdParams& params) {
-  const int64_t rows = params.chunks.rows;
-  return params.chunks.compact && params.size.sequences > 0 ? rows / params.size.sequences : rows;
-}
-
 template <class T>
 void launch_for(const AttentionFwdParams& params, const FwdScratch& scratch, cudaStream_t stream) {
-  const int64_t rows = rows_of_a_sequence(params);
+  const int64_t rows = rows_of_a_sequence(params.size, params.chunks);
   if (params.size.head_dim > 64) {
     rows <= kShortRows ? launch<WideShort<T>>(params, scratch, stream) : launch<Wide<T>>(params, scratch, stream);
   } else {
@@ -866,32 +884,20 @@ void launch_for(const AttentionFwdParams& params, const FwdScratch& scratch, cud
 namespace sm90 {
 
 const char* fwd_refuses(const AttentionFwdParams& params) {
-#ifndef RAT_EXT_SM90
-  return "this build has no code for sm_90a";
-#endif
   const Sizes& s = params.size;
-  const ChunkStates& c = params.chunks;
   constexpr int64_t kMany = INT64_C(1) << 30;  // tile and row indices are 32-bit
   if (s.dtype != DType::bf16 && s.dtype != DType::f16) return "the dtype is not bfloat16 or float16";
   if (s.head_dim > 128) return "D is over 128";
-  if (!std::isfinite(params.scale) || params.scale == 0.0) return "the scale is 0 or not finite";
-  // The tensor maps want dense rows, a 16-byte aligned start, and at least one row.
-  if (c.rows <= 0) return "there are no chunk states";
-  if (c.rows > kMany) return "there are over 2^30 chunk states per head";
-  if (c.head != c.rows * s.head_dim || (!c.compact && c.sequence != s.heads * c.head)) {
-    return "chunk states are not contiguous";
-  }
-  if (reinterpret_cast<uintptr_t>(c.k) % 16 != 0 || reinterpret_cast<uintptr_t>(c.v) % 16 != 0) {
-    return "chunk states are not 16-byte aligned";
-  }
-  // Rows of q that cannot be read in 16-byte pieces are read element by element, which only many keys make up for.
-  if ((!s.aligned16 || s.head_dim % 16 != 0) && rows_of_a_sequence(params) < kRowsForScalarQueries) {
-    return "rows of q are read element by element, and too few chunk states make up for it";
+  if (!std::isfinite(scale_log2(params))) return "the scale is not finite in float32";
+  if (const char* reason = no_state_map(s, params.chunks)) return reason;
+  // Rows that cannot be read in 16-byte pieces are read element by element, which only many keys make up for.
+  if (!queries_by_16(params) && rows_of_a_sequence(s, params.chunks) < kRowsForScalarQueries) {
+    return "rows of q or of the rotary tables are read element by element, and too few chunk states make up for it";
   }
   if (s.tokens > kMany || s.sequences * s.heads > kMany || work_items(s, 64) > kMany / s.heads) {
     return "the call is too large for 32-bit indices";
   }
-  return is_hopper() ? nullptr : "the GPU is not of compute capability 9.0";
+  return no_hopper();
 }
 
 Launch fwd(const AttentionFwdParams& params, const FwdScratch& scratch, Arena&) {

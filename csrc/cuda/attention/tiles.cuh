@@ -1,11 +1,13 @@
-// What the chunk attention families share beside arithmetic: which chunk a row of a query tile is in, in which order tiles
-// are launched, and the rotation of q.
+// What the chunk attention families share on the device beside arithmetic: the order of query tiles, the tiles of keys and the
+// queries that walk them, and the rotation of q.
 #pragma once
 
-#include "../device/elements.cuh"
+#include "../device/rows.cuh"
 #include "../device/sequence.cuh"
 #include "../host/launch.h"
 #include "../phases.h"
+#include "plan.h"
+#include "visible.cuh"
 
 namespace rat::cuda {
 
@@ -27,28 +29,6 @@ struct TileChunks {
     return r < to_next ? first : first + 1 + static_cast<int>((r - to_next) / size);
   }
 };
-
-// Blocks of a kernel over (query tile, lane), where a lane is a head or a query group. The cost of a tile grows with its
-// index, so late tiles are launched first. (sequence, lane) pairs run in sections whose keys and values fit in L2.
-struct TileOrder {
-  int64_t lanes = 1;
-  int64_t section = 1;
-};
-
-inline int64_t tile_blocks(const Sizes& s, int64_t tile, const TileOrder& order) {
-  return work_items(s, tile) * order.lanes;
-}
-
-inline TileOrder tile_order(const Sizes& s, const ChunkStates& chunks, int64_t lanes, int64_t element_bytes) {
-  constexpr int64_t kBudget = 24 << 20;
-  const int64_t bytes = 2 * chunks.rows * s.head_dim * element_bytes;
-  TileOrder order;
-  order.lanes = lanes;
-  order.section = bytes > 0 ? (kBudget + bytes - 1) / bytes : s.sequences * lanes;
-  if (order.section > s.sequences * lanes) order.section = s.sequences * lanes;
-  if (order.section < 1) order.section = 1;
-  return order;
-}
 
 __device__ __forceinline__ WorkItem ordered_item(const Sizes& s, const TileOrder& order, int64_t block, int64_t tile,
                                                  int64_t* lane) {
@@ -104,57 +84,7 @@ __device__ __forceinline__ void rotate4(float (&low)[4], float (&high)[4], const
   }
 }
 
-// Backward only: R_c x of every token and group (x itself without a rotation), (B, T, groups, D) of T contiguous. The heads
-// of a group and all backward kernels read R q many times, through cp.async or the copy engine, which cannot rotate and need
-// 16-byte alignment. 2 D elements of traffic a token and group.
-template <class T>
-__global__ void __launch_bounds__(256)
-    chunk_attention_rotate_bwd_kernel(const __grid_constant__ Sizes s, const __grid_constant__ Rows x, int64_t groups,
-                                      const float* cos, const float* sin, T* out) {
-  const int pieces = static_cast<int>(s.head_dim / 8);
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (index >= s.batch * s.tokens * groups * pieces) return;
-  const int piece = static_cast<int>(index % pieces);
-  const int64_t row = index / pieces;
-  const int64_t group = row % groups, token = row / groups % s.tokens, batch = row / groups / s.tokens;
-  int64_t n = batch;
-  if (s.cu_seqlens) {
-    int64_t low = 0, high = s.sequences - 1;  // the last n that starts at or before the token
-    while (low < high) {
-      const int64_t middle = (low + high + 1) / 2;
-      if (s.cu_seqlens[middle] <= token) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    n = low;
-  }
-  const Sequence sequence = sequence_at(s, n);
-  if (token >= sequence.end) return;
-  const int half = static_cast<int>(s.head_dim / 2);
-  const T* from = row_pointer<T>(x, batch, token, group) + 4 * piece;
-  float low[4], high[4];
-  load4(from, low, s.aligned16);
-  load4(from + half, high, s.aligned16);
-  rotate4(low, high, cos, sin, (sequence.start + token - sequence.begin) / s.chunk_size, half, piece, 1.0f);
-  FourOf<T> a, b;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    a.value[j] = from_float<T>(low[j]);
-    b.value[j] = from_float<T>(high[j]);
-  }
-  T* to = out + row * s.head_dim + 4 * piece;
-  *reinterpret_cast<FourOf<T>*>(to) = a;
-  *reinterpret_cast<FourOf<T>*>(to + half) = b;
-}
-
-// Key tiles of KEYS chunk rows, enumerated without a host read of any length. Per-sequence rows: ceil(rows / KEYS) tiles for
-// each sequence. Compact: sequence n owns items from first_row(n) / KEYS + n on; they never overlap, as in work_item.
-inline int64_t key_tiles(const Sizes& s, const ChunkStates& c, int64_t keys) {
-  return c.compact ? c.rows / keys + s.sequences : s.sequences * ceil_div(c.rows, keys);
-}
-
+// A block's chunk states, in the enumeration of key_tiles().
 struct KeyTile {
   Sequence sequence;
   int64_t first;   // first key of the tile
@@ -164,60 +94,36 @@ struct KeyTile {
 __device__ __forceinline__ KeyTile key_tile(const Sizes& s, const ChunkStates& c, int64_t item, int64_t keys) {
   KeyTile k;
   if (c.compact) {
-    int64_t low = 0, high = s.sequences - 1;
-    while (low < high) {
-      const int64_t middle = (low + high + 1) / 2;
-      if (first_chunk_row(s, c, middle) / keys + middle <= item) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    k.sequence = sequence_at(s, low);
-    k.first = (item - (first_chunk_row(s, c, low) / keys + low)) * keys;
+    const auto first_tile = [&](int64_t n) { return first_chunk_row(s, c, n) / keys + n; };
+    const int64_t n = last_sequence(s, item, first_tile);
+    k.sequence = sequence_at(s, n);
+    k.first = (item - first_tile(n)) * keys;
   } else {
     const int64_t tiles = (c.rows + keys - 1) / keys;
     k.sequence = sequence_at(s, item / tiles);
     k.first = item % tiles * keys;
   }
-  k.closed = (k.sequence.start + k.sequence.end - k.sequence.begin) / s.chunk_size;
+  k.closed = (k.sequence.start + k.sequence.end - k.sequence.begin) / s.key_every;
   return k;
 }
 
-// Elements between the first and the last of a head's chunk rows, in the offsets of ChunkStates.
-inline int64_t states_extent(const Sizes& s, const ChunkStates& c) {
-  if (s.sequences * s.heads == 0) return 0;
-  return (c.compact ? 0 : (s.sequences - 1) * c.sequence) + (s.heads - 1) * c.head + c.rows * s.head_dim;
-}
+// The query tiles that one of `shares` shares of a key tile walks: of those that see its first key, counted from the tile of
+// the sequence's last token (number `last`) backwards, [begin, end).
+struct QueryWalk {
+  int last;
+  int begin;
+  int end;
+};
 
-// Adds the shares of the queries, in order. Rows that are not valid hold anything before and after.
-template <class Acc>
-__global__ void __launch_bounds__(256)
-    chunk_attention_reduce_bwd_kernel(const Acc* shares_k, const Acc* shares_v, int shares, int64_t share_stride,
-                                      int64_t count, Acc* dchunk_k, Acc* dchunk_v) {
-  const int64_t index = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
-  if (index >= 2 * count) return;
-  const bool second = index >= count;
-  const int64_t offset = second ? index - count : index;
-  const float* from = (second ? shares_v : shares_k) + offset;
-  float4 sum = *reinterpret_cast<const float4*>(from);
-  for (int s = 1; s < shares; ++s) {
-    const float4 x = *reinterpret_cast<const float4*>(from + s * share_stride);
-    sum.x += x.x;
-    sum.y += x.y;
-    sum.z += x.z;
-    sum.w += x.w;
-  }
-  *reinterpret_cast<float4*>((second ? dchunk_v : dchunk_k) + offset) = sum;
-}
-
-inline void add_shares(const float* shares_k, const float* shares_v, int64_t shares, int64_t extent,
-                       const BwdScratch& scratch, cudaStream_t stream) {
-  if (extent == 0) return;
-  const char* name = "chunk_attention_reduce_bwd_kernel";
-  chunk_attention_reduce_bwd_kernel<float><<<grid_x(ceil_div(2 * extent / 4, 256), name), 256, 0, stream>>>(
-      shares_k, shares_v, static_cast<int>(shares), extent, extent, scratch.dchunk_k, scratch.dchunk_v);
-  check_launch(name);
+template <int QUERIES, class Count>
+__device__ __forceinline__ QueryWalk query_walk(const VisibleFrom& visible, int length, Count share, Count shares) {
+  QueryWalk walk;
+  walk.last = (length - 1) / QUERIES;
+  const int first_seen = clamp_token(visible.from);
+  const int64_t tiles = first_seen < length ? walk.last - first_seen / QUERIES + 1 : 0;
+  walk.begin = static_cast<int>(tiles * share / shares);
+  walk.end = static_cast<int>(tiles * (share + 1) / shares);
+  return walk;
 }
 
 }  // namespace rat::cuda

@@ -24,6 +24,24 @@ __device__ __forceinline__ Sequence sequence_at(const Sizes& s, int64_t n) {
   return q;
 }
 
+// The search of a packed call: the last sequence n with first(n) <= at. `first` never falls from one sequence to the next, and
+// first(0) <= at. Index is int64_t, or uint32_t where a kernel has no time for 64-bit arithmetic.
+template <class Index, class First>
+__device__ __forceinline__ Index last_sequence(const Sizes& s, Index at, First&& first) {
+  Index low = 0, high = static_cast<Index>(s.sequences) - 1;
+  while (low < high) {
+    const Index middle = (low + high + 1) / 2;
+    if (first(middle) <= at) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+// ---- work -------------------------------------------------------------------------------------------------------------
+
 // Work is cut into tiles of `tile` tokens. A sequence of len tokens gets at most ceil(len / tile) + 1 tiles (one more, so
 // that tiles may start at a chunk boundary before the first token). Dense: sequence n owns items
 // [n*tiles_per_row, (n+1)*tiles_per_row). Packed: sequence n owns items from cu_seqlens[n] / tile + 2n on, which never
@@ -36,6 +54,11 @@ __host__ __device__ __forceinline__ int64_t work_items(const Sizes& s, int64_t t
   return s.cu_seqlens ? s.tokens / tile + 2 * s.sequences : s.sequences * tiles_per_row(s, tile);
 }
 
+// The first item of sequence n.
+__device__ __forceinline__ int64_t first_item(const Sizes& s, int64_t n, int64_t tile) {
+  return s.cu_seqlens ? s.cu_seqlens[n] / tile + 2 * n : n * tiles_per_row(s, tile);
+}
+
 struct WorkItem {
   Sequence sequence;
   int64_t tile;  // index of the tile in its sequence; may lie past the last token: then there is nothing to do
@@ -44,17 +67,9 @@ struct WorkItem {
 __device__ __forceinline__ WorkItem work_item(const Sizes& s, int64_t item, int64_t tile) {
   WorkItem w;
   if (s.cu_seqlens) {
-    int64_t low = 0, high = s.sequences - 1;  // the last n whose first item is <= item
-    while (low < high) {
-      const int64_t middle = (low + high + 1) / 2;
-      if (s.cu_seqlens[middle] / tile + 2 * middle <= item) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    w.sequence = sequence_at(s, low);
-    w.tile = item - (w.sequence.begin / tile + 2 * low);
+    const int64_t n = last_sequence(s, item, [&](int64_t n) { return first_item(s, n, tile); });
+    w.sequence = sequence_at(s, n);
+    w.tile = item - (w.sequence.begin / tile + 2 * n);
   } else {
     const int64_t per_row = tiles_per_row(s, tile);
     w.sequence = sequence_at(s, item / per_row);
@@ -63,14 +78,62 @@ __device__ __forceinline__ WorkItem work_item(const Sizes& s, int64_t item, int6
   return w;
 }
 
+// ---- chunk states -----------------------------------------------------------------------------------------------------
+
 // First row of a sequence's chunk states inside a head's rows, see ChunkStates.
 __device__ __forceinline__ int64_t first_chunk_row(const Sizes& s, const ChunkStates& c, int64_t n) {
-  return c.compact ? s.cu_seqlens[n] / s.chunk_size + n : 0;
+  return c.compact ? s.cu_seqlens[n] / s.key_every + n : 0;
 }
 
 // Element offset of chunk row 0 of (sequence n, head h).
 __device__ __forceinline__ int64_t chunk_offset(const Sizes& s, const ChunkStates& c, int64_t n, int64_t h) {
   return n * c.sequence + h * c.head + first_chunk_row(s, c, n) * s.head_dim;
 }
+
+// ---- the chunk clock --------------------------------------------------------------------------------------------------
+
+// What a token is to its chunk, token by token, in either direction. The questions are apart, as their facts are in Sizes; one
+// counter answers them all, since the op gives the three facts one value and a second counter would cost registers.
+// Chunks may be longer than any sequence: what lies further ahead than a tile is clipped, which keeps the counter in 32 bits.
+class ChunkClock {
+ public:
+  __device__ __forceinline__ ChunkClock(const Sizes& s, int64_t position) {
+    constexpr int64_t kFar = int64_t{1} << 30;
+    const int64_t size = s.reset;
+    chunk_ = position / size;
+    const int64_t exact = position - chunk_ * size;
+    length_ = static_cast<int>(size < kFar ? size : kFar);
+    if (size <= kFar) {
+      offset_ = static_cast<int>(exact);
+    } else {
+      const int64_t ahead = size - exact;  // 1 ... : tokens up to and with the one that closes the chunk
+      const int64_t clipped = ahead < kFar / 2 ? kFar - ahead : (exact < kFar / 2 ? exact : kFar / 2);
+      offset_ = static_cast<int>(clipped);
+    }
+  }
+
+  __device__ __forceinline__ bool resets() const { return offset_ == 0; }  // the recurrence starts anew at this token
+  __device__ __forceinline__ bool leaves_key() const { return offset_ == length_ - 1; }  // its state becomes a key
+  __device__ __forceinline__ int64_t key() const { return chunk_; }                      // which one
+  __device__ __forceinline__ int64_t angle() const { return chunk_; }                    // the rotation of its position
+
+  __device__ __forceinline__ void next() {
+    if (++offset_ == length_) {
+      offset_ = 0;
+      ++chunk_;
+    }
+  }
+  __device__ __forceinline__ void back() {
+    if (--offset_ < 0) {
+      offset_ = length_ - 1;
+      --chunk_;
+    }
+  }
+
+ private:
+  int64_t chunk_;
+  int offset_;  // tokens of the chunk before this one
+  int length_;
+};
 
 }  // namespace rat::cuda

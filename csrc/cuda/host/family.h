@@ -11,10 +11,13 @@
 #include <cuda_runtime.h>
 
 #include <functional>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "../../arena.h"
+#include "../explain.h"
 
 namespace rat::cuda {
 
@@ -28,22 +31,66 @@ struct Family {
   Launch (*plan)(const Params&, const Scratch&, Arena&);
 };
 
-// Does RAT_EXT_KERNELS name this family of this phase? Throws std::runtime_error where it names one that does not exist.
+// A name that RAT_EXT_KERNELS may give. Tables call it when the library is loaded.
+void register_family(const char* phase, const char* family);
+
+// Does RAT_EXT_KERNELS name this family of this phase? Throws std::runtime_error where it names one that no table has.
 bool is_forced(const char* phase, const char* family);
 
-// The table of a phase, as choose() and explain() walk it.
-template <class Row, size_t N, class Params>
-const Row& choose(const char* phase, const Row (&table)[N], const Params& params) {
-  for (const Row& row : table) {
-    if (is_forced(phase, row.name) && row.refuses(params) == nullptr) return row;
+// The families of a phase. Row is a Family, or anything else with a name and refuses(). Tables are constants of namespace scope.
+template <class Row>
+class FamilyTable {
+ public:
+  FamilyTable(const char* phase, std::initializer_list<Row> rows) : phase_(phase), rows_(rows) {
+    for (const Row& row : rows_) register_family(phase, row.name);
   }
-  std::string reasons;
-  for (const Row& row : table) {
-    const char* reason = row.refuses(params);
-    if (reason == nullptr) return row;
-    reasons += std::string(reasons.empty() ? "" : "; ") + row.name + ": " + reason;
+
+  template <class Params>
+  const Row& choose(const Params& params) const {
+    if (const Row* row = pick(params)) return *row;
+    std::string reasons;
+    for (const Row& row : rows_) {
+      reasons += std::string(reasons.empty() ? "" : "; ") + row.name + ": " + row.refuses(params);
+    }
+    throw std::runtime_error(std::string("rat_ext: ") + phase_ + ": no kernel family serves this call (" + reasons +
+                             ")");
   }
-  throw std::runtime_error(std::string("rat_ext: ") + phase + ": no kernel family serves this call (" + reasons + ")");
-}
+
+  template <class Params>
+  std::vector<Choice> explain(const Params& params) const {
+    const Row* picked = pick(params);
+    std::vector<Choice> choices;
+    for (const Row& row : rows_) {
+      const bool forced = is_forced(phase_, row.name);
+      const char* reason = row.refuses(params);
+      std::string why;
+      if (&row == picked) {
+        why = forced ? "forced by RAT_EXT_KERNELS" : "the first that serves the call";
+      } else if (reason != nullptr) {
+        why = std::string(forced ? "forced by RAT_EXT_KERNELS, but " : "") + reason;
+      } else {
+        why = std::string("serves the call too, but ") + picked->name +
+              (is_forced(phase_, picked->name) && !forced ? " is forced by RAT_EXT_KERNELS" : " comes first");
+      }
+      choices.push_back({phase_, row.name, &row == picked, why});
+    }
+    return choices;
+  }
+
+ private:
+  template <class Params>
+  const Row* pick(const Params& params) const {
+    for (const Row& row : rows_) {
+      if (is_forced(phase_, row.name) && row.refuses(params) == nullptr) return &row;
+    }
+    for (const Row& row : rows_) {
+      if (row.refuses(params) == nullptr) return &row;
+    }
+    return nullptr;
+  }
+
+  const char* phase_;
+  std::vector<Row> rows_;
+};
 
 }  // namespace rat::cuda

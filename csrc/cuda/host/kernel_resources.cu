@@ -58,6 +58,7 @@ DeviceReport device_report() {
                               chunk_attention_fwd_sm80_kernels(),
                               chunk_attention_bwd_sm80_kernels(),
                               chunk_attention_f32_kernels(),
+                              chunk_attention_rotate_reduce_kernels(),
                               decode_kernels()};
   for (const KernelList& list : lists) {
     for (int i = 0; i < list.count; ++i) {

@@ -51,6 +51,15 @@ inline bool is_hopper() {
          device_attribute<cudaDevAttrComputeCapabilityMinor>() == 0;
 }
 
+// Null where kernels of RAT_HOPPER_CODE (ptx/target.cuh) run, else why not.
+inline const char* no_hopper() {
+#ifdef RAT_EXT_SM90
+  return is_hopper() ? nullptr : "the GPU is not of compute capability 9.0";
+#else
+  return "this build has no code for sm_90a";
+#endif
+}
+
 // Raises the limit of dynamic shared memory where a kernel needs more than the 48 KB that need no asking. The limit holds
 // until the process ends: the runtime, which takes microseconds, is told once for each kernel and device.
 template <class Kernel>

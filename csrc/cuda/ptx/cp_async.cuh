@@ -1,13 +1,9 @@
 // cp.async: 16 (or 8, or 4) bytes from global to shared memory without passing through registers. PTX ISA 9.7.9.25.3.
 #pragma once
 
-#include <cstdint>
+#include "memory.cuh"
 
 namespace rat::cuda {
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 // Nothing is read from `source` and zeros are written when `valid` is false. Both addresses are 16-byte aligned.
 __device__ __forceinline__ void cp_async16(uint32_t target, const void* source, bool valid) {

@@ -9,8 +9,9 @@
 
 #include <cstdint>
 
-#include "../device/elements.cuh"
+#include "../device/math.cuh"
 #include "cp_async.cuh"
+#include "special.cuh"
 
 namespace rat::cuda {
 
@@ -56,50 +57,12 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, const uint32
                : "memory");
 }
 
-// Two floats to one word, the first in the low half.
-template <class T>
-__device__ __forceinline__ uint32_t pack2(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t pack2<bf16>(float low, float high) {
-  uint32_t r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-template <>
-__device__ __forceinline__ uint32_t pack2<f16>(float low, float high) {
-  uint32_t r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-
-// The two floats of a word.
-template <class T>
-__device__ __forceinline__ float2 unpack2(uint32_t word);
-template <>
-__device__ __forceinline__ float2 unpack2<bf16>(uint32_t word) {
-  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
-}
-template <>
-__device__ __forceinline__ float2 unpack2<f16>(uint32_t word) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&word));
-}
-
-// 2^x, one MUFU: relative error 2^-22; results below 2^-126 become 0.
-__device__ __forceinline__ float exp2_fast(float x) {
-  float r;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(r) : "f"(x));
-  return r;
-}
-
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-
 // A shared-memory tile of rows of DPAD 16-bit elements. The 16-byte piece `piece` of a row lies where the row's low bits
 // put it by XOR, so that ldmatrix (eight rows, one piece) and row-wise 16-byte stores both touch all 32 banks once. Rows that
 // are a multiple of 128 bytes permute 8 pieces by row % 8; rows of 64 or 192 bytes already alternate between the two
 // halves of the banks and permute 4 pieces by row / 2 % 4. Tiles start at multiples of 128 bytes.
 template <int DPAD>
-struct Tile {
+struct SwizzledTile {
   static_assert(DPAD % 32 == 0, "a row is a multiple of 64 bytes");
   static constexpr int kRowBytes = DPAD * 2;
   static constexpr int kPieces = DPAD / 8;
@@ -134,13 +97,13 @@ struct LeftOperand {
 
   // `tile` is the address of the first of the warp's rows (a multiple of 8 rows into a tile).
   __device__ __forceinline__ void bind(uint32_t tile, int lane) {
-    address = Tile<DPAD>::lane_rows(tile, lane);
+    address = SwizzledTile<DPAD>::lane_rows(tile, lane);
     if constexpr (IN_REGISTERS) {
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-          ldmatrix_x4(fragment[k][m], Tile<DPAD>::step(address, k) + m * 16 * Tile<DPAD>::kRowBytes);
+          ldmatrix_x4(fragment[k][m], SwizzledTile<DPAD>::step(address, k) + m * 16 * SwizzledTile<DPAD>::kRowBytes);
         }
       }
     }
@@ -152,7 +115,7 @@ struct LeftOperand {
 #pragma unroll
         for (int i = 0; i < 4; ++i) a[m][i] = fragment[k][m][i];
       } else {
-        ldmatrix_x4(a[m], Tile<DPAD>::step(address, k) + m * 16 * Tile<DPAD>::kRowBytes);
+        ldmatrix_x4(a[m], SwizzledTile<DPAD>::step(address, k) + m * 16 * SwizzledTile<DPAD>::kRowBytes);
       }
     }
   }
@@ -175,11 +138,11 @@ __device__ __forceinline__ void product_over_d(float (&c)[MT][NT][4], const Left
   for (int k = 0; k < DPAD / 16; ++k) {
     uint32_t a[MT][4];
     left.fetch(k, a);
-    const uint32_t address = Tile<DPAD>::step(b_lane, k);
+    const uint32_t address = SwizzledTile<DPAD>::step(b_lane, k);
 #pragma unroll
     for (int n = 0; n < NT / 2; ++n) {
       uint32_t b[4];
-      ldmatrix_x4(b, address + n * 16 * Tile<DPAD>::kRowBytes);
+      ldmatrix_x4(b, address + n * 16 * SwizzledTile<DPAD>::kRowBytes);
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         mma_16816<T>(c[m][2 * n], a[m], b[0], b[1]);
@@ -194,14 +157,14 @@ __device__ __forceinline__ void product_over_d(float (&c)[MT][NT][4], const Left
 template <class T, int DPAD, int MT, int KT, int SPLIT>
 __device__ __forceinline__ void product_over_rows(float (&c)[MT][DPAD / 8 / SPLIT][4], const uint32_t (&a)[MT][KT][4],
                                                   uint32_t b_lane) {
-  static_assert(SPLIT == 1 || (SPLIT == 2 && Tile<DPAD>::kGroup == 8), "halves of a swizzle group");
+  static_assert(SPLIT == 1 || (SPLIT == 2 && SwizzledTile<DPAD>::kGroup == 8), "halves of a swizzle group");
 #pragma unroll
   for (int k = 0; k < KT; ++k) {
 #pragma unroll
     for (int n = 0; n < DPAD / 16 / SPLIT; ++n) {
       const int pair = SPLIT == 1 ? n : n / 2 * 4 + n % 2;
       uint32_t b[4];
-      ldmatrix_x4_trans(b, Tile<DPAD>::step(b_lane, pair) + k * 16 * Tile<DPAD>::kRowBytes);
+      ldmatrix_x4_trans(b, SwizzledTile<DPAD>::step(b_lane, pair) + k * 16 * SwizzledTile<DPAD>::kRowBytes);
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         mma_16816<T>(c[m][2 * n], a[m][k], b[0], b[1]);
@@ -256,21 +219,21 @@ template <class T, int ROWS, int DPAD, int THREADS>
 __device__ __forceinline__ void load_tile(uint32_t tile, const T* source, int64_t row_stride, int rows, int head_dim,
                                           int thread) {
   // A swizzle group of pieces to neighbouring threads; then rows and groups are constant steps in both memories.
-  constexpr int kGroup = Tile<DPAD>::kGroup;
+  constexpr int kGroup = SwizzledTile<DPAD>::kGroup;
   constexpr int kRowStep = THREADS / kGroup;
   static_assert(kRowStep % 8 == 0, "the swizzle repeats every eight rows");
   static_assert(ROWS < kRowStep || ROWS % kRowStep == 0, "rows are dealt evenly");
   const int piece = thread % kGroup, row = thread / kGroup;
   if (ROWS < kRowStep && row >= ROWS) return;
   const T* from = source + row * row_stride + piece * 8;
-  const uint32_t to = tile + Tile<DPAD>::offset(row, piece);
+  const uint32_t to = tile + SwizzledTile<DPAD>::offset(row, piece);
 #pragma unroll
   for (int i = 0; i < (ROWS + kRowStep - 1) / kRowStep; ++i) {
 #pragma unroll
-    for (int j = 0; j < Tile<DPAD>::kPieces / kGroup; ++j) {
+    for (int j = 0; j < SwizzledTile<DPAD>::kPieces / kGroup; ++j) {
       const bool valid = row + i * kRowStep < rows && (piece + j * kGroup) * 8 < head_dim;
-      cp_async16(to + i * kRowStep * Tile<DPAD>::kRowBytes + j * kGroup * 16, valid ? from + j * kGroup * 8 : source,
-                 valid);
+      cp_async16(to + i * kRowStep * SwizzledTile<DPAD>::kRowBytes + j * kGroup * 16,
+                 valid ? from + j * kGroup * 8 : source, valid);
     }
     from += kRowStep * row_stride;
   }

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "../host/launch.h"
+#include "memory.cuh"
 
 namespace rat::cuda {
 
@@ -91,16 +92,8 @@ __device__ __forceinline__ void bulk_add(float* target, uint32_t source, uint32_
                : "memory");
 }
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
-// Returns when the sources of this thread's groups have been read.
-__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
-// Returns when their targets have been written.
+// Returns when the targets of this thread's groups have been written.
 __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory"); }
-
-// Starts fetching the 128-byte line of an address into L2; nothing waits for it. An ordinary prefetch: a bulk one for each
-// row would queue before the copies of K and V.
-__device__ __forceinline__ void prefetch_l2(const void* source) {
-  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(__cvta_generic_to_global(source)));
-}
 
 // Orders this thread's earlier ordinary accesses to shared memory before later ones by the copy engine and the tensor
 // cores, which go through another proxy. Each writing thread needs it before the barrier.

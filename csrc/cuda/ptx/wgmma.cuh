@@ -7,9 +7,9 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
-#include "../device/elements.cuh"
+#include "../device/math.cuh"
+#include "opaque.cuh"
 
 namespace rat::cuda {
 
@@ -21,20 +21,6 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <int PENDING>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(PENDING) : "memory");
-}
-
-// Keeps the compiler from moving ordinary uses of these registers across: it does not know that a wgmma in flight owns
-// them until the wait.
-template <class R, int COUNT>
-__device__ __forceinline__ void hold_registers(R (&r)[COUNT]) {
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    if constexpr (std::is_same_v<R, float>) {
-      asm volatile("" : "+f"(r[i])::"memory");
-    } else {
-      asm volatile("" : "+r"(r[i])::"memory");
-    }
-  }
 }
 
 // Descriptor of a tile in the 128-byte swizzle, in panels of 64 columns (128-byte rows), eight rows (1024 bytes) a swizzle
@@ -73,10 +59,6 @@ __device__ __forceinline__ void wgmma_rs(float (&c)[N / 2], const uint32_t (&a)[
 #define RAT_LIST_5 "%40, %41, %42, %43, %44, %45, %46, %47"
 #define RAT_LIST_6 "%48, %49, %50, %51, %52, %53, %54, %55"
 #define RAT_LIST_7 "%56, %57, %58, %59, %60, %61, %62, %63"
-#define RAT_LIST_8 "%64, %65, %66, %67, %68, %69, %70, %71"
-#define RAT_LIST_9 "%72, %73, %74, %75, %76, %77, %78, %79"
-#define RAT_LIST_10 "%80, %81, %82, %83, %84, %85, %86, %87"
-#define RAT_LIST_11 "%88, %89, %90, %91, %92, %93, %94, %95"
 #define RAT_C8(i)                                                                                                      \
   "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]),          \
       "+f"(c[i + 7])
@@ -108,32 +90,14 @@ __device__ __forceinline__ void wgmma_rs(float (&c)[N / 2], const uint32_t (&a)[
 
 #define RAT_LIST_N64 RAT_LIST_0 ", " RAT_LIST_1 ", " RAT_LIST_2 ", " RAT_LIST_3
 #define RAT_C_N64 RAT_C8(0), RAT_C8(8), RAT_C8(16), RAT_C8(24)
-#define RAT_LIST_N80 RAT_LIST_N64 ", " RAT_LIST_4
-#define RAT_C_N80 RAT_C_N64, RAT_C8(32)
-#define RAT_LIST_N96 RAT_LIST_N80 ", " RAT_LIST_5
-#define RAT_C_N96 RAT_C_N80, RAT_C8(40)
-#define RAT_LIST_N112 RAT_LIST_N96 ", " RAT_LIST_6
-#define RAT_C_N112 RAT_C_N96, RAT_C8(48)
+#define RAT_LIST_N112 RAT_LIST_N64 ", " RAT_LIST_4 ", " RAT_LIST_5 ", " RAT_LIST_6
+#define RAT_C_N112 RAT_C_N64, RAT_C8(32), RAT_C8(40), RAT_C8(48)
 #define RAT_LIST_N128 RAT_LIST_N112 ", " RAT_LIST_7
 #define RAT_C_N128 RAT_C_N112, RAT_C8(56)
-#define RAT_LIST_N144 RAT_LIST_N128 ", " RAT_LIST_8
-#define RAT_C_N144 RAT_C_N128, RAT_C8(64)
-#define RAT_LIST_N160 RAT_LIST_N144 ", " RAT_LIST_9
-#define RAT_C_N160 RAT_C_N144, RAT_C8(72)
-#define RAT_LIST_N176 RAT_LIST_N160 ", " RAT_LIST_10
-#define RAT_C_N176 RAT_C_N160, RAT_C8(80)
-#define RAT_LIST_N192 RAT_LIST_N176 ", " RAT_LIST_11
-#define RAT_C_N192 RAT_C_N176, RAT_C8(88)
 
 RAT_WGMMA_TYPES(64, 32, 33, 34, 35, 36)
-RAT_WGMMA_TYPES(80, 40, 41, 42, 43, 44)
-RAT_WGMMA_TYPES(96, 48, 49, 50, 51, 52)
 RAT_WGMMA_TYPES(112, 56, 57, 58, 59, 60)
 RAT_WGMMA_TYPES(128, 64, 65, 66, 67, 68)
-RAT_WGMMA_TYPES(144, 72, 73, 74, 75, 76)
-RAT_WGMMA_TYPES(160, 80, 81, 82, 83, 84)
-RAT_WGMMA_TYPES(176, 88, 89, 90, 91, 92)
-RAT_WGMMA_TYPES(192, 96, 97, 98, 99, 100)
 
 RAT_WGMMA_SS(wgmma_ss_n_major, bf16, "bf16", 64, false, 0, 1, 32, 33)
 RAT_WGMMA_SS(wgmma_ss_n_major, bf16, "bf16", 64, true, 1, 1, 32, 33)
@@ -142,22 +106,10 @@ RAT_WGMMA_SS(wgmma_ss_n_major, f16, "f16", 64, true, 1, 1, 32, 33)
 
 #undef RAT_LIST_N64
 #undef RAT_C_N64
-#undef RAT_LIST_N80
-#undef RAT_C_N80
-#undef RAT_LIST_N96
-#undef RAT_C_N96
 #undef RAT_LIST_N112
 #undef RAT_C_N112
 #undef RAT_LIST_N128
 #undef RAT_C_N128
-#undef RAT_LIST_N144
-#undef RAT_C_N144
-#undef RAT_LIST_N160
-#undef RAT_C_N160
-#undef RAT_LIST_N176
-#undef RAT_C_N176
-#undef RAT_LIST_N192
-#undef RAT_C_N192
 #undef RAT_LIST_0
 #undef RAT_LIST_1
 #undef RAT_LIST_2
@@ -166,10 +118,6 @@ RAT_WGMMA_SS(wgmma_ss_n_major, f16, "f16", 64, true, 1, 1, 32, 33)
 #undef RAT_LIST_5
 #undef RAT_LIST_6
 #undef RAT_LIST_7
-#undef RAT_LIST_8
-#undef RAT_LIST_9
-#undef RAT_LIST_10
-#undef RAT_LIST_11
 #undef RAT_C8
 #undef RAT_WGMMA_SS
 #undef RAT_WGMMA

@@ -2,6 +2,7 @@
 // along or leaves behind.
 #include <algorithm>
 #include <cstdio>
+#include <initializer_list>
 
 #include "scan_launch.h"
 
@@ -44,16 +45,16 @@ __global__ void __launch_bounds__(kThreads) check_sequences_kernel(const __grid_
     RAT_DEVICE_CHECK(start + length <= INT32_MAX,
                      "rat_ext: initial_state.lengths[%lld]: expected at most 2147483647 tokens in all, got %lld\n",
                      name, start + length);
-    const long long closed = (start + length) / s.chunk_size;
+    const long long closed = (start + length) / s.key_every;
     RAT_DEVICE_CHECK(
-        p.initial_rows < 0 || start / s.chunk_size <= p.initial_rows,
+        p.initial_rows < 0 || start / s.key_every <= p.initial_rows,
         "rat_ext: initial_state.lengths[%lld]: expected chunk states for all of its %lld tokens, got %lld\n", name,
         start, static_cast<long long>(p.initial_rows));
     RAT_DEVICE_CHECK(p.chunk_rows < 0 || closed <= p.chunk_rows,
                      "rat_ext: chunk_rows: sequence %lld needs room for %lld chunk states, got %lld "
                      "(is length_bound of the initial state under its lengths?)\n",
                      name, closed, static_cast<long long>(p.chunk_rows));
-    const long long rotations = length > 0 ? (start + length - 1) / s.chunk_size + 1 : 0;
+    const long long rotations = length > 0 ? (start + length - 1) / s.rotate_every + 1 : 0;
     RAT_DEVICE_CHECK(p.rotary_rows < 0 || rotations <= p.rotary_rows,
                      "rat_ext: rotary_cos: sequence %lld needs %lld rows, one for each chunk, got %lld\n", name,
                      rotations, static_cast<long long>(p.rotary_rows));
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) carry_state_fwd_kernel(const __grid_
   const int64_t n = owner / s.heads, h = owner % s.heads;
   const Sequence q = sequence_at(s, n);
   if (p.initial.k) {
-    const int64_t count = q.start / s.chunk_size * s.head_dim;
+    const int64_t count = q.start / s.key_every * s.head_dim;
     const int64_t from = owner * p.initial.rows * s.head_dim, to = chunk_offset(s, p.chunks, n, h);
     for (int64_t i = (split * kThreads + threadIdx.x) * 8; i < count; i += p.splits * kThreads * 8) {
       const auto move = [&](const void* source, void* target) {
@@ -110,11 +111,7 @@ __global__ void __launch_bounds__(kThreads) carry_state_fwd_kernel(const __grid_
 
 struct StateBwd {
   Sizes size;
-  ChunkStates chunks;
-  const float* attention_k;  // gradients of chunk states from attention, float
-  const float* attention_v;
-  const void* incoming_k;  // of the returned chunk states, T, or null
-  const void* incoming_v;
+  ChunkGrads chunk;
   const float* drunning_k;  // (N, H, D) or null
   const float* drunning_v;
   CarriedState dinitial;
@@ -129,17 +126,17 @@ __global__ void __launch_bounds__(kThreads) carry_state_bwd_kernel(const __grid_
   const Sequence q = sequence_at(s, n);
   const bool empty = q.begin == q.end;
   if (p.dinitial.k) {
-    const int64_t valid = q.start / s.chunk_size * s.head_dim;
-    const int64_t from = chunk_offset(s, p.chunks, n, h), to = owner * p.dinitial.rows * s.head_dim;
+    const int64_t valid = q.start / s.key_every * s.head_dim;
+    const int64_t from = chunk_offset(s, p.chunk.layout, n, h), to = owner * p.dinitial.rows * s.head_dim;
     for (int64_t i = split * kThreads + threadIdx.x; i < p.dinitial.rows * s.head_dim; i += p.splits * kThreads) {
       float k = 0.0f, v = 0.0f;
       if (i < valid) {
         if (!empty) {  // nothing attends in an empty sequence
-          k = p.attention_k[from + i];
-          v = p.attention_v[from + i];
+          k = p.chunk.attention_k[from + i];
+          v = p.chunk.attention_v[from + i];
         }
-        if (p.incoming_k) k += to_float(static_cast<const T*>(p.incoming_k)[from + i]);
-        if (p.incoming_v) v += to_float(static_cast<const T*>(p.incoming_v)[from + i]);
+        if (p.chunk.returned_k) k += to_float(static_cast<const T*>(p.chunk.returned_k)[from + i]);
+        if (p.chunk.returned_v) v += to_float(static_cast<const T*>(p.chunk.returned_v)[from + i]);
       }
       static_cast<T*>(p.dinitial.k)[to + i] = from_float<T>(k);
       static_cast<T*>(p.dinitial.v)[to + i] = from_float<T>(v);
@@ -210,11 +207,7 @@ void carry_state_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, cud
   if (owners == 0 || !(a.dinitial.k || a.dinitial.running_k)) return;
   StateBwd p{};
   p.size = s;
-  p.chunks = a.fwd.chunks;
-  p.attention_k = scratch.dchunk_k;
-  p.attention_v = scratch.dchunk_v;
-  p.incoming_k = a.dchunk_k;
-  p.incoming_v = a.dchunk_v;
+  p.chunk = chunk_grads(a, scratch);
   p.drunning_k = static_cast<const float*>(a.drunning_k);
   p.drunning_v = static_cast<const float*>(a.drunning_v);
   p.dinitial = a.dinitial;
@@ -241,16 +234,18 @@ void copy_empty(const Sizes& s, const float* source, float* target, cudaStream_t
 KernelList chunk_recurrence_kernels() {
   static const KernelTable table = [] {
     KernelTable t;
-    t.add(chunk_recurrence_fwd_kernels());
-    t.add(chunk_recurrence_bwd_kernels());
-    t.add(chunk_short_bwd_kernels());
-    t.add("check_sequences", reinterpret_cast<const void*>(check_sequences_kernel));
-    t.add("carry_state_fwd<4 bytes>", reinterpret_cast<const void*>(carry_state_fwd_kernel<float>));
-    t.add("carry_state_fwd<2 bytes>", reinterpret_cast<const void*>(carry_state_fwd_kernel<bf16>));
-    t.add("carry_state_bwd<f32>", reinterpret_cast<const void*>(carry_state_bwd_kernel<float>));
-    t.add("carry_state_bwd<bf16>", reinterpret_cast<const void*>(carry_state_bwd_kernel<bf16>));
-    t.add("carry_state_bwd<f16>", reinterpret_cast<const void*>(carry_state_bwd_kernel<f16>));
-    t.add("copy_empty", reinterpret_cast<const void*>(copy_empty_kernel));
+    t.add(forward_kernels());
+    t.add(segments_kernels());
+    t.add(prepare_kernels());
+    t.add(reverse_kernels());
+    t.add(reverse_short_kernels());
+    t.add("check_sequences", check_sequences_kernel);
+    t.add("carry_state_fwd<4 bytes>", carry_state_fwd_kernel<float>);
+    t.add("carry_state_fwd<2 bytes>", carry_state_fwd_kernel<bf16>);
+    t.add("carry_state_bwd<f32>", carry_state_bwd_kernel<float>);
+    t.add("carry_state_bwd<bf16>", carry_state_bwd_kernel<bf16>);
+    t.add("carry_state_bwd<f16>", carry_state_bwd_kernel<f16>);
+    t.add("copy_empty", copy_empty_kernel);
     return t;
   }();
   return table.list();

@@ -1,0 +1,60 @@
+// Loads and stores that C++ cannot say: by shared-memory address, with an order, or for the cache alone. PTX ISA 9.7.9.
+#pragma once
+
+#include <cstdint>
+
+namespace rat::cuda {
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// ---- shared memory, by address: 16-byte aligned, or 4-byte where 4 bytes move. PTX ISA 9.7.9.8 (ld), 9.7.9.11 (st). ---
+
+__device__ __forceinline__ void load_shared16(uint32_t (&x)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_shared16(uint32_t address, const uint32_t (&x)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
+__device__ __forceinline__ void store_shared16(uint32_t address, float x0, float x1, float x2, float x3) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(x0), "f"(x1), "f"(x2), "f"(x3)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_shared4(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(x) : "memory");
+}
+
+// 16 bytes of zeros.
+__device__ __forceinline__ void clear_shared16(uint32_t address) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};\n" ::"r"(address), "r"(0) : "memory");
+}
+
+// ---- global memory ----------------------------------------------------------------------------------------------------
+
+// What the block that stored the value with store_release() wrote before is seen after this load. PTX ISA 9.7.9.8.
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
+  uint32_t x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(x) : "l"(__cvta_generic_to_global(p)) : "memory");
+  return x;
+}
+
+// PTX ISA 9.7.9.11.
+__device__ __forceinline__ void store_release(uint32_t* p, uint32_t x) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;\n" ::"l"(__cvta_generic_to_global(p)), "r"(x) : "memory");
+}
+
+// Starts fetching the 128-byte line of an address into L2; nothing waits for it. An ordinary prefetch: a bulk one for each
+// row would queue before the copies of K and V. PTX ISA 9.7.9.15.
+__device__ __forceinline__ void prefetch_l2(const void* source) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(__cvta_generic_to_global(source)));
+}
+
+}  // namespace rat::cuda

@@ -1,0 +1,39 @@
+// Which family serves the backward recurrence of rat_attention: decided here and nowhere else. One row gives both phases, so that
+// they agree. chunk_recurrence, and every forward, has one family.
+#include "families.h"
+
+namespace rat::cuda {
+namespace {
+
+struct ReverseFamily {
+  const char* name;
+  const char* (*refuses)(const AttentionBwdParams&);  // null where it serves the call, else the reason in words
+  Launch (*prepare)(const AttentionBwdParams&, const BwdScratch&, Arena&);
+  Launch (*reverse)(const AttentionBwdParams&, const BwdScratch&, Arena&);
+  bool makes_weights;  // phase 3 makes p_tt and ds_tt; else phase 1 leaves them in scratch memory
+};
+
+const FamilyTable<ReverseFamily> kReverse("recurrence_bwd",
+                                          {{"short", short_scan::refuses, short_scan::prepare, short_scan::reverse,
+                                            true},
+                                           {"scan", scan::refuses, scan::prepare, scan::reverse, false}});
+
+}  // namespace
+
+bool short_chunks(const AttentionBwdParams& a) { return kReverse.choose(a).makes_weights; }
+
+Launch chunk_prepare_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, Arena& arena) {
+  return kReverse.choose(a).prepare(a, scratch, arena);
+}
+
+Launch chunk_scan_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, Arena& arena) {
+  const Launch reverse = kReverse.choose(a).reverse(a, scratch, arena);
+  return [&a, scratch, reverse](cudaStream_t stream) {
+    carry_state_bwd(a, scratch, stream);
+    reverse(stream);
+  };
+}
+
+std::vector<Choice> explain_recurrence_bwd(const AttentionBwdParams& a) { return kReverse.explain(a); }
+
+}  // namespace rat::cuda
