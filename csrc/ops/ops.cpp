@@ -17,6 +17,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #include "../arena.h"
 #include "../launchers.h"
@@ -284,7 +285,7 @@ class Scratch {
 // Runs the launcher of the tensors' device; on a GPU there, on the current stream.
 template <class Params>
 void launch(const Context& c, const Tensor& like, const Params& params, void (*on_cpu)(const Params&, const Allocator&),
-            [[maybe_unused]] void (*on_cuda)(const Params&, const Allocator&, void*)) {
+            [[maybe_unused]] std::type_identity_t<void (*)(const Params&, const Allocator&, void*)> on_cuda) {
   Scratch scratch(c, like);
 #ifdef RAT_EXT_CUDA
   if (c.is_cuda) {
@@ -817,14 +818,7 @@ Tensor rat_decode_step(Tensor q, Tensor k, Tensor v, Tensor gate, MaybeTensor ga
   p.aligned16 = c.aligned({p.q, p.k, p.v, p.gate, p.out_gate});
   check_can_run(c);
   if (p.batch == 0 || p.heads == 0) return y;
-#ifdef RAT_EXT_CUDA
-  if (c.is_cuda) {
-    const torch::stable::accelerator::DeviceGuard guard(c.device);
-    cuda::decode_step(p, current_stream(c));
-    return y;
-  }
-#endif
-  cpu::decode_step(p);
+  launch(c, q, p, RAT_LAUNCHERS(decode_step));
   return y;
 }
 
