@@ -86,12 +86,7 @@ void run(Call<RatDecodeStep>& call) {
   p.y = {make<"y">(call, {p.batch, p.heads, p.head_dim}, call.dtype), p.heads * p.head_dim, 0, p.head_dim};
   p.aligned16 = call.aligned;
   if (p.batch == 0 || p.heads == 0) return;
-  const auto on_cpu = [](const DecodeParams& params, const Allocator&) { cpu::decode_step(params); };
-#ifdef RAT_EXT_CUDA
-  launch(call, p, on_cpu, [](const DecodeParams& params, const Allocator&, void* s) { cuda::decode_step(params, s); });
-#else
-  launch(call, p, on_cpu, nullptr);
-#endif
+  launch(call, p, RAT_LAUNCHERS(decode_step));
 }
 
 }  // namespace rat
