@@ -16,6 +16,8 @@
 
 namespace rat {
 
+struct Allocator;  // arena.h
+
 enum class DType : int32_t { f64, f32, bf16, f16 };
 
 // A (batch, token, head, D) tensor of T: row (b, t, h) starts at ptr + b*batch + t*token + h*head; its D elements are
@@ -93,7 +95,6 @@ struct AttentionFwdParams {
   void* running_k = nullptr;  // (N, H, D) acc, or null when no state is returned; an empty sequence keeps its initial
   void* running_v = nullptr;  // state (zeros if none)
   int32_t* lengths_out = nullptr;  // (N), or null
-  void* workspace = nullptr;       // at least *_workspace(params) bytes, 256-byte aligned, uninitialised
 };
 
 // Backward of the same. All input fields as in the forward (y, lse and chunks are inputs now).
@@ -113,7 +114,6 @@ struct AttentionBwdParams {
   void* dgate_bias = nullptr;         // (H, D) acc, or null
   CarriedState dinitial;  // gradients of fwd.initial, same shapes and dtypes (k, v: every row is written, zeros where
                           // not valid), or null pointers when not wanted
-  void* workspace = nullptr;
 };
 
 // ---- chunk_recurrence -------------------------------------------------------------------------------------------------
@@ -127,7 +127,6 @@ struct RecurrenceFwdParams {
   const void* initial = nullptr;    // (N, H, D) acc: y of the token before, or null. Used where lengths[n] % L != 0
   Rows y;                           // (B, T, H, D) output
   void* final_state = nullptr;      // (N, H, D) acc: y of the last token (or the initial state), or null
-  void* workspace = nullptr;
 };
 
 struct RecurrenceBwdParams {
@@ -137,7 +136,6 @@ struct RecurrenceBwdParams {
   Rows dx, dgate;                // outputs
   void* dgate_bias = nullptr;    // (H, D) acc or null
   void* dinitial = nullptr;      // (N, H, D) acc or null
-  void* workspace = nullptr;
 };
 
 // ---- decode -----------------------------------------------------------------------------------------------------------
@@ -167,14 +165,10 @@ struct DecodeParams {
 };
 
 namespace cpu {
-size_t attention_fwd_workspace(const AttentionFwdParams&);
-size_t attention_bwd_workspace(const AttentionBwdParams&);
-size_t recurrence_fwd_workspace(const RecurrenceFwdParams&);
-size_t recurrence_bwd_workspace(const RecurrenceBwdParams&);
-void attention_fwd(const AttentionFwdParams&);
-void attention_bwd(const AttentionBwdParams&);
-void recurrence_fwd(const RecurrenceFwdParams&);
-void recurrence_bwd(const RecurrenceBwdParams&);
+void attention_fwd(const AttentionFwdParams&, const Allocator&);
+void attention_bwd(const AttentionBwdParams&, const Allocator&);
+void recurrence_fwd(const RecurrenceFwdParams&, const Allocator&);
+void recurrence_bwd(const RecurrenceBwdParams&, const Allocator&);
 void decode_step(const DecodeParams&);
 
 // Instruction set in use: "baseline", "avx2" or "avx512". Chosen once; RAT_EXT_CPU_ISA forces one.
@@ -191,17 +185,13 @@ namespace cuda {
 void check_device(int32_t device);
 
 // `stream` is a cudaStream_t. The caller has made the tensors' device current. Launchers throw std::runtime_error when a
-// launch fails; they never synchronise. Workspaces are sized on the host from sizes alone.
-size_t attention_fwd_workspace(const AttentionFwdParams&);
-size_t attention_bwd_workspace(const AttentionBwdParams&);
-size_t recurrence_fwd_workspace(const RecurrenceFwdParams&);
-size_t recurrence_bwd_workspace(const RecurrenceBwdParams&);
+// launch fails; they never synchronise. Scratch is planned on the host from sizes alone (arena.h).
 size_t decode_workspace(
     const DecodeParams&);  // a bound that depends on pool, heads, rows and head_dim only, not on batch
-void attention_fwd(const AttentionFwdParams&, void* stream);
-void attention_bwd(const AttentionBwdParams&, void* stream);
-void recurrence_fwd(const RecurrenceFwdParams&, void* stream);
-void recurrence_bwd(const RecurrenceBwdParams&, void* stream);
+void attention_fwd(const AttentionFwdParams&, const Allocator&, void* stream);
+void attention_bwd(const AttentionBwdParams&, const Allocator&, void* stream);
+void recurrence_fwd(const RecurrenceFwdParams&, const Allocator&, void* stream);
+void recurrence_bwd(const RecurrenceBwdParams&, const Allocator&, void* stream);
 void decode_step(const DecodeParams&, void* stream);
 }  // namespace cuda
 

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../arena.h"
 #include "plan.h"
 
 namespace rat::cpu {
@@ -79,6 +80,14 @@ Plan attention_plan(const AttentionFwdParams& p) {
   return plan;
 }
 
+// Runs a layout twice: to measure, and to place.
+template <class Params>
+Workspace lay_out(Workspace (*layout)(const Params&, const Plan&, void*), const Params& p, const Plan& plan,
+                  const Allocator& allocator) {
+  const size_t bytes = layout(p, plan, nullptr).bytes;
+  return layout(p, plan, allocator.allocate(allocator.context, bytes));
+}
+
 void check_decode(const DecodeParams& p) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t slot = p.slots ? p.slots[b] : b;
@@ -107,43 +116,27 @@ void check_decode(const DecodeParams& p) {
 
 const char* isa() { return kernels().name; }
 
-size_t attention_fwd_workspace(const AttentionFwdParams& p) {
-  return attention_fwd_layout(p, attention_plan(p), nullptr).bytes;
-}
-
-size_t attention_bwd_workspace(const AttentionBwdParams& p) {
-  return attention_bwd_layout(p, attention_plan(p.fwd), nullptr).bytes;
-}
-
-size_t recurrence_fwd_workspace(const RecurrenceFwdParams& p) {
-  return recurrence_fwd_layout(p, Plan(p.size, true), nullptr).bytes;
-}
-
-size_t recurrence_bwd_workspace(const RecurrenceBwdParams& p) {
-  return recurrence_bwd_layout(p, Plan(p.fwd.size, true), nullptr).bytes;
-}
-
-void attention_fwd(const AttentionFwdParams& p) {
+void attention_fwd(const AttentionFwdParams& p, const Allocator& allocator) {
   const Plan plan = attention_plan(p);
-  kernels().attention_fwd(p, plan, attention_fwd_layout(p, plan, p.workspace));
+  kernels().attention_fwd(p, plan, lay_out(attention_fwd_layout, p, plan, allocator));
   for (int64_t n = 0; p.lengths_out && n < plan.sequences; ++n) {
     p.lengths_out[n] = static_cast<int32_t>(plan.start(n) + plan.length(n));
   }
 }
 
-void attention_bwd(const AttentionBwdParams& p) {
+void attention_bwd(const AttentionBwdParams& p, const Allocator& allocator) {
   const Plan plan = attention_plan(p.fwd);
-  kernels().attention_bwd(p, plan, attention_bwd_layout(p, plan, p.workspace));
+  kernels().attention_bwd(p, plan, lay_out(attention_bwd_layout, p, plan, allocator));
 }
 
-void recurrence_fwd(const RecurrenceFwdParams& p) {
+void recurrence_fwd(const RecurrenceFwdParams& p, const Allocator& allocator) {
   const Plan plan(p.size, true);
-  kernels().recurrence_fwd(p, plan, recurrence_fwd_layout(p, plan, p.workspace));
+  kernels().recurrence_fwd(p, plan, lay_out(recurrence_fwd_layout, p, plan, allocator));
 }
 
-void recurrence_bwd(const RecurrenceBwdParams& p) {
+void recurrence_bwd(const RecurrenceBwdParams& p, const Allocator& allocator) {
   const Plan plan(p.fwd.size, true);
-  kernels().recurrence_bwd(p, plan, recurrence_bwd_layout(p, plan, p.workspace));
+  kernels().recurrence_bwd(p, plan, lay_out(recurrence_bwd_layout, p, plan, allocator));
 }
 
 void decode_step(const DecodeParams& p) {

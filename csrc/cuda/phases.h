@@ -1,26 +1,27 @@
-// The phases of the CUDA ops, one launcher each, and the scratch that passes between them. attention.cu strings them
+// The phases of the CUDA ops, one launcher each, and the scratch that passes between them. rat_attention.cu strings them
 // together; each kernel family implements its own. Host code, torch-free.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "../launchers.h"
+#include "host/family.h"
 
 namespace rat::cuda {
 
 // Float32 scratch of one forward, all contiguous.
 struct FwdScratch {
-  float* s_self;  // (B, H, T): s_tt = scale * q_t . k~_t
+  Piece<float> s_self;  // (B, H, T): s_tt = scale * q_t . k~_t
 };
 
 // Scratch of one backward. dchunk_{k,v} use the element offsets of ChunkStates.
 struct BwdScratch {
-  float* p_self;    // (B, H, T): p_tt; null where short_chunks()
-  float* ds_self;   // (B, H, T): ds_tt, scale not included; null where short_chunks()
-  float* delta;     // (B, H, T): Delta_t
-  float* dq;        // (B, T, q_groups, D): the attention part of dq, rotated back, scale included, summed over a group
-  float* dchunk_k;  // gradient of the rotated chunk keys from attention alone, scale included
-  float* dchunk_v;  // gradient of the chunk values from attention alone
+  Piece<float> p_self;   // (B, H, T): p_tt; null where short_chunks()
+  Piece<float> ds_self;  // (B, H, T): ds_tt, scale not included; null where short_chunks()
+  Piece<float> delta;    // (B, H, T): Delta_t
+  Piece<float> dq;  // (B, T, q_groups, D): the attention part of dq, rotated back, scale included, summed over a group
+  Piece<float> dchunk_k;  // gradient of the rotated chunk keys from attention alone, scale included
+  Piece<float> dchunk_v;  // gradient of the chunk values from attention alone
   Rows dout;  // do_t = sigmoid(out_gate_t) * dy_t in T: stored in dv's memory until the reverse scan overwrites it
               // with dv, or dy itself when there is no out_gate
 };
@@ -32,45 +33,24 @@ void check_sequences(const Sizes&, int64_t chunk_rows, int64_t rotary_rows, int6
 
 // Forward phase 1 (recurrence/forward.cu): scans k and v; writes v~ into y, s_self, closed chunk states (rotated), running
 // states; copies the initial chunk states to the front.
-size_t chunk_prepare_fwd_workspace(const AttentionFwdParams&);
-void chunk_prepare_fwd(const AttentionFwdParams&, const FwdScratch&, void* workspace, cudaStream_t);
+Launch chunk_prepare_fwd(const AttentionFwdParams&, const FwdScratch&, Arena&);
 
 // Forward phase 2 (attention/*_fwd.cu): softmax over earlier chunks and self; overwrites v~ in y by y, writes lse.
-size_t chunk_attention_fwd_workspace(const AttentionFwdParams&);
-void chunk_attention_fwd(const AttentionFwdParams&, const FwdScratch&, void* workspace, cudaStream_t);
-
-// Forward phase 2 on Hopper (attention/sm90_fwd.cu). Compiled only where sm_90a is among the architectures; the build
-// then defines RAT_EXT_SM90. The dispatcher asks _supported first: device, dtype, head size and layout. Head sizes up to 128.
-#ifdef RAT_EXT_SM90
-bool chunk_attention_fwd_sm90_supported(const AttentionFwdParams&);
-size_t chunk_attention_fwd_sm90_workspace(const AttentionFwdParams&);
-void chunk_attention_fwd_sm90(const AttentionFwdParams&, const FwdScratch&, void* workspace, cudaStream_t);
-#endif
+Launch chunk_attention_fwd(const AttentionFwdParams&, const FwdScratch&, Arena&);
 
 // Are chunks short enough, and the call of the kind, for phases 1 and 3 of recurrence/reverse_short.cu? Phase 3 then makes p_tt and
 // ds_tt itself.
 bool short_chunks(const AttentionFwdParams&);
 
 // Backward phase 1 (recurrence/backward.cu): do, dout_gate, Delta; p_self, ds_self unless short_chunks().
-size_t chunk_prepare_bwd_workspace(const AttentionBwdParams&);
-void chunk_prepare_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
+Launch chunk_prepare_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
 
 // Backward phase 2 (attention/*_bwd.cu): scratch.dq, scratch.dchunk_k, scratch.dchunk_v; every element of dq and
 // every valid chunk row is written (zeros where nothing attends).
-size_t chunk_attention_bwd_workspace(const AttentionBwdParams&);
-void chunk_attention_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
-
-// Backward phase 2 on Hopper (attention/sm90_bwd.cu), compiled as the forward is; its _supported has conditions of its own:
-// rows that a tensor map can describe, and no more padding than tokens.
-#ifdef RAT_EXT_SM90
-bool chunk_attention_bwd_sm90_supported(const AttentionBwdParams&);
-size_t chunk_attention_bwd_sm90_workspace(const AttentionBwdParams&);
-void chunk_attention_bwd_sm90(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
-#endif
+Launch chunk_attention_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
 
 // Backward phase 3 (recurrence/backward.cu): reverse scan; dq, dk, dv, dgate, dgate_bias, dinitial.
-size_t chunk_scan_bwd_workspace(const AttentionBwdParams&);
-void chunk_scan_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
+Launch chunk_scan_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
 
 // A kernel as build_info() lists it. Each family registers its kernels (all instantiations that it may launch).
 struct KernelEntry {
@@ -86,9 +66,7 @@ KernelList chunk_attention_fwd_sm80_kernels();
 KernelList chunk_attention_bwd_sm80_kernels();
 KernelList chunk_attention_f32_kernels();
 KernelList decode_kernels();
-#ifdef RAT_EXT_SM90
 KernelList chunk_attention_fwd_sm90_kernels();
 KernelList chunk_attention_bwd_sm90_kernels();
-#endif
 
 }  // namespace rat::cuda

@@ -296,34 +296,37 @@ __global__ void __launch_bounds__(kThreads, kVector && sizeof(T) == 2 ? 5 : 4)
   }
 }
 
-struct DecodeWorkspace {
-  unsigned* heads_in;
-  unsigned* arrived;
-  float* partial;
+struct DecodePieces {
+  Piece<unsigned> heads_in;
+  Piece<unsigned> arrived;
+  Piece<float> partial;
 };
 
-DecodeWorkspace carve(const DecodeParams& p, Carver& carver) {
-  DecodeWorkspace w{};
-  w.heads_in = carver.take<unsigned>(p.pool);
-  w.arrived = carver.take<unsigned>(kMaxPartials);
-  w.partial = carver.take<float>(kMaxPartials * (p.head_dim + 8));
+DecodePieces take_pieces(const DecodeParams& p, Arena& arena) {
+  DecodePieces w;
+  w.heads_in = arena.take<unsigned>(p.pool);
+  w.arrived = arena.take<unsigned>(kMaxPartials);
+  w.partial = arena.take<float>(kMaxPartials * (p.head_dim + 8));
   return w;
 }
 
 }  // namespace
 
 size_t decode_workspace(const DecodeParams& p) {
-  Carver carver(nullptr);
-  carve(p, carver);
-  return carver.used();
+  Arena arena;
+  take_pieces(p, arena);
+  return arena.mark();
 }
 
 void decode_step(const DecodeParams& p, void* stream) {
   if (p.batch == 0 || p.heads == 0) return;
   Decode a{};
   a.p = p;
-  Carver carver(p.workspace);
-  const DecodeWorkspace w = carve(p, carver);
+  // The memory is the cache's, not the call's.
+  const Allocator cache{[](void* workspace, size_t) { return workspace; }, p.workspace};
+  Arena arena;
+  const DecodePieces w = take_pieces(p, arena);
+  arena.commit(cache);
   a.heads_in = w.heads_in;
   a.arrived = w.arrived;
   a.partial = w.partial;

@@ -18,6 +18,7 @@
 #include <string>
 #include <tuple>
 
+#include "../arena.h"
 #include "../launchers.h"
 
 // Lives in libtorch_cuda: absent beside a CPU-only torch, where a CUDA build of rat_ext must still load.
@@ -261,25 +262,43 @@ void check_can_run(const Context& c) {
 #endif
 }
 
-// Runs `call(workspace)` on the right device and stream.
+// Hands a launcher memory from torch, as one tensor that lives until the launcher returns.
+class Scratch {
+ public:
+  Scratch(const Context& c, const Tensor& like) : context_(c), like_(like) {}
+  Allocator allocator() { return {&Scratch::allocate, this}; }
+
+ private:
+  static void* allocate(void* self_, size_t bytes) {
+    Scratch& self = *static_cast<Scratch*>(self_);
+    void* aligned = nullptr;
+    self.tensor_ = self.context_.workspace(self.like_, bytes, &aligned);
+    return aligned;
+  }
+
+  const Context& context_;
+  const Tensor& like_;
+  Tensor tensor_;
+};
+
+// Runs the launcher of the tensors' device; on a GPU there, on the current stream.
+template <class Params>
+void launch(const Context& c, const Tensor& like, const Params& params, void (*on_cpu)(const Params&, const Allocator&),
+            [[maybe_unused]] void (*on_cuda)(const Params&, const Allocator&, void*)) {
+  Scratch scratch(c, like);
 #ifdef RAT_EXT_CUDA
-#define RAT_LAUNCH(c, like, op, params)                                                                                \
-  do {                                                                                                                 \
-    if ((c).is_cuda) {                                                                                                 \
-      const torch::stable::accelerator::DeviceGuard guard((c).device);                                                 \
-      const Tensor workspace_ = (c).workspace(like, cuda::op##_workspace(params), &(params).workspace);                \
-      cuda::op(params, current_stream(c));                                                                             \
-    } else {                                                                                                           \
-      const Tensor workspace_ = (c).workspace(like, cpu::op##_workspace(params), &(params).workspace);                 \
-      cpu::op(params);                                                                                                 \
-    }                                                                                                                  \
-  } while (false)
+  if (c.is_cuda) {
+    const torch::stable::accelerator::DeviceGuard guard(c.device);
+    return on_cuda(params, scratch.allocator(), current_stream(c));
+  }
+#endif
+  on_cpu(params, scratch.allocator());
+}
+
+#ifdef RAT_EXT_CUDA
+#define RAT_LAUNCHERS(op) cpu::op, cuda::op
 #else
-#define RAT_LAUNCH(c, like, op, params)                                                                                \
-  do {                                                                                                                 \
-    const Tensor workspace_ = (c).workspace(like, cpu::op##_workspace(params), &(params).workspace);                   \
-    cpu::op(params);                                                                                                   \
-  } while (false)
+#define RAT_LAUNCHERS(op) cpu::op, nullptr
 #endif
 
 // ---- rat_attention ----------------------------------------------------------------------------------------------------
@@ -455,7 +474,8 @@ FwdResult run_forward(const Context& c, AttentionFwdParams& p, const Tensor& lik
     p.running_v = running_v->data_ptr();
     p.lengths_out = static_cast<int32_t*>(lengths->data_ptr());
   }
-  if (s.sequences > 0 && s.heads > 0 && (s.batch * s.tokens > 0 || return_state)) RAT_LAUNCH(c, like, attention_fwd, p);
+  if (s.sequences > 0 && s.heads > 0 && (s.batch * s.tokens > 0 || return_state))
+    launch(c, like, p, RAT_LAUNCHERS(attention_fwd));
   return {y, lse, chunk_k, chunk_v, running_k, running_v, lengths};
 }
 
@@ -548,7 +568,7 @@ StateGrads run_backward(const Context& c, AttentionBwdParams& b, const Tensor& l
   }
   p.size.aligned16 = c.aligned({p.q, p.k, p.v, p.gate, p.out_gate, p.y, b.dy, b.dq, b.dk, b.dv, b.dgate, b.dout_gate});
   if (s.sequences > 0 && s.heads > 0 && (s.batch * s.tokens > 0 || carried)) {
-    RAT_LAUNCH(c, like, attention_bwd, b);
+    launch(c, like, b, RAT_LAUNCHERS(attention_bwd));
   } else if (out.dgate_bias) {
     torch::stable::zero_(*out.dgate_bias);
   }
@@ -682,7 +702,8 @@ std::tuple<Tensor, MaybeTensor> chunk_recurrence(Tensor x, Tensor gate, MaybeTen
     final_state = c.empty(x, {s.sequences, s.heads, s.head_dim}, c.acc);
     p.final_state = final_state->data_ptr();
   }
-  if (s.sequences > 0 && s.heads > 0 && (s.batch * s.tokens > 0 || return_state)) RAT_LAUNCH(c, x, recurrence_fwd, p);
+  if (s.sequences > 0 && s.heads > 0 && (s.batch * s.tokens > 0 || return_state))
+    launch(c, x, p, RAT_LAUNCHERS(recurrence_fwd));
   return {y, final_state};
 }
 
@@ -718,7 +739,7 @@ std::tuple<Tensor, Tensor, MaybeTensor, MaybeTensor> chunk_recurrence_backward(
   }
   b.fwd.size.aligned16 = c.aligned({b.fwd.x, b.fwd.gate, b.fwd.y, b.dy, b.dx, b.dgate});
   if (s.sequences > 0 && s.heads > 0 && (s.batch * s.tokens > 0 || initial_state)) {
-    RAT_LAUNCH(c, x, recurrence_bwd, b);
+    launch(c, x, b, RAT_LAUNCHERS(recurrence_bwd));
   } else if (dgate_bias) {
     torch::stable::zero_(*dgate_bias);
   }

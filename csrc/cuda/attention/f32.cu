@@ -486,24 +486,6 @@ void launch_bwd(F32Params k, cudaStream_t stream) {
   }
 }
 
-struct Pieces {
-  float* q;     // R q, or a copy of q in aligned rows, or null: q itself serves
-  float* dout;  // a copy in aligned rows, or null
-  size_t bytes;
-};
-
-Pieces carve(const AttentionFwdParams& p, void* workspace) {
-  const Sizes& s = p.size;
-  Carver carver(workspace);
-  Pieces pieces{};
-  if (p.rotary.cos != nullptr || !s.aligned16) {
-    pieces.q = carver.take<float>(s.batch * s.tokens * s.q_groups * s.head_dim);
-  }
-  if (!s.aligned16) pieces.dout = carver.take<float>(s.batch * s.tokens * s.heads * s.head_dim);
-  pieces.bytes = carver.used();
-  return pieces;
-}
-
 Rows copy_rows(const Sizes& s, const Rows& rows, int64_t groups, const float* cos, const float* sin, float* to,
                cudaStream_t stream) {
   const char* name = "chunk_attention_rotate_bwd_kernel";
@@ -519,33 +501,43 @@ Rows copy_rows(const Sizes& s, const Rows& rows, int64_t groups, const float* co
 
 namespace f32 {
 
-size_t chunk_attention_fwd_workspace(const AttentionFwdParams&) { return 0; }
-
-void chunk_attention_fwd(const AttentionFwdParams& p, const FwdScratch& scratch, void*, cudaStream_t stream) {
-  F32Params k = common_params(p);
-  k.s_self = scratch.s_self;
-  if (p.size.head_dim <= 64) return launch_fwd<64>(k, stream);
-  if (p.size.head_dim <= 128) return launch_fwd<128>(k, stream);
-  return launch_fwd<256>(k, stream);
+const char* fwd_refuses(const AttentionFwdParams& p) {
+  return p.size.dtype == DType::f32 ? nullptr : "the dtype is not float32";
 }
 
-size_t chunk_attention_bwd_workspace(const AttentionBwdParams& p) { return carve(p.fwd, nullptr).bytes; }
+Launch fwd(const AttentionFwdParams& p, const FwdScratch& scratch, Arena&) {
+  return [&p, scratch](cudaStream_t stream) {
+    F32Params k = common_params(p);
+    k.s_self = scratch.s_self;
+    if (p.size.head_dim <= 64) return launch_fwd<64>(k, stream);
+    if (p.size.head_dim <= 128) return launch_fwd<128>(k, stream);
+    return launch_fwd<256>(k, stream);
+  };
+}
 
-void chunk_attention_bwd(const AttentionBwdParams& p, const BwdScratch& scratch, void* workspace, cudaStream_t stream) {
+const char* bwd_refuses(const AttentionBwdParams& p) { return fwd_refuses(p.fwd); }
+
+Launch bwd(const AttentionBwdParams& p, const BwdScratch& scratch, Arena& arena) {
   const Sizes& s = p.fwd.size;
-  if (s.sequences * s.heads == 0) return;
-  F32Params k = common_params(p.fwd);
-  k.dout = scratch.dout;
-  k.delta = scratch.delta;
-  k.dq = scratch.dq;
-  k.dchunk_k = scratch.dchunk_k;
-  k.dchunk_v = scratch.dchunk_v;
-  const Pieces pieces = carve(p.fwd, workspace);
-  if (pieces.q != nullptr) k.q = copy_rows(s, k.q, s.q_groups, k.cos, k.sin, pieces.q, stream);
-  if (pieces.dout != nullptr) k.dout = copy_rows(s, k.dout, s.heads, nullptr, nullptr, pieces.dout, stream);
-  if (s.head_dim <= 64) return launch_bwd<64>(k, stream);
-  if (s.head_dim <= 128) return launch_bwd<128>(k, stream);
-  return launch_bwd<256>(k, stream);
+  Piece<float> q;     // R q, or a copy of q in aligned rows; not taken where q itself serves
+  Piece<float> dout;  // a copy in aligned rows
+  if (p.fwd.rotary.cos != nullptr || !s.aligned16) q = arena.take<float>(s.batch * s.tokens * s.q_groups * s.head_dim);
+  if (!s.aligned16) dout = arena.take<float>(s.batch * s.tokens * s.heads * s.head_dim);
+  return [&p, scratch, q, dout](cudaStream_t stream) {
+    const Sizes& s = p.fwd.size;
+    if (s.sequences * s.heads == 0) return;
+    F32Params k = common_params(p.fwd);
+    k.dout = scratch.dout;
+    k.delta = scratch.delta;
+    k.dq = scratch.dq;
+    k.dchunk_k = scratch.dchunk_k;
+    k.dchunk_v = scratch.dchunk_v;
+    if (q.taken()) k.q = copy_rows(s, k.q, s.q_groups, k.cos, k.sin, q, stream);
+    if (dout.taken()) k.dout = copy_rows(s, k.dout, s.heads, nullptr, nullptr, dout, stream);
+    if (s.head_dim <= 64) return launch_bwd<64>(k, stream);
+    if (s.head_dim <= 128) return launch_bwd<128>(k, stream);
+    return launch_bwd<256>(k, stream);
+  };
 }
 
 }  // namespace f32

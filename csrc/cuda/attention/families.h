@@ -1,24 +1,34 @@
-// The kernel families behind chunk_attention_fwd and chunk_attention_bwd of phases.h. attention/choose.cu picks one.
+// The kernel families of chunk attention, one file per family and direction. choose.cu picks one per call.
 #pragma once
 
 #include "../phases.h"
 
 namespace rat::cuda {
 
+// Each family says whether it serves a call (null: it does, else why not, in words), and plans it.
+
+// bfloat16 and float16 on Hopper's wgmma and bulk copies. Head sizes up to 128.
+namespace sm90 {
+const char* fwd_refuses(const AttentionFwdParams&);
+Launch fwd(const AttentionFwdParams&, const FwdScratch&, Arena&);
+const char* bwd_refuses(const AttentionBwdParams&);
+Launch bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
+}  // namespace sm90
+
 // bfloat16 and float16 on tensor cores, compute capability 8.0 and newer.
 namespace sm80 {
-size_t chunk_attention_fwd_workspace(const AttentionFwdParams&);
-void chunk_attention_fwd(const AttentionFwdParams&, const FwdScratch&, void* workspace, cudaStream_t);
-size_t chunk_attention_bwd_workspace(const AttentionBwdParams&);
-void chunk_attention_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
+const char* fwd_refuses(const AttentionFwdParams&);
+Launch fwd(const AttentionFwdParams&, const FwdScratch&, Arena&);
+const char* bwd_refuses(const AttentionBwdParams&);
+Launch bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
 }  // namespace sm80
 
 // float32 on the CUDA cores: full float32 products, no TF32.
 namespace f32 {
-size_t chunk_attention_fwd_workspace(const AttentionFwdParams&);
-void chunk_attention_fwd(const AttentionFwdParams&, const FwdScratch&, void* workspace, cudaStream_t);
-size_t chunk_attention_bwd_workspace(const AttentionBwdParams&);
-void chunk_attention_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
+const char* fwd_refuses(const AttentionFwdParams&);
+Launch fwd(const AttentionFwdParams&, const FwdScratch&, Arena&);
+const char* bwd_refuses(const AttentionBwdParams&);
+Launch bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
 }  // namespace f32
 
 }  // namespace rat::cuda

@@ -532,22 +532,19 @@ static_assert(DkdvTraits<32>::kKeys == 128 && DkdvTraits<64>::kKeys == 128 && Dk
               "make_plan knows the key tiles");
 
 struct Pieces {
-  void* rotated;
-  void* dout;
-  float* shares_k;  // (shares, extent) each
-  float* shares_v;
-  size_t bytes;
+  Piece<uint16_t> rotated;
+  Piece<uint16_t> dout;
+  Piece<float> shares_k;  // (shares, extent) each
+  Piece<float> shares_v;
 };
 
-Pieces carve(const Plan& plan, void* workspace) {
-  Carver carver(workspace);
+Pieces take_pieces(const Plan& plan, Arena& arena) {
   Pieces pieces;
-  pieces.rotated = carver.take<uint16_t>(plan.rotated_count);
-  pieces.dout = carver.take<uint16_t>(plan.dout_count);
+  pieces.rotated = arena.take<uint16_t>(plan.rotated_count);
+  pieces.dout = arena.take<uint16_t>(plan.dout_count);
   const int64_t partial = plan.shares > 1 ? plan.shares * plan.extent : 0;
-  pieces.shares_k = carver.take<float>(partial);
-  pieces.shares_v = carver.take<float>(partial);
-  pieces.bytes = carver.used();
+  pieces.shares_k = arena.take<float>(partial);
+  pieces.shares_v = arena.take<float>(partial);
   return pieces;
 }
 
@@ -579,11 +576,10 @@ void launch_products(BwdKernelParams k, cudaStream_t stream) {
 }
 
 template <class T>
-void launch(const AttentionBwdParams& p, const BwdScratch& scratch, void* workspace, cudaStream_t stream) {
+void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& plan, const Pieces& pieces,
+            cudaStream_t stream) {
   const Sizes& s = p.fwd.size;
   if (s.sequences * s.heads == 0) return;
-  const Plan plan = make_plan(p);
-  const Pieces pieces = carve(plan, workspace);
 
   BwdKernelParams k;
   k.size = s;
@@ -600,9 +596,9 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, void* worksp
   };
   if (plan.rotate) {
     copy(k.q, s.q_groups, static_cast<const float*>(p.fwd.rotary.cos), static_cast<const float*>(p.fwd.rotary.sin),
-         pieces.rotated);
+         pieces.rotated.get());
   }
-  if (plan.copy_dout) copy(k.dout, s.heads, nullptr, nullptr, pieces.dout);
+  if (plan.copy_dout) copy(k.dout, s.heads, nullptr, nullptr, pieces.dout.get());
   k.cos = static_cast<const float*>(p.fwd.rotary.cos);
   k.sin = static_cast<const float*>(p.fwd.rotary.sin);
   k.scale = static_cast<float>(p.fwd.scale);
@@ -637,14 +633,18 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, void* worksp
 
 namespace sm80 {
 
-size_t chunk_attention_bwd_workspace(const AttentionBwdParams& p) { return carve(make_plan(p), nullptr).bytes; }
+const char* bwd_refuses(const AttentionBwdParams& p) { return fwd_refuses(p.fwd); }
 
-void chunk_attention_bwd(const AttentionBwdParams& p, const BwdScratch& scratch, void* workspace, cudaStream_t stream) {
-  if (p.fwd.size.dtype == DType::bf16) {
-    launch<bf16>(p, scratch, workspace, stream);
-  } else {
-    launch<f16>(p, scratch, workspace, stream);
-  }
+Launch bwd(const AttentionBwdParams& p, const BwdScratch& scratch, Arena& arena) {
+  const Plan plan = make_plan(p);
+  const Pieces pieces = take_pieces(plan, arena);
+  return [&p, scratch, plan, pieces](cudaStream_t stream) {
+    if (p.fwd.size.dtype == DType::bf16) {
+      launch<bf16>(p, scratch, plan, pieces, stream);
+    } else {
+      launch<f16>(p, scratch, plan, pieces, stream);
+    }
+  };
 }
 
 }  // namespace sm80

@@ -328,14 +328,18 @@ void launch_for_head_dim(const AttentionFwdParams& p, const FwdScratch& scratch,
 
 namespace sm80 {
 
-size_t chunk_attention_fwd_workspace(const AttentionFwdParams&) { return 0; }
+const char* fwd_refuses(const AttentionFwdParams& p) {
+  return p.size.dtype == DType::bf16 || p.size.dtype == DType::f16 ? nullptr : "the dtype is not bfloat16 or float16";
+}
 
-void chunk_attention_fwd(const AttentionFwdParams& p, const FwdScratch& scratch, void*, cudaStream_t stream) {
-  if (p.size.dtype == DType::bf16) {
-    launch_for_head_dim<bf16>(p, scratch, stream);
-  } else {
-    launch_for_head_dim<f16>(p, scratch, stream);
-  }
+Launch fwd(const AttentionFwdParams& p, const FwdScratch& scratch, Arena&) {
+  return [&p, scratch](cudaStream_t stream) {
+    if (p.size.dtype == DType::bf16) {
+      launch_for_head_dim<bf16>(p, scratch, stream);
+    } else {
+      launch_for_head_dim<f16>(p, scratch, stream);
+    }
+  };
 }
 
 }  // namespace sm80

@@ -40,12 +40,12 @@
 #include "../device/elements.cuh"
 #include "../device/sequence.cuh"
 #include "../host/launch.h"
-#include "../phases.h"
 #include "../ptx/cp_async.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/mma.cuh"
 #include "../ptx/tma.cuh"
 #include "../ptx/wgmma.cuh"
+#include "families.h"
 #include "tiles.cuh"
 
 namespace rat::cuda {
@@ -723,28 +723,24 @@ constexpr int64_t kTileFloats = Traits<bf16, 128>::kTileFloats;
 static_assert(kTileFloats == Traits<bf16, 64>::kTileFloats);
 
 struct Pieces {
-  void* rotated;
-  float* dq_tiles;
-  uint32_t* counters;  // turns, then the item counter
+  Piece<uint16_t> rotated;
+  Piece<float> dq_tiles;
+  Piece<uint32_t> counters;  // turns, then the item counter
   int64_t counter_count;
-  float* shares_k;  // (shares, extent) each, where there are several
-  float* shares_v;
-  size_t bytes;
+  Piece<float> shares_k;  // (shares, extent) each, where there are several
+  Piece<float> shares_v;
 };
 
-Pieces carve(const AttentionBwdParams& p, void* workspace) {
+Pieces take_pieces(const AttentionBwdParams& p, const Plan& plan, Arena& arena) {
   const Sizes& s = p.fwd.size;
-  const Plan plan = make_plan(p);
-  Carver carver(workspace);
   Pieces pieces;
-  pieces.rotated = carver.take<uint16_t>(p.fwd.rotary.cos ? s.batch * s.tokens * s.q_groups * s.head_dim : 0);
-  pieces.dq_tiles = carver.take<float>(plan.query_tiles * s.q_groups * kTileFloats);
+  pieces.rotated = arena.take<uint16_t>(p.fwd.rotary.cos ? s.batch * s.tokens * s.q_groups * s.head_dim : 0);
+  pieces.dq_tiles = arena.take<float>(plan.query_tiles * s.q_groups * kTileFloats);
   pieces.counter_count = plan.query_tiles * s.q_groups + 1;
-  pieces.counters = carver.take<uint32_t>(pieces.counter_count);
+  pieces.counters = arena.take<uint32_t>(pieces.counter_count);
   const int64_t partial = plan.shares > 1 ? plan.shares * plan.extent : 0;
-  pieces.shares_k = carver.take<float>(partial);
-  pieces.shares_v = carver.take<float>(partial);
-  pieces.bytes = carver.used();
+  pieces.shares_k = arena.take<float>(partial);
+  pieces.shares_v = arena.take<float>(partial);
   return pieces;
 }
 
@@ -756,11 +752,10 @@ CUtensorMap token_map(const Rows& rows, CUtensorMapDataType type, const Sizes& s
 }
 
 template <class C>
-void launch(const AttentionBwdParams& p, const BwdScratch& scratch, void* workspace, cudaStream_t stream) {
+void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& plan, const Pieces& pieces,
+            cudaStream_t stream) {
   using T = typename C::T;
   const Sizes& s = p.fwd.size;
-  const Plan plan = make_plan(p);
-  const Pieces pieces = carve(p, workspace);
   const float* cos = static_cast<const float*>(p.fwd.rotary.cos);
   const float* sin = static_cast<const float*>(p.fwd.rotary.sin);
 
@@ -769,9 +764,9 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, void* worksp
     const char* name = "chunk_attention_rotate_bwd_kernel";
     const int64_t threads = s.batch * s.tokens * s.q_groups * (s.head_dim / 8);
     chunk_attention_rotate_bwd_kernel<T><<<grid_x(ceil_div(threads, 256), name), 256, 0, stream>>>(
-        s, q, s.q_groups, cos, sin, static_cast<T*>(pieces.rotated));
+        s, q, s.q_groups, cos, sin, reinterpret_cast<T*>(pieces.rotated.get()));
     check_launch(name);
-    q = Rows{pieces.rotated, s.tokens * s.q_groups * s.head_dim, s.q_groups * s.head_dim, s.head_dim};
+    q = Rows{pieces.rotated.get(), s.tokens * s.q_groups * s.head_dim, s.q_groups * s.head_dim, s.head_dim};
   }
   check(cudaMemsetAsync(pieces.counters, 0, pieces.counter_count * sizeof(uint32_t), stream), "turn counters");
   if (!p.deterministic) {
@@ -836,40 +831,55 @@ bool has_map(const Rows& rows, const Sizes& s, int64_t heads) {
 
 }  // namespace
 
-bool chunk_attention_bwd_sm90_supported(const AttentionBwdParams& p) {
+namespace sm90 {
+
+const char* bwd_refuses(const AttentionBwdParams& p) {
+#ifndef RAT_EXT_SM90
+  return "this build has no code for sm_90a";
+#endif
   const Sizes& s = p.fwd.size;
   const ChunkStates& c = p.fwd.chunks;
   constexpr int64_t kMany = INT64_C(1) << 30;  // tile and row indices are 32-bit
-  if (s.dtype != DType::bf16 && s.dtype != DType::f16) return false;
-  if (s.head_dim > 128 || s.head_dim % 8 != 0 || !s.aligned16) return false;
-  if (!std::isfinite(static_cast<float>(p.fwd.scale) * kLog2e)) return false;
-  if (c.rows <= 0 || c.rows > kMany || c.head != c.rows * s.head_dim) return false;
-  if (!c.compact && c.sequence != s.heads * c.head) return false;
-  if (reinterpret_cast<uintptr_t>(c.k) % 16 != 0 || reinterpret_cast<uintptr_t>(c.v) % 16 != 0) return false;
-  if (s.tokens > kMany || s.sequences * s.heads > kMany || s.batch * s.tokens == 0) return false;
-  if (!p.fwd.rotary.cos && !has_map(p.fwd.q, s, s.q_groups)) return false;
-  if (!has_map(p.fwd.out_gate.ptr ? p.dv : p.dy, s, s.heads)) return false;
-  const Plan plan = make_plan(p);
-  if (plan.items > kMany || plan.query_tiles * s.q_groups > kMany) return false;
-  // Every sequence pads its last tile: many short ones would take more memory than their gradient.
-  if (plan.query_tiles * kTileFloats > 2 * s.batch * s.tokens * std::max<int64_t>(s.head_dim, 64)) return false;
-  return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9 &&
-         device_attribute<cudaDevAttrComputeCapabilityMinor>() == 0;
-}
-
-size_t chunk_attention_bwd_sm90_workspace(const AttentionBwdParams& p) { return carve(p, nullptr).bytes; }
-
-void chunk_attention_bwd_sm90(const AttentionBwdParams& p, const BwdScratch& scratch, void* workspace,
-                              cudaStream_t stream) {
-  const bool wide = p.fwd.size.head_dim > 64;
-  if (p.fwd.size.dtype == DType::bf16) {
-    wide ? launch<Traits<bf16, 128>>(p, scratch, workspace, stream)
-         : launch<Traits<bf16, 64>>(p, scratch, workspace, stream);
-  } else {
-    wide ? launch<Traits<f16, 128>>(p, scratch, workspace, stream)
-         : launch<Traits<f16, 64>>(p, scratch, workspace, stream);
+  if (s.dtype != DType::bf16 && s.dtype != DType::f16) return "the dtype is not bfloat16 or float16";
+  if (s.head_dim > 128) return "D is over 128";
+  if (!s.aligned16) return "rows are not 16-byte aligned";
+  if (!std::isfinite(static_cast<float>(p.fwd.scale) * kLog2e)) return "the scale is not finite in float32";
+  if (c.rows <= 0) return "there are no chunk states";
+  if (c.rows > kMany) return "there are over 2^30 chunk states per head";
+  if (c.head != c.rows * s.head_dim || (!c.compact && c.sequence != s.heads * c.head)) {
+    return "chunk states are not contiguous";
   }
+  if (reinterpret_cast<uintptr_t>(c.k) % 16 != 0 || reinterpret_cast<uintptr_t>(c.v) % 16 != 0) {
+    return "chunk states are not 16-byte aligned";
+  }
+  if (s.tokens > kMany || s.sequences * s.heads > kMany) return "the call is too large for 32-bit indices";
+  if (!p.fwd.rotary.cos && !has_map(p.fwd.q, s, s.q_groups)) return "no tensor map describes the rows of q";
+  if (!has_map(p.fwd.out_gate.ptr ? p.dv : p.dy, s, s.heads)) return "no tensor map describes the rows of dO";
+  const Plan plan = make_plan(p);
+  if (plan.items > kMany || plan.query_tiles * s.q_groups > kMany) return "the call is too large for 32-bit indices";
+  // Every sequence pads its last tile: many short ones would take more memory than their gradient.
+  if (plan.query_tiles * kTileFloats > 2 * s.batch * s.tokens * std::max<int64_t>(s.head_dim, 64)) {
+    return "sequences are so short that tiles would be mostly padding";
+  }
+  return is_hopper() ? nullptr : "the GPU is not of compute capability 9.0";
 }
+
+Launch bwd(const AttentionBwdParams& p, const BwdScratch& scratch, Arena& arena) {
+  const Plan plan = make_plan(p);
+  const Pieces pieces = take_pieces(p, plan, arena);
+  return [&p, scratch, plan, pieces](cudaStream_t stream) {
+    const bool wide = p.fwd.size.head_dim > 64;
+    if (p.fwd.size.dtype == DType::bf16) {
+      wide ? launch<Traits<bf16, 128>>(p, scratch, plan, pieces, stream)
+           : launch<Traits<bf16, 64>>(p, scratch, plan, pieces, stream);
+    } else {
+      wide ? launch<Traits<f16, 128>>(p, scratch, plan, pieces, stream)
+           : launch<Traits<f16, 64>>(p, scratch, plan, pieces, stream);
+    }
+  };
+}
+
+}  // namespace sm90
 
 KernelList chunk_attention_bwd_sm90_kernels() {
 #define RAT_ENTRY(T, DIM)                                                                                              \

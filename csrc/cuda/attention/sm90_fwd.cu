@@ -30,12 +30,12 @@
 #include "../device/elements.cuh"
 #include "../device/sequence.cuh"
 #include "../host/launch.h"
-#include "../phases.h"
 #include "../ptx/cp_async.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/mma.cuh"
 #include "../ptx/tma.cuh"
 #include "../ptx/wgmma.cuh"
+#include "families.h"
 
 namespace rat::cuda {
 namespace {
@@ -844,35 +844,12 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, cudaStr
   check_launch(name);
 }
 
-}  // namespace
-
 // Chunk rows of a sequence; of packed ones their mean.
-static int64_t rows_of_a_sequence(const AttentionFwdParams& params) {
+int64_t rows_of_a_sequence(const AttentionFwdParams& params) {
   const int64_t rows = params.chunks.rows;
   return params.chunks.compact && params.size.sequences > 0 ? rows / params.size.sequences : rows;
 }
 
-bool chunk_attention_fwd_sm90_supported(const AttentionFwdParams& params) {
-  const Sizes& s = params.size;
-  const ChunkStates& c = params.chunks;
-  constexpr int64_t kMany = INT64_C(1) << 30;  // tile and row indices are 32-bit
-  if (s.dtype != DType::bf16 && s.dtype != DType::f16) return false;
-  if (s.head_dim > 128 || s.head_dim % 8 != 0) return false;
-  if (!std::isfinite(params.scale) || params.scale == 0.0) return false;
-  // The tensor maps want dense rows, a 16-byte aligned start, and at least one row.
-  if (c.rows <= 0 || c.rows > kMany || c.head != c.rows * s.head_dim) return false;
-  if (!c.compact && c.sequence != s.heads * c.head) return false;
-  if (reinterpret_cast<uintptr_t>(c.k) % 16 != 0 || reinterpret_cast<uintptr_t>(c.v) % 16 != 0) return false;
-  // Rows of q that cannot be read in 16-byte pieces are read element by element, which only many keys make up for.
-  if ((!s.aligned16 || s.head_dim % 16 != 0) && rows_of_a_sequence(params) < kRowsForScalarQueries) return false;
-  if (s.tokens > kMany || s.sequences * s.heads > kMany || work_items(s, 64) > kMany / s.heads) return false;
-  return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9 &&
-         device_attribute<cudaDevAttrComputeCapabilityMinor>() == 0;
-}
-
-size_t chunk_attention_fwd_sm90_workspace(const AttentionFwdParams&) { return 0; }
-
-namespace {
 template <class T>
 void launch_for(const AttentionFwdParams& params, const FwdScratch& scratch, cudaStream_t stream) {
   const int64_t rows = rows_of_a_sequence(params);
@@ -883,16 +860,52 @@ void launch_for(const AttentionFwdParams& params, const FwdScratch& scratch, cud
                              : launch<Narrow<T>>(params, scratch, stream);
   }
 }
+
 }  // namespace
 
-void chunk_attention_fwd_sm90(const AttentionFwdParams& params, const FwdScratch& scratch, void*, cudaStream_t stream) {
-  if (params.size.sequences == 0) return;
-  if (params.size.dtype == DType::bf16) {
-    launch_for<bf16>(params, scratch, stream);
-  } else {
-    launch_for<f16>(params, scratch, stream);
+namespace sm90 {
+
+const char* fwd_refuses(const AttentionFwdParams& params) {
+#ifndef RAT_EXT_SM90
+  return "this build has no code for sm_90a";
+#endif
+  const Sizes& s = params.size;
+  const ChunkStates& c = params.chunks;
+  constexpr int64_t kMany = INT64_C(1) << 30;  // tile and row indices are 32-bit
+  if (s.dtype != DType::bf16 && s.dtype != DType::f16) return "the dtype is not bfloat16 or float16";
+  if (s.head_dim > 128) return "D is over 128";
+  if (!std::isfinite(params.scale) || params.scale == 0.0) return "the scale is 0 or not finite";
+  // The tensor maps want dense rows, a 16-byte aligned start, and at least one row.
+  if (c.rows <= 0) return "there are no chunk states";
+  if (c.rows > kMany) return "there are over 2^30 chunk states per head";
+  if (c.head != c.rows * s.head_dim || (!c.compact && c.sequence != s.heads * c.head)) {
+    return "chunk states are not contiguous";
   }
+  if (reinterpret_cast<uintptr_t>(c.k) % 16 != 0 || reinterpret_cast<uintptr_t>(c.v) % 16 != 0) {
+    return "chunk states are not 16-byte aligned";
+  }
+  // Rows of q that cannot be read in 16-byte pieces are read element by element, which only many keys make up for.
+  if ((!s.aligned16 || s.head_dim % 16 != 0) && rows_of_a_sequence(params) < kRowsForScalarQueries) {
+    return "rows of q are read element by element, and too few chunk states make up for it";
+  }
+  if (s.tokens > kMany || s.sequences * s.heads > kMany || work_items(s, 64) > kMany / s.heads) {
+    return "the call is too large for 32-bit indices";
+  }
+  return is_hopper() ? nullptr : "the GPU is not of compute capability 9.0";
 }
+
+Launch fwd(const AttentionFwdParams& params, const FwdScratch& scratch, Arena&) {
+  return [&params, scratch](cudaStream_t stream) {
+    if (params.size.sequences == 0) return;
+    if (params.size.dtype == DType::bf16) {
+      launch_for<bf16>(params, scratch, stream);
+    } else {
+      launch_for<f16>(params, scratch, stream);
+    }
+  };
+}
+
+}  // namespace sm90
 
 namespace {
 template <class C>

@@ -52,16 +52,13 @@ DeviceReport device_report() {
   }
   report.device = std::string(properties.name) + ", compute capability " + std::to_string(properties.major) + "." +
                   std::to_string(properties.minor);
-  const KernelList lists[] = {
-#ifdef RAT_EXT_SM90
-      chunk_attention_fwd_sm90_kernels(),
-      chunk_attention_bwd_sm90_kernels(),
-#endif
-      chunk_recurrence_kernels(),
-      chunk_attention_fwd_sm80_kernels(),
-      chunk_attention_bwd_sm80_kernels(),
-      chunk_attention_f32_kernels(),
-      decode_kernels()};
+  const KernelList lists[] = {chunk_attention_fwd_sm90_kernels(),
+                              chunk_attention_bwd_sm90_kernels(),
+                              chunk_recurrence_kernels(),
+                              chunk_attention_fwd_sm80_kernels(),
+                              chunk_attention_bwd_sm80_kernels(),
+                              chunk_attention_f32_kernels(),
+                              decode_kernels()};
   for (const KernelList& list : lists) {
     for (int i = 0; i < list.count; ++i) {
       cudaFuncAttributes attributes;

@@ -1,4 +1,4 @@
-// Host-side helpers of the launchers: error checks, grid shapes, carving a workspace.
+// Host-side helpers of the launchers: error checks, grid shapes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -46,6 +46,11 @@ int device_attribute() {
   return value;
 }
 
+inline bool is_hopper() {
+  return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9 &&
+         device_attribute<cudaDevAttrComputeCapabilityMinor>() == 0;
+}
+
 // Raises the limit of dynamic shared memory where a kernel needs more than the 48 KB that need no asking. The limit holds
 // until the process ends: the runtime, which takes microseconds, is told once for each kernel and device.
 template <class Kernel>
@@ -68,22 +73,5 @@ inline unsigned grid_x(int64_t blocks, const char* kernel) {
   }
   return static_cast<unsigned>(blocks);
 }
-
-// Carves 256-byte aligned pieces; with base == nullptr it only counts.
-class Carver {
- public:
-  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    char* piece = base_ ? base_ + used_ : nullptr;
-    used_ += (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
-    return reinterpret_cast<T*>(piece);
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
 
 }  // namespace rat::cuda

@@ -706,40 +706,37 @@ Deal deal(ScanBwd& p, bool attention) {
 }
 
 struct BwdWorkspace {
-  float* carry;
-  float* reverse_carry;
-  float* dk_sum;
-  float* bias_partial;
+  Piece<float> carry;
+  Piece<float> reverse_carry;
+  Piece<float> dk_sum;
+  Piece<float> bias_partial;
+  int64_t bias_rows = 0;
 };
 
-BwdWorkspace carve(ScanBwd p, bool attention, bool bias, Carver& carver, int64_t* bias_rows) {
+BwdWorkspace take_workspace(ScanBwd p, bool attention, bool bias, Arena& arena) {
   const Sizes& s = p.in.size;
-  BwdWorkspace w{};
-  if (segmented(s, p.in.gate.ptr, kMaxChunkBwd)) {
-    w.carry = carver.take<float>(carry_elements(s, attention ? 3 : 2));
-    w.reverse_carry = carver.take<float>(carry_elements(s, attention ? 2 : 1));
-  }
+  BwdWorkspace w;
+  const bool gated = p.in.gate.ptr != nullptr;
+  w.carry = take_carry(s, gated, kMaxChunkBwd, attention ? 3 : 2, arena);
+  w.reverse_carry = take_carry(s, gated, kMaxChunkBwd, attention ? 2 : 1, arena);
   with_variant(s, attention ? "rat_attention" : "chunk_recurrence", [&](auto variant) {
     const Deal d = deal<decltype(variant)>(p, attention);
-    if (p.passes > 1 && p.sum_k) w.dk_sum = carver.take<float>(s.batch * s.tokens * s.k_groups * s.head_dim);
-    *bias_rows = d.tile_blocks;
-    if (bias) w.bias_partial = carver.take<float>(d.tile_blocks * s.heads * s.head_dim);
+    if (p.passes > 1 && p.sum_k) w.dk_sum = arena.take<float>(s.batch * s.tokens * s.k_groups * s.head_dim);
+    w.bias_rows = d.tile_blocks;
+    if (bias) w.bias_partial = arena.take<float>(d.tile_blocks * s.heads * s.head_dim);
   });
   return w;
 }
 
 template <bool kAttention>
-void launch_scan_bwd(ScanBwd p, float* dgate_bias, void* workspace, cudaStream_t stream) {
+void launch_scan_bwd(ScanBwd p, float* dgate_bias, const BwdWorkspace& w, cudaStream_t stream) {
   const Sizes& s = p.in.size;
   if (kAttention && s.k_groups != s.q_groups && s.k_groups != s.heads) {
     throw std::runtime_error("rat_ext: rat_attention_backward: k groups must be the q groups or the heads");
   }
-  Carver carver(workspace);
-  int64_t bias_rows = 0;
-  const BwdWorkspace w = carve(p, kAttention, dgate_bias != nullptr, carver, &bias_rows);
   p.dk_sum = w.dk_sum;
   p.bias_partial = w.bias_partial;
-  if (w.carry) {
+  if (w.carry.taken()) {
     p.in.carry = w.carry;
     scan_carries(p.in, kAttention, w.carry, stream);
     p.reverse_carry = w.reverse_carry;
@@ -748,7 +745,7 @@ void launch_scan_bwd(ScanBwd p, float* dgate_bias, void* workspace, cudaStream_t
     using V = decltype(variant);
     using T = typename V::T;
     const Deal d = deal<V>(p, kAttention);
-    if (w.carry) {
+    if (w.carry.taken()) {
       const int64_t blocks = ceil_div(p.in.items * p.in.head_batches, kThreads / 32);
       if (blocks > 0) {
         chunk_carry_bwd_kernel<T, V::W, V::kVector, kAttention>
@@ -780,7 +777,7 @@ void launch_scan_bwd(ScanBwd p, float* dgate_bias, void* workspace, cudaStream_t
       check_launch("chunk_scan_bwd");
     }
   });
-  if (dgate_bias) reduce_gate_bias(w.bias_partial, bias_rows, s.heads * s.head_dim, dgate_bias, stream);
+  if (dgate_bias) reduce_gate_bias(w.bias_partial, w.bias_rows, s.heads * s.head_dim, dgate_bias, stream);
 }
 
 ScanBwd scan_bwd(const AttentionBwdParams& a) {
@@ -819,75 +816,71 @@ void reduce_gate_bias(const float* partial, int64_t rows, int64_t columns, float
   check_launch("gate_bias_reduce");
 }
 
-size_t chunk_prepare_bwd_workspace(const AttentionBwdParams& a) {
-  return short_chunks(a.fwd) ? 0 : chunk_prepare_fwd_workspace(a.fwd);
-}
-
-void chunk_prepare_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, void* workspace, cudaStream_t stream) {
-  if (short_chunks(a.fwd)) return chunk_prepare_short_bwd(a, scratch, stream);
-  PrepareBwd p{};
-  p.in = scan_input(a.fwd);
-  p.dy = a.dy;
-  p.y = a.fwd.y;
-  p.out_gate = a.fwd.out_gate;
-  p.dout = scratch.dout;
-  p.dout_gate = a.dout_gate;
-  p.lse = static_cast<const float*>(a.fwd.lse);
-  p.p_self = scratch.p_self;
-  p.ds_self = scratch.ds_self;
-  p.delta = scratch.delta;
+Launch chunk_prepare_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, Arena& arena) {
+  if (short_chunks(a.fwd)) return chunk_prepare_short_bwd(a, scratch, arena);
   const bool gated = a.fwd.gate.ptr != nullptr;
-  if (segmented(a.fwd.size, gated, kMaxChunkFwd)) {
-    p.in.carry = Carver(workspace).take<float>(carry_elements(a.fwd.size, 3));
-    scan_carries(p.in, true, p.in.carry, stream);
+  const Piece<float> carry = take_carry(a.fwd.size, gated, kMaxChunkFwd, 3, arena);
+  return [&a, scratch, gated, carry](cudaStream_t stream) {
+    PrepareBwd p{};
+    p.in = scan_input(a.fwd);
+    p.dy = a.dy;
+    p.y = a.fwd.y;
+    p.out_gate = a.fwd.out_gate;
+    p.dout = scratch.dout;
+    p.dout_gate = a.dout_gate;
+    p.lse = static_cast<const float*>(a.fwd.lse);
+    p.p_self = scratch.p_self;
+    p.ds_self = scratch.ds_self;
+    p.delta = scratch.delta;
+    if (carry.taken()) {
+      p.in.carry = carry;
+      scan_carries(p.in, true, carry, stream);
+    }
+    with_variant(p.in.size, "rat_attention_backward", [&](auto variant) {
+      using V = decltype(variant);
+      plan_tiles<V>(p.in, tile_size(p.in.size, gated, kMaxChunkFwd, 16));
+      const int64_t blocks = ceil_div(p.in.items * p.in.head_batches, kThreads / 32);
+      if (blocks == 0) return;
+      chunk_prepare_bwd_kernel<typename V::T, V::W, V::kVector>
+          <<<grid_x(blocks, "chunk_prepare_bwd"), kThreads, 0, stream>>>(p);
+      check_launch("chunk_prepare_bwd");
+    });
+  };
+}
+
+Launch chunk_scan_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, Arena& arena) {
+  if (short_chunks(a.fwd)) {
+    const Launch scan = chunk_scan_short_bwd(a, scratch, arena);
+    return [&a, scratch, scan](cudaStream_t stream) {
+      carry_state_bwd(a, scratch, stream);
+      scan(stream);
+    };
   }
-  with_variant(p.in.size, "rat_attention_backward", [&](auto variant) {
-    using V = decltype(variant);
-    plan_tiles<V>(p.in, tile_size(p.in.size, gated, kMaxChunkFwd, 16));
-    const int64_t blocks = ceil_div(p.in.items * p.in.head_batches, kThreads / 32);
-    if (blocks == 0) return;
-    chunk_prepare_bwd_kernel<typename V::T, V::W, V::kVector>
-        <<<grid_x(blocks, "chunk_prepare_bwd"), kThreads, 0, stream>>>(p);
-    check_launch("chunk_prepare_bwd");
-  });
+  const BwdWorkspace w = take_workspace(scan_bwd(a), true, a.dgate_bias != nullptr, arena);
+  return [&a, scratch, w](cudaStream_t stream) {
+    ScanBwd p = scan_bwd(a);
+    p.dout = scratch.dout;
+    p.p_self = scratch.p_self;
+    p.ds_self = scratch.ds_self;
+    p.dchunk_k = scratch.dchunk_k;
+    p.dchunk_v = scratch.dchunk_v;
+    p.dq_sum = scratch.dq;
+    carry_state_bwd(a, scratch, stream);
+    launch_scan_bwd<true>(p, static_cast<float*>(a.dgate_bias), w, stream);
+  };
 }
 
-size_t chunk_scan_bwd_workspace(const AttentionBwdParams& a) {
-  if (short_chunks(a.fwd)) return chunk_scan_short_bwd_workspace(a);
-  Carver carver(nullptr);
-  int64_t rows;
-  carve(scan_bwd(a), true, a.dgate_bias != nullptr, carver, &rows);
-  return carver.used();
-}
-
-void chunk_scan_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, void* workspace, cudaStream_t stream) {
-  ScanBwd p = scan_bwd(a);
-  p.dout = scratch.dout;
-  p.p_self = scratch.p_self;
-  p.ds_self = scratch.ds_self;
-  p.dchunk_k = scratch.dchunk_k;
-  p.dchunk_v = scratch.dchunk_v;
-  p.dq_sum = scratch.dq;
-  carry_state_bwd(a, scratch, stream);
-  if (short_chunks(a.fwd)) return chunk_scan_short_bwd(a, scratch, workspace, stream);
-  launch_scan_bwd<true>(p, static_cast<float*>(a.dgate_bias), workspace, stream);
-}
-
-size_t recurrence_bwd_workspace(const RecurrenceBwdParams& r) {
-  Carver carver(nullptr);
-  int64_t rows;
-  carve(scan_bwd(r), false, r.dgate_bias != nullptr, carver, &rows);
-  return carver.used();
-}
-
-void recurrence_bwd(const RecurrenceBwdParams& r, void* stream_) {
+void recurrence_bwd(const RecurrenceBwdParams& r, const Allocator& allocator, void* stream_) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   const Sizes& s = r.fwd.size;
+  Arena arena;
+  const BwdWorkspace w = take_workspace(scan_bwd(r), false, r.dgate_bias != nullptr, arena);
+  arena.commit(allocator);
   if (s.cu_seqlens || s.lengths) check_sequences(s, -1, -1, -1, nullptr, stream);
   if (r.dinitial) {
     copy_empty(s, static_cast<const float*>(r.dfinal), static_cast<float*>(r.dinitial), stream);
   }
-  launch_scan_bwd<false>(scan_bwd(r), static_cast<float*>(r.dgate_bias), r.workspace, stream);
+  launch_scan_bwd<false>(scan_bwd(r), static_cast<float*>(r.dgate_bias), w, stream);
 }
 
 KernelList chunk_recurrence_bwd_kernels() {

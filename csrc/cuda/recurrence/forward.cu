@@ -276,44 +276,38 @@ void scan_carries(ScanInput in, bool attention, float* carry, cudaStream_t strea
   join_carries(join, stream);
 }
 
-size_t chunk_prepare_fwd_workspace(const AttentionFwdParams& a) {
-  Carver carver(nullptr);
-  if (segmented(a.size, a.gate.ptr, kMaxChunkFwd)) carver.take<float>(carry_elements(a.size, 3));
-  return carver.used();
+Launch chunk_prepare_fwd(const AttentionFwdParams& a, const FwdScratch& scratch, Arena& arena) {
+  const Piece<float> carry = take_carry(a.size, a.gate.ptr != nullptr, kMaxChunkFwd, 3, arena);
+  return [&a, scratch, carry](cudaStream_t stream) {
+    PrepareFwd p{};
+    p.in = scan_input(a);
+    p.y = a.y;
+    p.s_self = scratch.s_self;
+    p.chunks = a.chunks;
+    p.running_k = static_cast<float*>(a.running_k);
+    p.running_v = static_cast<float*>(a.running_v);
+    if (carry.taken()) {
+      p.in.carry = carry;
+      scan_carries(p.in, true, carry, stream);
+    }
+    carry_state_fwd(a, stream);
+    launch_prepare<true>(p, "rat_attention", stream);
+  };
 }
 
-void chunk_prepare_fwd(const AttentionFwdParams& a, const FwdScratch& scratch, void* workspace, cudaStream_t stream) {
-  PrepareFwd p{};
-  p.in = scan_input(a);
-  p.y = a.y;
-  p.s_self = scratch.s_self;
-  p.chunks = a.chunks;
-  p.running_k = static_cast<float*>(a.running_k);
-  p.running_v = static_cast<float*>(a.running_v);
-  if (segmented(a.size, a.gate.ptr, kMaxChunkFwd)) {
-    p.in.carry = Carver(workspace).take<float>(carry_elements(a.size, 3));
-    scan_carries(p.in, true, p.in.carry, stream);
-  }
-  carry_state_fwd(a, stream);
-  launch_prepare<true>(p, "rat_attention", stream);
-}
-
-size_t recurrence_fwd_workspace(const RecurrenceFwdParams& r) {
-  Carver carver(nullptr);
-  if (segmented(r.size, true, kMaxChunkFwd)) carver.take<float>(carry_elements(r.size, 2));
-  return carver.used();
-}
-
-void recurrence_fwd(const RecurrenceFwdParams& r, void* stream_) {
+void recurrence_fwd(const RecurrenceFwdParams& r, const Allocator& allocator, void* stream_) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  Arena arena;
+  const Piece<float> carry = take_carry(r.size, true, kMaxChunkFwd, 2, arena);
+  arena.commit(allocator);
   if (r.size.cu_seqlens || r.size.lengths) check_sequences(r.size, -1, -1, -1, nullptr, stream);
   PrepareFwd p{};
   p.in = scan_input(r);
   p.y = r.y;
   p.running_k = static_cast<float*>(r.final_state);
-  if (segmented(r.size, true, kMaxChunkFwd)) {
-    p.in.carry = Carver(r.workspace).take<float>(carry_elements(r.size, 2));
-    scan_carries(p.in, false, p.in.carry, stream);
+  if (carry.taken()) {
+    p.in.carry = carry;
+    scan_carries(p.in, false, carry, stream);
   }
   if (r.final_state) copy_empty(r.size, p.in.initial_k, p.running_k, stream);
   launch_prepare<false>(p, "chunk_recurrence", stream);

@@ -603,15 +603,7 @@ Deal deal(const Sizes& s, bool bias) {
 
 Walk walk(const Rows& r) { return {static_cast<char*>(r.ptr), r.batch * 2, r.token * 2, r.head * 2}; }
 
-}  // namespace
-
-bool short_chunks(const AttentionFwdParams& a) {
-  const Sizes& s = a.size;
-  return a.gate.ptr && s.chunk_size <= kShortChunk && s.k_groups == s.q_groups && s.aligned16 &&
-         (s.dtype == DType::bf16 || s.dtype == DType::f16);
-}
-
-void chunk_prepare_short_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, cudaStream_t stream) {
+void launch_prepare(const AttentionBwdParams& a, const BwdScratch& scratch, cudaStream_t stream) {
   const Sizes& s = a.fwd.size;
   PrepareShort p{};
   p.size = s;
@@ -635,17 +627,9 @@ void chunk_prepare_short_bwd(const AttentionBwdParams& a, const BwdScratch& scra
   });
 }
 
-size_t chunk_scan_short_bwd_workspace(const AttentionBwdParams& a) {
+void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, const Deal& d, float* bias_partial,
+                 cudaStream_t stream) {
   const Sizes& s = a.fwd.size;
-  Carver carver(nullptr);
-  if (a.dgate_bias) carver.take<float>(deal(s, true).tile_blocks * s.heads * s.head_dim);
-  return carver.used();
-}
-
-void chunk_scan_short_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, void* workspace,
-                          cudaStream_t stream) {
-  const Sizes& s = a.fwd.size;
-  const Deal d = deal(s, a.dgate_bias != nullptr);
   ScanShort p{};
   p.in = scan_input(a.fwd);
   p.in.tile = d.tile;
@@ -671,7 +655,7 @@ void chunk_scan_short_bwd(const AttentionBwdParams& a, const BwdScratch& scratch
   p.dinitial_v = static_cast<float*>(a.dinitial.running_v);
   p.group_heads = static_cast<int>(s.heads / s.q_groups);
   p.tiles_per_block = d.tiles_per_block;
-  if (a.dgate_bias) p.bias_partial = Carver(workspace).take<float>(d.tile_blocks * s.heads * s.head_dim);
+  p.bias_partial = bias_partial;
 
   const int64_t blocks = d.tile_blocks * s.q_groups;
   if (blocks > 0) {
@@ -693,6 +677,26 @@ void chunk_scan_short_bwd(const AttentionBwdParams& a, const BwdScratch& scratch
   if (a.dgate_bias) {
     reduce_gate_bias(p.bias_partial, d.tile_blocks, s.heads * s.head_dim, static_cast<float*>(a.dgate_bias), stream);
   }
+}
+
+}  // namespace
+
+bool short_chunks(const AttentionFwdParams& a) {
+  const Sizes& s = a.size;
+  return a.gate.ptr && s.chunk_size <= kShortChunk && s.k_groups == s.q_groups && s.aligned16 &&
+         (s.dtype == DType::bf16 || s.dtype == DType::f16);
+}
+
+Launch chunk_prepare_short_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, Arena&) {
+  return [&a, scratch](cudaStream_t stream) { launch_prepare(a, scratch, stream); };
+}
+
+Launch chunk_scan_short_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, Arena& arena) {
+  const Sizes& s = a.fwd.size;
+  const Deal d = deal(s, a.dgate_bias != nullptr);
+  Piece<float> bias_partial;  // (tile_blocks, H, D)
+  if (a.dgate_bias) bias_partial = arena.take<float>(d.tile_blocks * s.heads * s.head_dim);
+  return [&a, scratch, d, bias_partial](cudaStream_t stream) { launch_scan(a, scratch, d, bias_partial, stream); };
 }
 
 KernelList chunk_short_bwd_kernels() {

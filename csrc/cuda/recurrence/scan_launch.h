@@ -104,6 +104,11 @@ inline int64_t carry_elements(const Sizes& s, int streams) {
   return work_items(s, kSegment) * s.heads * streams * s.head_dim;
 }
 
+// Room for what tiles hand to each other, where a recurrence reaches across them.
+inline Piece<float> take_carry(const Sizes& s, bool gated, int64_t max_chunk, int streams, Arena& arena) {
+  return segmented(s, gated, max_chunk) ? arena.take<float>(carry_elements(s, streams)) : Piece<float>();
+}
+
 inline ScanInput scan_input(const AttentionFwdParams& p) {
   ScanInput in{};
   in.size = p.size;
@@ -156,9 +161,8 @@ void copy_empty(const Sizes&, const float* source, float* target, cudaStream_t);
 
 // The backward phases 1 and 3 of rat_attention where chunks are short (recurrence/reverse_short.cu): short_chunks() says whether.
 // Phase 1 leaves p_self and ds_self alone, phase 3 makes them itself.
-void chunk_prepare_short_bwd(const AttentionBwdParams&, const BwdScratch&, cudaStream_t);
-size_t chunk_scan_short_bwd_workspace(const AttentionBwdParams&);
-void chunk_scan_short_bwd(const AttentionBwdParams&, const BwdScratch&, void* workspace, cudaStream_t);
+Launch chunk_prepare_short_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
+Launch chunk_scan_short_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
 
 // dgate_bias = sum over rows of partial, (rows, columns), in a fixed order (recurrence/backward.cu).
 void reduce_gate_bias(const float* partial, int64_t rows, int64_t columns, float* dgate_bias, cudaStream_t stream);
