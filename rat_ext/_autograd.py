@@ -320,8 +320,7 @@ def decode(given: Given) -> Tensor:
     op, spec, cache = "rat_decode_step", _OPERATORS["rat_decode_step"], given["cache"]
     if not isinstance(cache, RATCache):
         wrong(op, "cache", "a RATCache", type(cache).__name__)
-    written = (cache.chunk_k, cache.chunk_v, cache.running_k, cache.running_v, cache.lengths)
-    given.update(zip(STATE, written, strict=True), chunk_size=cache.chunk_size)
+    given.update(zip(STATE, cache.tensors(), strict=True), chunk_size=cache.chunk_size)
     compiling = torch.compiler.is_compiling()
     try:
         if torch.is_grad_enabled():
@@ -330,9 +329,7 @@ def decode(given: Given) -> Tensor:
                 if isinstance(x, Tensor) and x.requires_grad:
                     expected = "a tensor that needs no gradient (decoding has none; use torch.no_grad() or RATCache.detach())"
                     wrong(op, _SHOWN[op].get(name, name), expected, "one that does")
-        if cache.workspace is None:
-            cache.workspace = _workspace(cache)
-        given["workspace"] = cache.workspace
+        given["workspace"] = cache.decode_workspace()
         if compiling:
             check_types(op, spec, given, _SHOWN[op])
         args = prepare(op, spec, given, compiling)
@@ -342,26 +339,14 @@ def decode(given: Given) -> Tensor:
             if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
                 _refuse_transforms(op, args)
             y = _KERNELS[op](*args)
-            # The kernel is below autograd: what saved the cache's tensors learns here that they have changed.
-            torch.autograd.graph.increment_version(written)
     except (TypeError, AttributeError, RuntimeError, IndexError):
         check_types(op, spec, given, _SHOWN[op])
         raise
-    cache.length_bound += 1
+    cache.decoded()
     return y
 
 
-@torch.compiler.assume_constant_result  # an operator that returns a number cannot be traced
-def _decode_workspace_bytes(pool: int, heads: int, rows: int, head_dim: int) -> int:
-    return torch.ops.rat_ext.decode_workspace.default(pool, heads, rows, head_dim)
-
-
-def _workspace(cache: RATCache) -> Tensor:
-    size = _decode_workspace_bytes(*cache.chunk_k.shape) if cache.chunk_k.is_cuda else 0
-    return torch.zeros(size, dtype=torch.uint8, device=cache.chunk_k.device)
-
-
-def explain(name: str, given: Given) -> list[dict[str, str]]:
+def explain(name: str, given: Given) -> list[dict[str, Any]]:
     """Which kernel families a call takes: one dict for each phase and family."""
     spec = _OPERATORS[name]
     try:

@@ -22,10 +22,10 @@ from ._arguments import Operator
 ENABLED = os.environ.get("RAT_EXT_LOG", "") not in ("", "0")
 
 
-def choices(name: str, args: tuple) -> list[dict[str, str]]:
+def choices(name: str, args: tuple) -> list[dict[str, Any]]:
     """Which kernel families serve a call of an operator, and why others do not."""
-    lines = getattr(torch.ops.rat_ext_explain, name).default(*args).splitlines()
-    return [dict(zip(("phase", "family", "why"), line.split("\t"), strict=True)) for line in lines]
+    rows = [line.split("\t") for line in getattr(torch.ops.rat_ext_explain, name).default(*args).splitlines()]
+    return [{"phase": phase, "family": family, "chosen": chosen == "1", "why": why} for phase, family, chosen, why in rows]
 
 
 def _line(spec: Operator, args: tuple, seconds: float | None) -> str:
@@ -39,7 +39,7 @@ def _line(spec: Operator, args: tuple, seconds: float | None) -> str:
     words += [str(lead.dtype).removeprefix("torch."), str(lead.device)]
     backward = spec.name.endswith("_backward")
     for row in choices(spec.name, args):
-        if row["why"].startswith("chosen") and row["phase"].endswith("_bwd") == backward:
+        if row["chosen"] and row["phase"].endswith("_bwd") == backward:
             words.append(f"{row['phase']}={row['family']}")
     words.append("captured" if seconds is None else f"{seconds * 1e3:.3f} ms")
     return " ".join(words)

@@ -12,6 +12,8 @@ Modeling", arXiv 2507.04416.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from . import _autograd
@@ -258,14 +260,14 @@ def explain(
     initial_state: RATCache | None = None,
     return_state: bool = False,
     deterministic: bool = True,
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     """Which kernels a call of :func:`rat_attention` takes, forward and backward, and why. Nothing is computed.
 
     Args, errors: those of :func:`rat_attention`.
 
     Returns:
         For each phase its kernel families, best first, as dicts of ``phase`` ("attention_fwd"), ``family`` ("sm90", or the
-        CPU's instruction set) and ``why``: "chosen" and what decided it, or the reason why it does not serve the call.
+        CPU's instruction set), ``chosen`` and ``why``: what decided, or the reason why the family does not serve the call.
 
     Example:
         >>> import torch, rat_ext

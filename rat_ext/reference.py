@@ -50,13 +50,8 @@ def _gates(gate: Tensor, gate_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     logits = gate if gate_bias is None else gate + gate_bias.to(gate.dtype)
     if logits.dtype == torch.float64:
-        return tuple(torch.nn.functional.logsigmoid(x).exp() for x in (logits, -logits))
-    f, rest = torch.sigmoid(logits), torch.sigmoid(-logits)
-    if logits.dtype == torch.float64:
-        # Autograd's derivative of a sigmoid s is s (1 - s): at a logit of 30, 1 - s keeps three digits. The oracle of every
-        # gradient takes the larger of the two gates from the smaller, whose derivative keeps them all.
-        f, rest = torch.where(logits > 0, 1 - rest, f), torch.where(logits < 0, 1 - f, rest)
-    return f, rest
+        return torch.nn.functional.logsigmoid(logits).exp(), torch.nn.functional.logsigmoid(-logits).exp()
+    return torch.sigmoid(logits), torch.sigmoid(-logits)
 
 
 def _attend(q, k, v, chunk_size, start, chunk_k, chunk_v, out_gate, rotary_cos, rotary_sin, scale):
@@ -176,7 +171,8 @@ def rat_attention(
     if not total:
         state = RATCache.empty(0, heads, dim, chunk_size, rows * chunk_size, dtype=v.dtype, device=v.device)
     else:
-        state = RATCache(*(torch.cat(x, dim=0) for x in zip(*states, strict=True)), chunk_size, bound)
+        chunk_k, chunk_v, running_k, running_v, after = (torch.cat(x, dim=0) for x in zip(*states, strict=True))
+        state = RATCache(chunk_k, chunk_v, running_k, running_v, after, chunk_size, bound)
     return y, state
 
 
@@ -245,20 +241,21 @@ def rat_decode_step(
         state.length_bound = length
         if (length + 1) // cache.chunk_size > cache.chunk_k.shape[2]:
             raise ValueError(f"rat_decode_step: cache: expected room for {length + 1} tokens, got {cache.capacity}")
-        token = [None if x is None else x[b][None, None] for x in (q, k, v, gate, out_gate)]
-        y[b : b + 1], state = (
-            t[0] if isinstance(t, Tensor) else t
-            for t in rat_attention(
-                *token[:4],
-                cache.chunk_size,
-                gate_bias=gate_bias,
-                out_gate=token[4],
-                rotary_cos=rotary_cos,
-                rotary_sin=rotary_sin,
-                scale=scale,
-                initial_state=state,
-                return_state=True,
-            )
+        row = slice(b, b + 1)
+        y1, state = rat_attention(
+            q[row, None],
+            k[row, None],
+            v[row, None],
+            gate[row, None],
+            cache.chunk_size,
+            gate_bias=gate_bias,
+            out_gate=None if out_gate is None else out_gate[row, None],
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            scale=scale,
+            initial_state=state,
+            return_state=True,
         )
+        y[row] = y1[0]
         cache.write(one, state)
     return y

@@ -1,4 +1,4 @@
-"""Rotary tables. RAT rotates by chunk index, so a table has one row a chunk, not one a token."""
+"""Rotary tables. RAT rotates by chunk index, so a table has one row per chunk, not one per token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rotary_tables(
 
     Args:
         num_chunks: rows of the tables; a sequence of T tokens in chunks of L needs ceil(T / L).
-        head_dim: D, even. Frequency i is ``base ** (-2 i / D)`` radians a chunk.
+        head_dim: D, even. Frequency i is ``base ** (-2 i / D)`` radians per chunk.
         base: the base of the geometric progression of frequencies.
         device: where the tables live.
         dtype: float32, or float64 for ops in float64.
@@ -26,11 +26,44 @@ def rotary_tables(
     Returns:
         ``(cos, sin)``, each ``(num_chunks, head_dim // 2)``.
     """
+    if num_chunks < 0:
+        raise ValueError(f"rotary_tables: num_chunks: expected at least 0, got {num_chunks}")
     if head_dim % 2:
         raise ValueError(f"rotary_tables: head_dim: expected an even number, got {head_dim}")
     exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim
     angle = torch.arange(num_chunks, device=device, dtype=torch.float64)[:, None] * base**-exponent
     return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+_tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+
+def layer_tables(
+    num_chunks: int, head_dim: int, base: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """:func:`rotary_tables` of at least ``num_chunks`` rows, made once for all layers that need the same.
+
+    No module holds them: nothing casts, shards, broadcasts or averages them with its weights. Rows are a power of two, and a
+    table is never freed: no other stream and no CUDA graph reads memory that was given to something else, and all tables of
+    one kind together have at most twice the rows of the longest.
+    """
+    if (
+        torch.compiler.is_compiling()  # the graph computes them: a global would be a guard, and grow
+        or torch._C._len_torch_dispatch_stack()  # fake tensors, or a tracer's
+        or torch._C._are_functorch_transforms_active()
+        or device.type == "meta"
+        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())  # in the graph's memory, filled by its replay
+    ):
+        return rotary_tables(num_chunks, head_dim, base=base, device=device, dtype=dtype)
+    rows = max(128, 1 << (num_chunks - 1).bit_length())
+    key = (rows, head_dim, base, device, dtype)
+    tables = _tables.get(key)
+    if tables is None:
+        with torch.inference_mode(False):  # made while sampling, they serve training later
+            # From the host by a copy that waits: whatever stream uses them first, they are there.
+            cos, sin = rotary_tables(rows, head_dim, base=base, device="cpu", dtype=dtype)
+            tables = _tables.setdefault(key, (cos.to(device), sin.to(device)))
+    return tables
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

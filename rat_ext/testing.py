@@ -9,7 +9,7 @@ asserts that the compiled op is at most twice as far from float64 as the eager o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -253,7 +253,7 @@ def evaluate(function, case: Case, *, double: bool = False, grads: dict[str, Ten
     leaves = dict(inputs)
     if case.state is not None:
         tensors = {key: leaf(getattr(case.state, key)) for key in STATE}
-        options["initial_state"] = dataclasses.replace(case.state, **tensors)
+        options["initial_state"] = case.state.replace(**tensors)
         leaves |= {f"initial_{key}": x for key, x in tensors.items()}
     result = function(**inputs, chunk_size=case.chunk_size, **options)
     outputs, lengths = {}, None
@@ -357,16 +357,18 @@ def state_keys(state: RATCache) -> tuple[Tensor, Tensor]:
 ULPS = {torch.float64: 4096, torch.float32: 16, torch.bfloat16: 2, torch.float16: 2}
 
 
-def compare(
+def judge(
     actual: dict[str, Tensor],
     eager: dict[str, Tensor],
     exact: dict[str, Tensor],
     dtype: torch.dtype,
     floor: dict[str, float] | None = None,
     factor: float = 2.0,
-) -> None:
-    """err(actual) <= factor * err(eager) + a floor of a few roundings, by the largest and by the mean square error."""
-    assert actual.keys() == exact.keys()
+) -> Iterator[dict]:
+    """err(actual) <= factor * err(eager) + a floor of a few roundings, by the largest and by the mean square error.
+
+    Yields both for every tensor: ``tensor, measure, error, eager, limit, largest`` (value) and ``worst`` (index).
+    """
     for key, want in exact.items():
         got = actual[key]
         assert got.shape == want.shape, f"{key}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
@@ -386,23 +388,48 @@ def compare(
         share = {"max": 1.0, "rms": want.shape[-1] ** -0.5}
         for measure, reduce in (("max", Tensor.max), ("rms", lambda x: x.square().mean().sqrt())):
             limit = factor * float(reduce(allowed)) + unit * float(reduce(want.abs())) + extra * share[measure]
-            found = float(reduce(error))
-            worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
-            assert found <= limit, (
-                f"{key}: {measure} error {found:.3e} is over {limit:.3e} (eager {float(reduce(allowed)):.3e}, "
-                f"largest value {float(want.abs().max()):.3e}, worst at {worst})"
-            )
+            yield {
+                "tensor": key,
+                "measure": measure,
+                "error": float(reduce(error)),
+                "eager": float(reduce(allowed)),
+                "limit": limit,
+                "largest": float(want.abs().max()),
+                "worst": tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape)),
+            }
 
 
-def check(case: Case, *, function=None, backward: bool = True) -> dict[str, Tensor]:
-    """The twice-eager rule for outputs, states and every gradient of a case. Returns what the compiled op computed."""
+def compare(
+    actual: dict[str, Tensor],
+    eager: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    dtype: torch.dtype,
+    floor: dict[str, float] | None = None,
+    factor: float = 2.0,
+) -> None:
+    """Asserts what :func:`judge` measures."""
+    assert actual.keys() == exact.keys()
+    for row in judge(actual, eager, exact, dtype, floor, factor):
+        assert row["error"] <= row["limit"], (
+            f"{row['tensor']}: {row['measure']} error {row['error']:.3e} is over {row['limit']:.3e} (eager {row['eager']:.3e}, "
+            f"largest value {row['largest']:.3e}, worst at {row['worst']})"
+        )
+
+
+def define(case: Case, backward: bool = True):
+    """What the definition gives in float64 and in the case's dtype, the gradients fed in, and the floors of the rule."""
     definition = getattr(reference, case.op)
     exact, grads = evaluate(definition, case, double=True, backward=backward)
     grads = {key: g.to(case.dtype if key in ("y", "chunk_k", "chunk_v") else g.dtype) for key, g in grads.items()}
     eager = exact if case.dtype == torch.float64 else evaluate(definition, case, grads=grads, backward=backward)[0]
+    return exact, eager, grads, floors(case, exact, grads) if backward else {}
+
+
+def check(case: Case, *, function=None, backward: bool = True) -> dict[str, Tensor]:
+    """The twice-eager rule for outputs, states and every gradient of a case. Returns what the compiled op computed."""
+    exact, eager, grads, floor = define(case, backward)
     actual, _ = evaluate(function or getattr(rat_ext, case.op), case, grads=grads, backward=backward)
     assert actual["y"].dtype == case.dtype
-    floor = floors(case, exact, grads) if backward else {}
     compare(actual, eager, exact, case.dtype, floor)
     return actual
 

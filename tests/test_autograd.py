@@ -46,7 +46,7 @@ def numerically(function, case):
         options = dict(case.options)
         if state_keys:
             state = dict(zip(state_keys, tensors[len(keys) :], strict=True))
-            options["initial_state"] = dataclasses.replace(case.state, **state)
+            options["initial_state"] = case.state.replace(**state)
         result = function(**dict(zip(keys, tensors, strict=False)), chunk_size=case.chunk_size, **options)
         if not isinstance(result, tuple):
             return result
@@ -222,7 +222,7 @@ def test_no_input_needs_a_gradient(device):
 def test_a_state_that_needs_a_gradient_alone(device):
     case = attention_case(device, torch.float32, lengths=[5, 37])
     values, grads = evaluate(rat_ext.rat_attention, case)
-    state = dataclasses.replace(case.state, running_v=case.state.running_v.clone().requires_grad_())
+    state = case.state.replace(running_v=case.state.running_v.clone().requires_grad_())
     y = rat_ext.rat_attention(**case.tensors, chunk_size=16, initial_state=state, **case.options)
     (got,) = torch.autograd.grad(y, state.running_v, grads["y"])
     assert same_bits(got, values["dinitial_running_v"])

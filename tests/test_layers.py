@@ -1,11 +1,18 @@
-"""The layer, the language model and the arguments of ``python -m rat_ext``: pieces equal the whole, wrong arguments say so."""
+"""The layer: pieces equal the whole, its initialisation, what replaces or moves its weights, wrong arguments say so.
+
+Rotary tables are in test_rotary.py, torch's distributed wrappers in test_parallel_wrappers.py.
+"""
+
+import copy
+import math
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from rat_ext.__main__ import parse
+from rat_ext import RATCache
 from rat_ext.layers import RATLayer
-from rat_ext.model import RATLM
 
 
 def test_layer_in_pieces(device):
@@ -31,17 +38,6 @@ def test_layer_packed(device):
     torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-4)
 
 
-def test_generated_logits_are_those_of_the_forward(device):
-    torch.manual_seed(0)
-    model = RATLM(32, 64, 2, 4, 2, 4, max_length=8).to(device)
-    prompt = torch.randint(0, 32, (3, 7), device=device)
-    tokens, logits = model.generate(prompt, 20, top_k=5, return_logits=True)
-    assert tokens.shape == (3, 27) and torch.equal(tokens[:, :7], prompt)
-    torch.testing.assert_close(logits, model(tokens)[:, 6:-1].detach(), rtol=1e-4, atol=1e-4)
-    greedy = model.generate(prompt, 5, temperature=0)
-    assert torch.equal(greedy, model.generate(prompt, 5, top_k=1))
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -51,6 +47,8 @@ def test_generated_logits_are_those_of_the_forward(device):
         ((60, 4, 2, 4), "d_model: expected heads whose size .* is a multiple of 8 from 8 to 256, got 60 / 4 = 15"),
         ((2048, 4, 2, 4), "d_model: expected heads whose size .* got 2048 / 4 = 512"),
         ((64, 4, 2, 0), "chunk_size: expected at least 1, got 0"),
+        ((64, 4, 2, 8.0), "chunk_size: expected an int, got 8.0"),
+        (("x", 4, 2, 8), "d_model: expected an int, got 'x'"),
     ],
 )
 def test_layer_errors(arguments, words):
@@ -58,31 +56,209 @@ def test_layer_errors(arguments, words):
         RATLayer(*arguments)
 
 
-def test_model_errors():
-    model = RATLM(32, 32, 2, 4, 2, 4)
-    tokens = torch.zeros(1, 5, dtype=torch.int64)
-    for caches in ([], [None]):
-        with pytest.raises(ValueError, match=f"caches: expected one for each of the 2 layers, got {len(caches)}"):
-            model(tokens, caches)
-    for options, words in (
-        ({"temperature": -1.0}, "temperature: expected at least 0, got -1.0"),
-        ({"top_k": 0}, "top_k: expected at least 1 or None, got 0"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            model.generate(tokens, 3, **options)
-    with pytest.raises(ValueError, match="expected .* T >= 1 and n >= 1, got"):
-        model.generate(tokens[:, :0], 3)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"return_state": True}, "cache: expected no initial_state, return_state or cu_seqlens"),
+        ({"initial_state": "state"}, "cache: expected no initial_state, return_state or cu_seqlens"),
+        ({"cu_seqlens": "cuts"}, "cache: expected no initial_state, return_state or cu_seqlens"),
+        ({"cache": None, "slots": "slots"}, "slots: expected a cache that they index, got cache=None"),
+    ],
+)
+def test_errors_of_decoding(options, words):
+    layer = RATLayer(64, 4, 2, 8)
+    with pytest.raises(ValueError, match=f"^RATLayer: {words}"):
+        layer(torch.zeros(2, 64), **{"cache": layer.new_cache(2, 20)} | options)
 
 
-def test_command_line(capsys, tmp_path):
-    assert parse([]).parts == ["info", "check", "train", "time"]
-    assert parse(["time", "info"]).parts == ["info", "time"]
-    for arguments, words in (
-        (["bogus"], "unknown part 'bogus'"),
-        (["--train-seconds", "0"], "--train-seconds: expected more than 0, got 0.0"),
-        (["--train-seconds", "nan"], "--train-seconds: expected more than 0, got nan"),
-        (["--json", str(tmp_path / "absent" / "x.json")], "--json: no folder"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            parse(arguments)
-        assert stopped.value.code == 2 and words in capsys.readouterr().err
+def test_decoding_is_a_call(device):
+    """step and forward with a cache are one thing, hooks and slots included, and have no gradient."""
+    layer = RATLayer(64, 4, 2, 8, device=device)
+    x = torch.randn(2, 64, device=device)
+    slots = torch.tensor([2, -1], device=device)
+    caches = [layer.new_cache(3, 20) for _ in range(2)]
+    seen = []
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    y = layer.step(x, caches[0], slots)
+    assert seen == [x.shape]
+    assert torch.equal(layer(x, cache=caches[1], slots=slots), y) and not y.requires_grad
+    for cache in caches:
+        assert cache.lengths.tolist() == [0, 0, 1]
+    assert not y[1].any()
+
+
+# ---- initialisation --------------------------------------------------------------------------------------------------
+
+
+def check_initialised(layer: RATLayer, tolerance: float = 1e-6) -> None:
+    for linear in (layer.in_proj, layer.out_proj):
+        assert abs(float(linear.weight.detach().double().std()) * 512**0.5 - 1) < 0.02
+    want = torch.linspace(math.log(0.25), math.log(4.0), 64, dtype=torch.float64).expand(8, 64)
+    torch.testing.assert_close(layer.gate_bias.double().cpu(), want, rtol=tolerance, atol=tolerance)
+
+
+def test_initialisation(device):
+    check_initialised(RATLayer(512, 8, 2, 8, device=device))
+    low = RATLayer(512, 8, 2, 8, device=device, dtype=torch.bfloat16)
+    check_initialised(low, 2**-8)
+    # Rounded once: to the bfloat16 nearest to the float32 value.
+    assert torch.equal(low.gate_bias, RATLayer(512, 8, 2, 8, device=device).gate_bias.bfloat16())
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 16, 2000, 2**40])
+def test_gate_biases_span_a_chunk(chunk_size):
+    bias = RATLayer(64, 4, 2, chunk_size).gate_bias.detach()
+    assert torch.allclose(bias[:, 0], torch.tensor(math.log(0.25)))
+    assert torch.allclose(bias[:, -1], torch.tensor(math.log(max(min(chunk_size, 1024) / 2, 1))))
+
+
+def test_meta_then_empty(device):
+    with torch.device("meta"):
+        layer = RATLayer(512, 8, 2, 8)
+    layer.to_empty(device=device)
+    layer.reset_parameters()
+    check_initialised(layer)
+    layer.to_empty(device=device)
+    for module in layer.modules():  # as torch's guides have it
+        module.reset_parameters()
+    check_initialised(layer)
+
+
+def test_meta_then_assigned(device):
+    """A layer made on no device takes the weights of another, and computes the same."""
+    layer = RATLayer(64, 4, 2, 8, device=device)
+    with torch.device("meta"):
+        empty = RATLayer(64, 4, 2, 8)
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    x = torch.randn(2, 40, 64, device=device)
+    assert torch.equal(empty(x), layer(x))
+
+
+# ---- weights of other kinds ------------------------------------------------------------------------------------------
+
+
+class Quantised(nn.Module):
+    """A projection whose weights are int8: a stand-in for what quantisation libraries put in its place."""
+
+    def __init__(self, linear: nn.Linear, bare: bool):
+        super().__init__()
+        self.scale = float(linear.weight.detach().abs().max()) / 127
+        weight = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.register_buffer("packed" if bare else "weight", weight)
+
+    def forward(self, x):
+        return x @ (next(self.buffers()).to(x.dtype) * self.scale).T
+
+
+class Adapted(nn.Module):
+    """Low-rank adaptation around a projection."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.base = linear.requires_grad_(False)
+        self.down = nn.Linear(linear.in_features, 4, bias=False, device=linear.weight.device)
+        self.up = nn.Linear(4, linear.out_features, bias=False, device=linear.weight.device)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+WRAPS = {
+    "int8 weight": lambda linear: Quantised(linear, bare=False),
+    "no weight": lambda linear: Quantised(linear, bare=True),
+    "low rank": Adapted,
+    "sequential": lambda linear: nn.Sequential(linear, nn.Dropout(0.0)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_other_projections(device, wrap):
+    """Caches and tables follow what is computed, not how weights are stored."""
+    layer = RATLayer(64, 4, 2, 8, device=device)
+    layer.in_proj = WRAPS[wrap](layer.in_proj)
+    x = torch.randn(2, 20, 64, device=device)
+    whole = layer(x)
+    cache = layer.new_cache(2, 20)
+    assert cache.chunk_k.dtype == torch.float32
+    steps = [layer.step(x[:, t], cache) for t in range(20)]
+    torch.testing.assert_close(torch.stack(steps, dim=1), whole.detach(), rtol=1e-4, atol=1e-4)
+    base = layer.in_proj.base.weight.clone() if wrap == "low rank" else None
+    layer.reset_parameters()  # draws its own, leaves what took a projection's place
+    if base is not None:
+        assert torch.equal(layer.in_proj.base.weight, base)
+
+
+def test_offloaded_weights(device):
+    """Weights that are loaded before each call of a module and dropped after it, as accelerate's hooks do."""
+    layer = RATLayer(64, 4, 2, 8, device=device)
+    x = torch.randn(2, 20, 64, device=device)
+    want, kept = layer(x).detach(), {name: value.detach() for name, value in layer.state_dict().items()}
+
+    def place(module, values):
+        for key, value in list(module._parameters.items()):
+            if value is not None:
+                setattr(module, key, nn.Parameter(values(key, value), requires_grad=False))
+
+    def load(name):
+        return lambda module, args: place(module, lambda key, value: kept[name + key])
+
+    def drop(module, *_):
+        place(module, lambda key, value: value.to("meta"))
+
+    for name, module in layer.named_modules():
+        module.register_forward_pre_hook(load(name + "." if name else ""))
+        module.register_forward_hook(drop)
+        drop(module)
+    assert torch.equal(layer(x), want)
+    assert layer.gate_bias.is_meta
+    cache = layer.new_cache(2, 20, device=device)
+    steps = [layer.step(x[:, t], cache) for t in range(20)]
+    torch.testing.assert_close(torch.stack(steps, dim=1), want, rtol=1e-4, atol=1e-4)
+
+
+def test_recomputation(device):
+    layer = RATLayer(64, 4, 2, 8, device=device)
+    x = torch.randn(2, 20, 64, device=device, requires_grad=True)
+    want = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
+    got = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).sum(), [x, *layer.parameters()])
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+# ---- dtypes ----------------------------------------------------------------------------------------------------------
+
+
+def test_new_cache(device):
+    layer = RATLayer(64, 4, 2, 8, device=device)
+    cache = layer.new_cache(3, 50)
+    assert isinstance(cache, RATCache) and cache.chunk_k.shape == (3, 4, 6, 16) and cache.capacity >= 50
+    assert (cache.chunk_k.dtype, cache.running_k.dtype) == (torch.float32, torch.float32)
+    assert copy.deepcopy(layer).to(torch.bfloat16).new_cache(1, 8).chunk_k.dtype == torch.bfloat16
+    assert layer.new_cache(1, 8, torch.float16).chunk_k.dtype == torch.float16
+    assert layer.new_cache(1, 8, device="meta").chunk_k.is_meta
+    with torch.device("meta"):
+        assert RATLayer(64, 4, 2, 8).new_cache(1, 8).chunk_k.is_meta
+        assert layer.new_cache(1, 8).chunk_k.device.type == device.type
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(device, dtype):
+    """A new cache holds what the op computes in, and decoding from it is the forward."""
+    layer = RATLayer(64, 4, 2, 8, device=device)
+    x = torch.randn(2, 20, 64, device=device)
+    with torch.autocast(device.type, dtype):
+        whole = layer(x)
+        cache = layer.new_cache(2, 20)
+        assert cache.chunk_k.dtype == dtype and cache.running_k.dtype == torch.float32
+        steps = [layer.step(x[:, t], cache) for t in range(20)]
+    torch.testing.assert_close(torch.stack(steps, dim=1), whole.detach(), rtol=2e-2, atol=2e-2)
+
+
+def test_autocast_leaves_float64_alone():
+    layer = RATLayer(64, 4, 2, 8, dtype=torch.float64)
+    x = torch.randn(2, 20, 64, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = layer.new_cache(2, 20)
+        assert cache.chunk_k.dtype == torch.float64
+        steps = [layer.step(x[:, t], cache) for t in range(20)]
+    torch.testing.assert_close(torch.stack(steps, dim=1), layer(x).detach())

@@ -4,6 +4,10 @@
 #include <algorithm>
 #include <utility>
 
+#ifdef RAT_EXT_CUDA
+#include "../cuda/explain.h"
+#endif
+
 // Lives in libtorch_cuda: absent beside a CPU-only torch, where a CUDA build of rat_ext must still load.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream) __attribute__((weak));
 
@@ -244,5 +248,55 @@ void CallBase::check_can_run() const {
                            "where nvcc and a CUDA torch are found (RAT_EXT_CUDA=1 says what is missing)");
 #endif
 }
+
+// ---- which kernels ------------------------------------------------------------------------------------------------------
+
+void CallBase::explain(std::string_view phase, std::string_view family, bool chosen, std::string_view why) {
+  choices.append(phase).append("\t").append(family).append(chosen ? "\t1\t" : "\t0\t").append(why).append("\n");
+}
+
+namespace {
+
+// The phase has one family. On the CPU that is one for each instruction set.
+void explain_single(CallBase& call, const char* phase) {
+  call.check_can_run();
+  if (call.on_gpu()) return call.explain(phase, "cuda", true, "the only family");
+  call.explain(phase, cpu::isa(), true, "the widest instruction set of this machine, or RAT_EXT_CPU_ISA");
+}
+
+#ifdef RAT_EXT_CUDA
+void add(CallBase& call, const std::vector<cuda::Choice>& rows) {
+  for (const cuda::Choice& row : rows) call.explain(row.phase, row.family, row.chosen, row.why);
+}
+#endif
+
+}  // namespace
+
+void explain(CallBase& call, [[maybe_unused]] const AttentionFwdParams& p) {
+#ifdef RAT_EXT_CUDA
+  if (call.on_gpu()) {
+    call.check_can_run();
+    const torch::stable::accelerator::DeviceGuard guard(call.device);
+    return add(call, cuda::explain_attention_fwd(p));
+  }
+#endif
+  explain_single(call, "attention_fwd");
+}
+
+void explain(CallBase& call, [[maybe_unused]] const AttentionBwdParams& p) {
+#ifdef RAT_EXT_CUDA
+  if (call.on_gpu()) {
+    call.check_can_run();
+    const torch::stable::accelerator::DeviceGuard guard(call.device);
+    add(call, cuda::explain_attention_bwd(p));
+    return add(call, cuda::explain_recurrence_bwd(p));
+  }
+#endif
+  explain_single(call, "attention_bwd");
+}
+
+void explain(CallBase& call, const RecurrenceFwdParams&) { explain_single(call, "recurrence_fwd"); }
+void explain(CallBase& call, const RecurrenceBwdParams&) { explain_single(call, "recurrence_bwd"); }
+void explain(CallBase& call, const DecodeParams&) { explain_single(call, "decode"); }
 
 }  // namespace rat

@@ -179,6 +179,135 @@ class CallBase {
   // Throws where the kernels cannot run: a GPU that is too old, a build without CUDA.
   void check_can_run() const;
 
+  // Adds a row to what Mode::explain returns.
+  void explain(std::string_view phase, std::string_view family, bool chosen, std::string_view why);
+
+  std::string_view op;
+  std::array<Parameter, kMost> arguments{}, results{};
+  size_t argument_count = 0, result_count = 0;
+};
+
+consteval Kind kind_of(std::string_view type) {
+  if (type == "Tensor?") return Kind::maybe_tensor;
+  if (type.starts_with("Tensor")) return Kind::tensor;  // also "Tensor(a!)"
+  if (type == "SymInt") return Kind::integer;
+  if (type == "float") return Kind::real;
+  if (type == "bool") return Kind::boolean;
+  throw "a type that no schema has used yet";
+}
+
+// "Type name, Type name": fills `list`, returns how many.
+consteval size_t parse_list(std::string_view text, std::array<Parameter, Signature::kMost>& list) {
+  size_t count = 0;
+  while (!text.empty()) {
+    const std::string_view item = text.substr(0, text.find(", "));
+    text.remove_prefix(item.size() < text.size() ? item.size() + 2 : item.size());
+    const size_t space = item.find(' ');
+    list[count++] = {item.substr(space + 1), kind_of(item.substr(0, space))};
+  }
+  return count;
+}
+
+// "op(Type name, ...) -> (Type name, ...)"
+consteval Signature parse(std::string_view schema) {
+  Signature s;
+  const size_t open = schema.find('('), arrow = schema.find(") -> (");
+  s.op = schema.substr(0, open);
+  s.argument_count = parse_list(schema.substr(open + 1, arrow - open - 1), s.arguments);
+  s.result_count = parse_list(schema.substr(arrow + 6, schema.size() - arrow - 7), s.results);
+  return s;
+}
+
+// A name as a template argument.
+template <size_t N>
+struct Name {
+  char text[N]{};
+  consteval Name(const char (&name)[N]) {  // NOLINT: names are written as plain text
+    for (size_t i = 0; i < N; ++i) text[i] = name[i];
+  }
+  constexpr std::string_view view() const { return {text, N - 1}; }
+};
+
+constexpr size_t kNone = ~size_t{0};
+
+constexpr size_t find(const std::array<Parameter, Signature::kMost>& list, size_t count, std::string_view name) {
+  for (size_t i = 0; i < count; ++i) {
+    if (list[i].name == name) return i;
+  }
+  return kNone;
+}
+
+// ---- a call -------------------------------------------------------------------------------------------------------------
+
+// What is done with a call. Arguments are checked alike in all.
+enum class Mode {
+  run,
+  check,   // tensors have sizes and strides but no memory (those of tracing, of the meta device): nothing runs
+  explain  // nothing runs; tells which kernels would
+};
+
+// Where a tensor is: a GPU's index, or one of these.
+constexpr int32_t kCpu = -1;
+constexpr int32_t kMeta = -2;
+constexpr int32_t kElsewhere = -3;
+
+// A tensor and what is asked of it more than once.
+struct View {
+  explicit View(Tensor x);
+  int64_t numel() const;
+
+  Tensor tensor;
+  ScalarType dtype{};
+  int32_t device = kElsewhere;
+  size_t rank = 0;
+  const int64_t* sizes = nullptr;
+  const int64_t* strides = nullptr;
+  void* data = nullptr;
+};
+
+// What does not depend on the op's schema.
+class CallBase {
+ public:
+  CallBase(std::string_view op_, std::string_view state, Mode mode_) : op(op_), mode(mode_), state_(state) {}
+  CallBase(const CallBase&) = delete;
+
+  template <class... Parts>
+  [[noreturn]] void fail(std::string_view argument, const Parts&... parts) const {
+    std::ostringstream message;
+    message << "rat_ext." << op << ": " << shown(argument) << ": ";
+    (message << ... << parts);
+    throw std::invalid_argument(message.str());
+  }
+
+  // Sets the device and the dtype of the call.
+  void set_lead(std::string_view argument, const View& x);
+  bool on_gpu() const { return device >= 0; }
+  DType kernel_dtype() const;
+  int64_t element_size() const { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
+
+  void check_place(std::string_view argument, const View& x, ScalarType type) const;
+  void check_shape(std::string_view argument, const View& x, Shape sizes) const;
+  void check_rank(std::string_view argument, const View& x, size_t rank, const char* form) const;
+  // A contiguous last dimension, in the dtype of the call.
+  void check_rows(std::string_view argument, const View& x) const;
+  void check_packed(std::string_view argument, const View& x, ScalarType type, Shape sizes) const;
+
+  // Rows of a (B, T, heads, D) tensor of any strides. Notes whether kernels may read them in vectors.
+  Rows rows_of(const View& x);
+  Rows aligned_rows(Rows rows);
+  // The same numbers at an address that is a multiple of 16 bytes.
+  void* aligned_data(const View& x);
+  // Checked, and copied where the strides are not what kernels read.
+  Rows copied_rows(std::string_view argument, const View& x, Shape sizes);
+  const void* copied(std::string_view argument, const View& x, ScalarType type, Shape sizes);
+
+  Tensor empty(Shape sizes, ScalarType type) const;
+  // Memory of a kernel, 256-byte aligned; lives as long as the call.
+  void* scratch(size_t bytes);
+  void* current_stream() const;
+  // Throws where the kernels cannot run: a GPU that is too old, a build without CUDA.
+  void check_can_run() const;
+
   // Adds the kernels that would run to `choices`.
   template <class Params>
   void explain(const Params& params) {
@@ -193,25 +322,10 @@ class CallBase {
   ScalarType acc{};           // of tables, biases and running states: float32, or float64 beside float64
   int32_t device = kElsewhere;
   bool aligned = true;  // all rows so far
-  std::vector<Choice> choices;
+  std::string choices;  // of Mode::explain, a line for each: phase, family, 1 where it is chosen, why
 
  private:
   std::string shown(std::string_view argument) const;
-
-  template <class Params>
-  std::vector<Choice> cuda_choices([[maybe_unused]] const Params& params) const {
-    check_can_run();
-#ifdef RAT_EXT_CUDA
-    return cuda::explain(params);
-#else
-    return {};
-#endif
-  }
-  // One family for each instruction set: every phase of a call runs in the one that the machine has.
-  template <class Params>
-  std::vector<Choice> cpu_choices(const Params&) const {
-    return {{Params::kPhase, cpu::isa(), "chosen: the widest instruction set of this machine, or RAT_EXT_CPU_ISA"}};
-  }
 
   std::string_view state_;
   const View* lead_ = nullptr;
@@ -407,12 +521,6 @@ void set_sequences(Call<Op>& call, Sizes& s) {
   s.cu_seqlens = static_cast<const int32_t*>(packed<"cu_seqlens">(call, ScalarType::Int, {s.sequences + 1}));
 }
 
-// What follows from the length of a chunk. Without a gate every token brings its own state.
-inline void set_chunks(Sizes& s, int64_t chunk_size, bool gated) {
-  s.chunk_size = s.key_every = s.rotate_every = chunk_size;
-  s.reset = gated ? chunk_size : 1;
-}
-
 // ---- kernels ------------------------------------------------------------------------------------------------------------
 
 #ifdef RAT_EXT_CUDA
@@ -421,13 +529,20 @@ inline void set_chunks(Sizes& s, int64_t chunk_size, bool gated) {
 #define RAT_LAUNCHERS(op) cpu::op, nullptr
 #endif
 
+// What Mode::explain says of a launch: every phase that has several families on a GPU; on the CPU, the instruction set.
+void explain(CallBase&, const AttentionFwdParams&);
+void explain(CallBase&, const AttentionBwdParams&);
+void explain(CallBase&, const RecurrenceFwdParams&);
+void explain(CallBase&, const RecurrenceBwdParams&);
+void explain(CallBase&, const DecodeParams&);
+
 // Runs the launcher of the tensors' device; on a GPU there, on the current stream.
 template <class Params>
 void launch(CallBase& call, const Params& params,
             std::type_identity_t<void (*)(const Params&, const Allocator&)> on_cpu,
             [[maybe_unused]] std::type_identity_t<void (*)(const Params&, const Allocator&, void*)> on_gpu) {
   if (call.mode == Mode::check) return;
-  if (call.mode == Mode::explain) return call.explain(params);
+  if (call.mode == Mode::explain) return explain(call, params);
   call.check_can_run();
   const Allocator allocator = {
       [](void* context, size_t bytes) { return static_cast<CallBase*>(context)->scratch(bytes); }, &call};

@@ -19,7 +19,7 @@ RecurrenceFwdParams params_of(Call<Op>& call) {
   s.head_dim = size<"gate">(call, 3);
   s.k_groups = s.q_groups = size<"x">(call, 2);
   check_chunk_size(call, value<"chunk_size">(call));
-  set_chunks(s, value<"chunk_size">(call), true);
+  s.set_chunk_size(value<"chunk_size">(call));
   check_head_dim(call, "gate", s.head_dim);
   check_groups(call, "x", s.k_groups, s.heads);
   p.x = rows<"x">(call, {s.batch, s.tokens, s.k_groups, s.head_dim});

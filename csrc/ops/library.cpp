@@ -3,7 +3,7 @@
 //   rat_ext          runs it
 //   rat_ext_check    checks the arguments alone. Tensors are on the meta device; `devices` tells, argument by argument, where
 //                    those that they stand for are. What torch.ops.rat_ext.<op> would say of them is what this says
-//   rat_ext_explain  tells which kernels would run: a line "phase<tab>family<tab>why" for each
+//   rat_ext_explain  tells which kernels would run: a line "phase<tab>family<tab>1 or 0<tab>why" for each family, 1 where it is chosen
 #include <string>
 
 #include "call.h"
@@ -44,9 +44,7 @@ template <class Op>
 void explain_boxed(StableIValue* stack, uint64_t, uint64_t) {
   Call<Op> call(stack, Mode::explain);
   run(call);
-  std::string lines;
-  for (const Choice& c : call.choices) lines += c.phase + "\t" + c.family + "\t" + c.why + "\n";
-  stack[0] = torch::stable::detail::from(lines);
+  stack[0] = torch::stable::detail::from(call.choices);
 }
 
 // Calls f with a null pointer to each op.

@@ -24,7 +24,7 @@ void read_rows(Call<Op>& call, AttentionFwdParams& p) {
   s.q_groups = size<"q">(call, 2);
   s.k_groups = gated ? s.q_groups : s.heads;
   check_chunk_size(call, value<"chunk_size">(call));
-  set_chunks(s, value<"chunk_size">(call), gated);
+  s.set_chunk_size(value<"chunk_size">(call));
   check_head_dim(call, "v", s.head_dim);
   check_groups(call, "q", s.q_groups, s.heads);
   p.q = rows<"q">(call, {s.batch, s.tokens, s.q_groups, s.head_dim});
@@ -75,7 +75,7 @@ void read_projection(Call<Op>& call, AttentionFwdParams& p) {
   }
   s.head_dim = width / parts;
   check_chunk_size(call, value<"chunk_size">(call));
-  set_chunks(s, value<"chunk_size">(call), true);
+  s.set_chunk_size(value<"chunk_size">(call));
   check_head_dim(call, "projection", s.head_dim);
   split(call, p,
         {projection.data, s.batch > 1 ? projection.strides[0] : 0, s.tokens > 1 ? projection.strides[1] : 0, 0},
@@ -180,7 +180,7 @@ void forward(Call<Op>& call) {
     b.dv = p.v;
     b.dgate = p.gate;
     b.dout_gate = p.out_gate;
-    call.explain(b);
+    explain(call, b);
   }
 }
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._console import Console
-from .model import RATLM
+from ..model import RATLM
+from .console import Console
 
 CHUNK = 16
 PROMPT, WRITTEN = 100, 200
@@ -50,7 +50,7 @@ def batch(text: Tensor, size: int, context: int, generator: torch.Generator, dev
 
 
 def bits(model: RATLM, tokens: Tensor) -> Tensor:
-    """Mean bits a byte that the model needs for tokens 1 ... of ``(B, context + 1)``."""
+    """Mean bits per byte that the model needs for tokens 1 ... of ``(B, context + 1)``."""
     logits = model(tokens[:, :-1])
     return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()) / math.log(2)
 
@@ -87,7 +87,7 @@ def run(console: Console, device: torch.device, budget: float) -> dict:
         seen = step * size * context
         losses.append({"seconds": round(time.perf_counter() - begin, 1), "step": step, "bytes": seen, "bits": round(loss, 4)})
         console.print(
-            f"{losses[-1]['seconds']:6.1f} s  step {step:5d}  {seen / 1e6:6.2f} MB read  held out {loss:.3f} bits a byte"
+            f"{losses[-1]['seconds']:6.1f} s  step {step:5d}  {seen / 1e6:6.2f} MB read  held out {loss:.3f} bits per byte"
         )
 
     before = 0.0
@@ -109,7 +109,7 @@ def run(console: Console, device: torch.device, budget: float) -> dict:
             optimizer.step()
             step += 1
             if step % 10 == 0:
-                advance(now - before, f"step {step}, {float(loss.detach()):.2f} bits a byte")
+                advance(now - before, f"step {step}, {float(loss.detach()):.2f} bits per byte")
                 before = now
         look()
 
@@ -127,7 +127,7 @@ def run(console: Console, device: torch.device, budget: float) -> dict:
         console.print("the loss on held-out files did not fall: WRONG")
     return {
         "losses": losses,
-        "unit": "bits a byte, held-out files",
+        "unit": "bits per byte, held-out files",
         "parameters": parameters,
         "steps": step,
         "text": text.decode("latin-1"),

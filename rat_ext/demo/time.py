@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from ._console import Console, seconds
-from .cache import RATCache
-from .ops import rat_attention, rat_decode_step
-from .rotary import rotary_tables
+from ..cache import RATCache
+from ..ops import rat_attention, rat_decode_step
+from ..rotary import rotary_tables
+from .console import Console, seconds
 
 TIME_LIMIT = 30.0  # seconds: lengths that would not be done by then are left out, the first two excepted
 KINDS = ("forward", "forward+backward", "decode step")
@@ -64,27 +64,35 @@ def _measure(size: Sizes, tokens: int, device: torch.device, advance: Callable[.
         return forward, whole
 
     cos, sin = rotary_tables(-(-tokens // size.chunk_size), size.dim, device=device)
-    rotary = {"rotary_cos": cos, "rotary_sin": sin}
-    leaves = [normal(batch, tokens, h, size.dim) for h in (size.groups, size.groups, size.heads, size.heads, size.heads)]
-    rat = both(
-        lambda: rat_attention(*leaves[:4], size.chunk_size, out_gate=leaves[4], **rotary),
-        leaves,
-    )
-    dense = [normal(batch, size.heads, tokens, size.dim) for _ in range(3)]
-    sdpa = both(lambda: F.scaled_dot_product_attention(*dense, is_causal=True), dense)
-    leaves = dense = None
+    heads = (size.groups, size.groups, size.heads, size.heads, size.heads)
 
+    def own():
+        q, k, v, gate, out_gate = leaves = [normal(batch, tokens, h, size.dim) for h in heads]
+
+        def function():
+            return rat_attention(q, k, v, gate, size.chunk_size, out_gate=out_gate, rotary_cos=cos, rotary_sin=sin)
+
+        return both(function, leaves)
+
+    def dense():
+        q, k, v = leaves = [normal(batch, size.heads, tokens, size.dim) for _ in range(3)]
+        return both(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), leaves)
+
+    rat, sdpa = own(), dense()
     with torch.no_grad():
         batch = size.decode_batch
-        token = [normal(batch, h, size.dim) for h in (size.groups, size.groups, size.heads, size.heads, size.heads)]
+        q, k, v, gate, out_gate = (normal(batch, h, size.dim) for h in heads)
         room = tokens + 512  # the sequences grow by a token a call
         cache = RATCache.empty(batch, size.heads, size.dim, size.chunk_size, room, dtype=size.dtype, device=device)
         cache.chunk_k.normal_(generator=generator)
         cache.chunk_v.normal_(generator=generator)
         cache.lengths.fill_(tokens)
         cos, sin = rotary_tables(room // size.chunk_size + 1, size.dim, device=device)
-        rotary = {"rotary_cos": cos, "rotary_sin": sin}
-        rat += (seconds(lambda: rat_decode_step(*token[:4], cache, out_gate=token[4], **rotary), device, size.budget / 4, 200),)
+
+        def step():
+            rat_decode_step(q, k, v, gate, cache, out_gate=out_gate, rotary_cos=cos, rotary_sin=sin)
+
+        rat += (seconds(step, device, size.budget / 4, 200),)
         advance()
         query = normal(batch, size.heads, 1, size.dim)
         keys, values = (normal(batch, size.heads, tokens, size.dim) for _ in range(2))
@@ -111,7 +119,8 @@ def run(console: Console, device: torch.device, out: str | None) -> dict:
         f"rotation; SDPA causal, H heads of keys and values. Milliseconds, medians; decode: one step for "
         f"{size.decode_batch} sequences of T tokens."
     )
-    rows, left_out = [], []
+    rows: list[dict] = []
+    left_out: list[int] = []
     begin = time.perf_counter()
     row_seconds = 0.0
     with console.bar(6 * len(size.lengths), "time") as advance:
@@ -146,7 +155,7 @@ def _plot(console: Console, rows: list[dict], out: str, device: torch.device) ->
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        console.print("no plot: matplotlib is not installed (pip install matplotlib)")
+        console.print("no plot: matplotlib is not installed (pip install matplotlib, or rat_ext[demo])")
         return None
     figure, axes = pyplot.subplots(1, len(KINDS), figsize=(12, 4), layout="constrained")
     lengths = [row["tokens"] for row in rows]
@@ -163,7 +172,7 @@ def _plot(console: Console, rows: list[dict], out: str, device: torch.device) ->
     figure.suptitle(f"rat_ext and scaled_dot_product_attention on {name}")
     try:
         figure.savefig(out, dpi=120)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         console.print(f"no plot: {error}")
         return None
     finally:
