@@ -1,4 +1,4 @@
-// What ops/ops.cpp hands to the CPU and CUDA launchers: plain structs of pointers, strides and sizes. No torch, no CUDA.
+// What csrc/ops hands to the CPU and CUDA launchers: plain structs of pointers, strides and sizes. No torch, no CUDA.
 //
 // Conventions, for every struct below:
 // - All sizes and strides count elements, never bytes, and are int64_t.
@@ -8,6 +8,8 @@
 // - A token has a position inside its sequence: position = (lengths ? lengths[n] : 0) + (t - first token of n).
 //   Its chunk is c = position / chunk_size. Three facts follow from it and are kept apart in the code, as `reset`,
 //   `key_every` and `rotate_every` of Sizes.
+// - Contiguous arguments (tables, biases, states, lengths, lse: every plain pointer below) start at multiples of 16 bytes. Rows
+//   need not: see Sizes::aligned16.
 // - Head h of H reads query group h / (H / q_groups) and key group h / (H / k_groups).
 #pragma once
 
@@ -44,7 +46,8 @@ struct Sizes {
   int64_t rotate_every = 0;  // a position, and the key that it closes, rotate by position / rotate_every
   const int32_t* cu_seqlens = nullptr;  // (N + 1), or null when dense
   const int32_t* lengths = nullptr;     // (N) tokens that each sequence had before this call, or null: all 0
-  bool aligned16 = false;  // every pointer and every row stride below is a multiple of 16 bytes: vector access is legal
+  // Every Rows pointer and row stride of the call is a multiple of 16 bytes: vector access is legal.
+  bool aligned16 = false;
 
   void set_chunk_size(int64_t size) { chunk_size = reset = key_every = rotate_every = size; }
 };
@@ -79,7 +82,7 @@ struct Rotary {
   int64_t rows = 0;
 };
 
-// ---- rat_attention and chunk_attention --------------------------------------------------------------------------------
+// ---- rat_attention and chunk_attention ------------------------------------------------------------------------------
 
 // Forward. gate.ptr == null means chunk_attention: k and v already are per-token states k~, v~ (k_groups == H then), which
 // is the same as f = 0 everywhere. The caller has checked shapes; device-resident facts (cu_seqlens, lengths, capacity,
@@ -121,7 +124,7 @@ struct AttentionBwdParams {
                           // not valid), or null pointers when not wanted
 };
 
-// ---- chunk_recurrence -------------------------------------------------------------------------------------------------
+// ---- chunk_recurrence -----------------------------------------------------------------------------------------------
 
 // y_t = f_t y_{t-1} + (1 - f_t) x_t inside each chunk.
 struct RecurrenceFwdParams {
@@ -143,11 +146,12 @@ struct RecurrenceBwdParams {
   void* dinitial = nullptr;      // (N, H, D) acc or null
 };
 
-// ---- decode -----------------------------------------------------------------------------------------------------------
+// ---- decode ---------------------------------------------------------------------------------------------------------
 
 // One new token for each row of the batch, against a pool of P cached sequences that is updated in place.
 // Row b uses pool entry slots[b] (or b when slots is null; then P >= batch was checked); slots[b] < 0 skips the row: its y
-// is zeros and nothing else is touched. Two rows naming one entry is undefined.
+// is zeros and nothing else is touched. Steps over disjoint entries may run at once, on streams of their own. Two rows
+// naming one entry: their y and the entry are undefined until it is reset, and no other entry is touched.
 struct DecodeParams {
   DType dtype = DType::f32;
   int64_t batch = 0, heads = 0, q_groups = 0, k_groups = 0, head_dim = 0, chunk_size = 0;
@@ -165,8 +169,8 @@ struct DecodeParams {
   void* running_v = nullptr;
   int32_t* lengths = nullptr;  // (P) tokens so far; advanced by one
   Rows y;                      // (B, -, H, D) output
-  void* workspace =
-      nullptr;  // decode_workspace bytes; CUDA: zeroed once when the cache is made, left zeroed by each step
+  // decode_workspace bytes, CUDA only: zeroed once when the cache is made, left zeroed by each step
+  void* workspace = nullptr;
 };
 
 namespace cpu {
@@ -174,12 +178,12 @@ void attention_fwd(const AttentionFwdParams&, const Allocator&);
 void attention_bwd(const AttentionBwdParams&, const Allocator&);
 void recurrence_fwd(const RecurrenceFwdParams&, const Allocator&);
 void recurrence_bwd(const RecurrenceBwdParams&, const Allocator&);
-void decode_step(const DecodeParams&);
+void decode_step(const DecodeParams&, const Allocator&);
 
 // Instruction set in use: "baseline", "avx2" or "avx512". Chosen once; RAT_EXT_CPU_ISA forces one.
 const char* isa();
 
-// Runs body(begin, end) over [0, n) on the host's thread pool. ops/ops.cpp supplies torch's; the kernels know only this.
+// Runs body(begin, end) over [0, n) on the host's thread pool. csrc/ops supplies torch's; the kernels know only this.
 using ParallelBody = void (*)(void* context, int64_t begin, int64_t end);
 void parallel_for(int64_t n, int64_t grain, ParallelBody body, void* context);
 int num_threads();
@@ -191,13 +195,12 @@ void check_device(int32_t device);
 
 // `stream` is a cudaStream_t. The caller has made the tensors' device current. Launchers throw std::runtime_error when a
 // launch fails; they never synchronise. Scratch is planned on the host from sizes alone (arena.h).
-size_t decode_workspace(
-    const DecodeParams&);  // a bound that depends on pool, heads, rows and head_dim only, not on batch
+size_t decode_workspace(const DecodeParams&);  // depends on pool, heads, rows and head_dim only, not on batch
 void attention_fwd(const AttentionFwdParams&, const Allocator&, void* stream);
 void attention_bwd(const AttentionBwdParams&, const Allocator&, void* stream);
 void recurrence_fwd(const RecurrenceFwdParams&, const Allocator&, void* stream);
 void recurrence_bwd(const RecurrenceBwdParams&, const Allocator&, void* stream);
-void decode_step(const DecodeParams&, void* stream);
+void decode_step(const DecodeParams&, const Allocator&, void* stream);
 }  // namespace cuda
 
 }  // namespace rat

@@ -5,7 +5,7 @@ import sys
 try:
     from ._build_info import __version__, build_info
     from .cache import RATCache
-    from .ops import chunk_attention, chunk_recurrence, rat_attention, rat_attention_packed, rat_decode_step
+    from .ops import chunk_attention, chunk_recurrence, explain, rat_attention, rat_attention_packed, rat_decode_step
     from .rotary import rotary_tables
 except Exception:
     # `python -m rat_ext` imports this first, and then says in one line what is wrong; its doctor reports it.
@@ -18,6 +18,7 @@ __all__ = [
     "build_info",
     "chunk_attention",
     "chunk_recurrence",
+    "explain",
     "rat_attention",
     "rat_attention_packed",
     "rat_decode_step",

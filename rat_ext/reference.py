@@ -80,6 +80,9 @@ def _attend(q, k, v, chunk_size, start, chunk_k, chunk_v, out_gate, rotary_cos, 
     own = scale * (q * k).sum(-1).transpose(1, 2)[..., None]
     weights = torch.softmax(torch.cat((scores, own), dim=-1), dim=-1)
     o = torch.einsum("bhtc,bhcd->bthd", weights[..., :-1], chunk_v) + weights[..., -1].transpose(1, 2)[..., None] * v
+    if not chunk_v.isfinite().all():  # a value that a token does not see is no part of its sum, 0 * inf would be NaN
+        terms = (weights[..., :-1, None] * chunk_v[:, :, None]).masked_fill(~visible[..., None], 0.0)
+        o = terms.sum(-2).transpose(1, 2) + weights[..., -1].transpose(1, 2)[..., None] * v
     y = o if out_gate is None else torch.sigmoid(out_gate) * o
     return y, chunk_k, chunk_v
 

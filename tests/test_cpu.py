@@ -1,10 +1,16 @@
 """The CPU kernels: threads, and the instruction sets that one machine can be forced to use."""
 
+import os
+import statistics
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 
 import rat_ext
-from rat_ext.testing import assert_same, attention_case, evaluate, recurrence_case, run_python
+from rat_ext.testing import Random, assert_same, attention_case, evaluate, make_state, recurrence_case, run_python
 
 
 @pytest.fixture
@@ -35,6 +41,60 @@ def test_threads_make_no_difference(threads, options, chunk_size):
         results.append(values | {"recurrence " + key: x for key, x in other.items()})
     assert_same(results[0], results[1])
     assert_same(results[0], results[2])
+
+
+def step_of(lengths, heads: int):
+    """A decode step on one cache, put back to ``lengths`` first: y and what changes in the cache."""
+    random = Random(0, "cpu", torch.float32)
+    cache = make_state(random, lengths, heads, 64, 4, rows=760)
+    before = [getattr(cache, key).clone() for key in ("running_k", "running_v", "lengths")]
+    q, k, v, gate = (random.normal(len(lengths), heads, 64) for _ in range(4))
+    cos, sin = rat_ext.rotary_tables(760, 64, base=100.0)
+
+    def step():
+        changed = [cache.running_k, cache.running_v, cache.lengths]
+        for x, old in zip(changed, before, strict=True):
+            x.copy_(old)
+        y = rat_ext.rat_decode_step(q, k, v, gate, cache, rotary_cos=cos, rotary_sin=sin)
+        return dict(zip(("y", "running_k", "running_v", "lengths"), (y, *changed), strict=True))
+
+    return step
+
+
+@pytest.mark.parametrize("lengths", [[3000], [3000, 5, 777, 2999], [3039] * 40], ids=["split", "ragged", "many rows"])
+def test_threads_make_no_difference_to_a_step(threads, lengths):
+    step, results = step_of(lengths, 2), []
+    for count in (1, 2, 5):
+        threads(count)
+        results += [{key: x.clone() for key, x in step().items()} for _ in range(4)]
+    for other in results[1:]:
+        assert_same(results[0], other)
+
+
+@pytest.mark.slow
+def test_a_step_beside_other_processes(threads):
+    """The median of a step of a few 0.1 ms, with a process on each core that wants all of it: not far from one thread's."""
+    code = "while True: pass"
+    cores = range(len(os.sched_getaffinity(0)))
+    step = step_of([3039] * 4, 4)  # 6 MB
+
+    def median(count: int) -> float:
+        threads(count)
+        times = []
+        for _ in range(300):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    others = [subprocess.Popen([sys.executable, "-c", code]) for _ in cores]
+    try:
+        alone = median(1)
+        assert median(max(2, len(cores))) < 4 * alone
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 FORCED = """

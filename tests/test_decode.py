@@ -223,6 +223,55 @@ def test_nothing_to_do(device, slots):
         assert same_bits(getattr(cache, key), getattr(before, key))
 
 
+def long_pool(random: Random) -> RATCache:
+    """Sequences that several blocks of a GPU, and several tasks of a CPU, share."""
+    return make_state(random, [3000, 0, 777, 2999, 1503], 2, 64, 4, rows=760)
+
+
+def test_one_entry_named_twice(device):
+    """What the two rows give is nobody's business; but afterwards every step is right, for every entry."""
+    random = Random(12, device, torch.float32)
+    start = long_pool(random)
+    pool = start.clone()
+    options = extras(random, 2, 64, 760)
+    for slots in ([3, 3, 0], [4, 2, 4], [3, 3, 3]):
+        x = token(inputs(random, 3, 1, 2, 1, 64), 0)
+        rat_ext.rat_decode_step(**x, cache=pool, slots=torch.tensor(slots, device=device), **options)
+    assert not pool.workspace.any()
+    for key in (*STATE, "lengths"):
+        getattr(pool, key).copy_(getattr(start, key))
+    for _ in range(3):
+        x = token(inputs(random, 5, 1, 2, 1, 64), 0)
+        expected = rat_ext.rat_decode_step(**x, cache=start, **options)
+        assert same_bits(rat_ext.rat_decode_step(**x, cache=pool, **options), expected)
+        assert pool.lengths.tolist() == start.lengths.tolist()
+
+
+@pytest.mark.gpu
+def test_two_streams(device):
+    """Steps over disjoint entries of one cache, on two streams at once: the bits of one after the other."""
+    random = Random(13, device, torch.bfloat16)
+    start = long_pool(random)
+    halves = [torch.tensor(s, device=device) for s in ([0, 1], [4, 2, 3])]
+    tokens = [token(inputs(random, len(s), 1, 2, 1, 64), 0) for s in halves]
+    options = extras(random, 2, 64, 800)
+    cache, expected = start.reserve(3200).clone(), start.reserve(3200).clone()
+    wanted = [[rat_ext.rat_decode_step(**x, cache=expected, slots=s, **options) for _ in range(100)]
+              for x, s in zip(tokens, halves, strict=True)]  # fmt: skip
+    rat_ext.rat_decode_step(**tokens[0], cache=cache, slots=torch.tensor([-1, -1], device=device), **options)
+    streams = [torch.cuda.Stream() for _ in halves]
+    got = [[], []]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        for stream, x, s, ys in zip(streams, tokens, halves, got, strict=True):
+            with torch.cuda.stream(stream):
+                ys.append(rat_ext.rat_decode_step(**x, cache=cache, slots=s, **options))
+    torch.cuda.synchronize()
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert all(same_bits(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert cache.lengths.tolist() == expected.lengths.tolist() and not cache.workspace.any()
+
+
 def test_a_smaller_batch_than_the_cache(device):
     random = Random(6, device, torch.float32)
     cache = make_state(random, [3, 9, 20], 4, 16, 8, rows=4)

@@ -7,6 +7,10 @@
 // Scores and sums are kept with a column for each query: softmax is then vertical, keys and values are read as they
 // lie, and one microkernel serves both products. The running softmax starts from the self term (m = s_tt, l = 1), whose
 // value joins at the end.
+//
+// What is not finite becomes what the definition makes of it: a score of -inf weighs 0, also where a block has no other;
+// one of +inf or NaN, or nothing but -inf, makes y NaN; and the weight of each key that a query sees multiplies its
+// value, 0 * inf = NaN, but no value that it does not see.
 
 // States before and of a tile: gates, state_k, state_v in scratch; the states before it in before_k and before_v.
 template <class T>
@@ -206,6 +210,61 @@ bool softmax_block(int64_t first, int64_t count, int64_t columns, const Visible<
   return changed;
 }
 
+// Are rows of dim elements, `stride` apart, all finite?
+template <class A>
+bool all_finite(const A* rows, int64_t count, int64_t dim, int64_t stride) {
+  using V = typename Quad<A>::Vector;
+  V sum = {};
+  for (int64_t j = 0; j < count; ++j) {
+    for (int64_t d = 0; d < dim; d += 4) {
+      V x;
+      __builtin_memcpy(&x, rows + j * stride + d, sizeof x);
+      sum = sum + x * 0;  // NaN from then on if x is not finite
+    }
+  }
+  return sum[0] + sum[1] + sum[2] + sum[3] == 0;
+}
+
+// sums (dim, kTile) = or += values of a block of keys, weighted.
+template <class A>
+void add_values(int64_t first, int64_t count, int64_t columns, int64_t dim, const Visible<A>& visible, const A* values,
+                int64_t stride, const A* weight, A* sums, bool add) {
+  const int64_t open = minimum(count, maximum(0, visible.all - first));  // keys that all queries see
+  const bool finite = all_finite(values + open * stride, count - open, dim, stride);
+  multiply<A, false>(dim, columns, finite ? count : open, values, stride, weight, kTile, sums, kTile, add);
+  if (finite) return;
+  // The weight 0 of a key that a query does not see must not meet a value that is not finite.
+  for (int64_t j = open; j < count; ++j) {
+    for (int64_t q = 0; q < columns; ++q) {
+      if (static_cast<A>(first + j - visible.all) >= visible.extra[q]) continue;
+      for (int64_t d = 0; d < dim; ++d) sums[d * kTile + q] += values[j * stride + d] * weight[j * kTile + q];
+    }
+  }
+}
+
+// The keys that the queries of a tile see, if any: updates the running softmax m, l and its sums of values, s.sum_t.
+template <class T>
+void attend_keys(const AttentionFwdParams& p, const Plan& plan, const Tile& t, int64_t head,
+                 const Visible<Acc<T>>& visible, Scratch<Acc<T>>& s, Acc<T>* m, Acc<T>* l, Acc<T>* factor) {
+  using A = Acc<T>;
+  constexpr int64_t W = Simd<A>::width;
+  const int64_t D = p.size.head_dim, ld = plan.padded_dim, columns = (t.rows + W - 1) / W * W;
+  rotate_rows<A>(p.rotary, t, plan.chunk_size, D, ld, 1, s.query);
+  transpose_in(s.query, t.rows, ld, s.query_t);
+  const T* const keys = chunk_row<T>(p.size, plan, p.chunks, p.chunks.k, t.sequence, head);
+  const T* const values = chunk_row<T>(p.size, plan, p.chunks, p.chunks.v, t.sequence, head);
+  for (int64_t first = 0; first < visible.any; first += kKeys) {
+    const int64_t count = minimum(kKeys, visible.any - first);
+    int64_t stride;
+    const A* const k = key_block(keys, first, count, D, ld, s.keys, &stride);
+    multiply<A, true>(count, columns, D, k, stride, s.query_t, kTile, s.score, kTile, false);
+    const bool rescale = softmax_block(first, count, columns, visible, s.score, m, l, factor);
+    if (rescale && first > 0) scale_columns(s.sum_t, D, columns, factor);
+    const A* const v = key_block(values, first, count, D, ld, s.values, &stride);
+    add_values(first, count, columns, D, visible, v, stride, s.score, s.sum_t, first > 0);
+  }
+}
+
 template <class T>
 void attend_task(const AttentionFwdParams& p, const Plan& plan, const Workspace& w, int64_t task, int worker) {
   using A = Acc<T>;
@@ -225,41 +284,26 @@ void attend_task(const AttentionFwdParams& p, const Plan& plan, const Workspace&
   scale_rows(s.query, t.rows * ld, static_cast<A>(p.scale));
   zero(self, kTile);
   dot_rows(s.query, s.state_k, t.rows, ld, self);
-  for (int64_t i = 0; i < kTile; ++i) m[i] = self[i], l[i] = 1;
+  for (int64_t i = 0; i < kTile; ++i) {
+    const bool none = self[i] < no_score<A>();  // -inf
+    m[i] = none ? no_score<A>() : self[i];
+    l[i] = none ? 0 : 1;
+  }
 
   const Visible<A> visible(t, plan.chunk_size, s.vector[6]);
+  if (visible.any > 0) attend_keys<T>(p, plan, t, head, visible, s, m, l, factor);
+  for (int64_t q = 0; q < columns; q += W) {
+    store(factor + q, A(1) / load(l + q));
+    store(self + q, exp(load(self + q) - load(m + q)) * load(factor + q));
+  }
   if (visible.any > 0) {
-    rotate_rows<A>(p.rotary, t, plan.chunk_size, D, ld, 1, s.query);
-    transpose_in(s.query, t.rows, ld, s.query_t);
-    const T* const keys = chunk_row<T>(z, plan, p.chunks, p.chunks.k, t.sequence, head);
-    const T* const values = chunk_row<T>(z, plan, p.chunks, p.chunks.v, t.sequence, head);
-    for (int64_t first = 0; first < visible.any; first += kKeys) {
-      const int64_t count = minimum(kKeys, visible.any - first);
-      int64_t stride;
-      const A* const k = key_block(keys, first, count, D, ld, s.keys, &stride);
-      multiply<A, true>(count, columns, D, k, stride, s.query_t, kTile, s.score, kTile, false);
-      const bool rescale = softmax_block(first, count, columns, visible, s.score, m, l, factor);
-      if (rescale && first > 0) {
-        for (int64_t d = 0; d < D; ++d) {
-          for (int64_t q = 0; q < columns; q += W) {
-            store(s.sum_t + d * kTile + q, load(s.sum_t + d * kTile + q) * load(factor + q));
-          }
-        }
-      }
-      const A* const v = key_block(values, first, count, D, ld, s.values, &stride);
-      multiply<A, false>(D, columns, count, v, stride, s.score, kTile, s.sum_t, kTile, first > 0);
-    }
-    for (int64_t q = 0; q < columns; q += W) store(factor + q, A(1) / load(l + q));
-    for (int64_t d = 0; d < D; ++d) {
-      for (int64_t q = 0; q < columns; q += W) {
-        store(s.sum_t + d * kTile + q, load(s.sum_t + d * kTile + q) * load(factor + q));
-      }
-    }
-    for (int64_t q = 0; q < columns; q += W) store(self + q, exp(load(self + q) - load(m + q)) * load(factor + q));
+    scale_columns(s.sum_t, D, columns, factor);
     transpose_out(s.sum_t, t.rows, D, ld, s.row0);
     add_scaled_rows(s.row0, s.state_v, self, t.rows, ld);
   } else {
-    __builtin_memcpy(s.row0, s.state_v, static_cast<size_t>(t.rows * ld) * sizeof(A));
+    for (int64_t i = 0; i < t.rows; ++i) {
+      for (int64_t d = 0; d < ld; d += W) store(s.row0 + i * ld + d, self[i] * load(s.state_v + i * ld + d));
+    }
   }
   A* const lse = static_cast<A*>(p.lse) + (t.batch * z.heads + head) * z.tokens + t.token;
   for (int64_t i = 0; i < t.rows; ++i) lse[i] = m[i] + std::log(l[i]);

@@ -1,13 +1,12 @@
 // Entry points: choose the instruction set once, check the facts that live in tensors, lay out the workspace, launch.
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 
-#include "../arena.h"
 #include "plan.h"
 
 namespace rat::cpu {
@@ -80,14 +79,6 @@ Plan attention_plan(const AttentionFwdParams& p) {
   return plan;
 }
 
-// Runs a layout twice: to measure, and to place.
-template <class Params>
-Workspace lay_out(Workspace (*layout)(const Params&, const Plan&, void*), const Params& p, const Plan& plan,
-                  const Allocator& allocator) {
-  const size_t bytes = layout(p, plan, nullptr).bytes;
-  return layout(p, plan, allocator.allocate(allocator.context, bytes));
-}
-
 void check_decode(const DecodeParams& p) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t slot = p.slots ? p.slots[b] : b;
@@ -112,13 +103,65 @@ void check_decode(const DecodeParams& p) {
   }
 }
 
+// Bytes of the chunk states that a step attends to, which its time follows; the token itself takes as long as a few keys.
+int64_t bytes_of(const DecodeParams& p) {
+  constexpr int64_t kToken = 16;
+  const int64_t element = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
+  int64_t keys = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t slot = p.slots ? p.slots[b] : b;
+    if (slot >= 0) keys += p.lengths[slot] / p.chunk_size + kToken;
+  }
+  return 2 * keys * p.heads * p.head_dim * element;
+}
+
+// Whether a decode step runs on the calling thread alone. Threads that wait for work spin (libgomp's do so for
+// milliseconds); where another process wants their core, the scheduler then takes it from them for milliseconds, and a
+// step of 0.2 ms waits for the last of them. So a short step takes no threads; and when one with threads took longer than
+// one thread would have, the next ones take none, more of them each time it happens again.
+class Alone {
+ public:
+  explicit Alone(int64_t bytes) : limit_(kRegion + static_cast<double>(bytes) / kBytesPerSecond) {
+    if (bytes < kFewBytes) return;
+    int64_t left = pause.load(std::memory_order_relaxed);
+    while (left > 0 && !pause.compare_exchange_weak(left, left - 1, std::memory_order_relaxed)) {
+    }
+    alone_ = left > 0;
+    begin_ = std::chrono::steady_clock::now();
+  }
+  operator bool() const { return alone_; }
+  // After the step.
+  void done() const {
+    if (alone_) return;
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin_;
+    if (took.count() < limit_) {
+      next_pause.store(kFirstPause, std::memory_order_relaxed);
+      return;
+    }
+    const int64_t steps = next_pause.load(std::memory_order_relaxed);
+    pause.store(steps, std::memory_order_relaxed);
+    next_pause.store(std::min(2 * steps, kLongestPause), std::memory_order_relaxed);
+  }
+
+ private:
+  static constexpr int64_t kFewBytes = 1 << 18;   // a few times as long as it takes to wake a thread
+  static constexpr double kRegion = 50e-6;        // seconds: to start and join threads that are not disturbed
+  static constexpr double kBytesPerSecond = 3e9;  // less than one thread reads
+  static constexpr int64_t kFirstPause = 16, kLongestPause = 1024;  // steps
+  static inline std::atomic<int64_t> pause{0}, next_pause{kFirstPause};
+
+  double limit_;
+  bool alone_ = true;
+  std::chrono::steady_clock::time_point begin_;
+};
+
 }  // namespace
 
 const char* isa() { return kernels().name; }
 
 void attention_fwd(const AttentionFwdParams& p, const Allocator& allocator) {
   const Plan plan = attention_plan(p);
-  kernels().attention_fwd(p, plan, lay_out(attention_fwd_layout, p, plan, allocator));
+  kernels().attention_fwd(p, plan, attention_fwd_workspace(p, plan, allocator));
   for (int64_t n = 0; p.lengths_out && n < plan.sequences; ++n) {
     p.lengths_out[n] = static_cast<int32_t>(plan.start(n) + plan.length(n));
   }
@@ -126,31 +169,27 @@ void attention_fwd(const AttentionFwdParams& p, const Allocator& allocator) {
 
 void attention_bwd(const AttentionBwdParams& p, const Allocator& allocator) {
   const Plan plan = attention_plan(p.fwd);
-  kernels().attention_bwd(p, plan, lay_out(attention_bwd_layout, p, plan, allocator));
+  kernels().attention_bwd(p, plan, attention_bwd_workspace(p, plan, allocator));
 }
 
 void recurrence_fwd(const RecurrenceFwdParams& p, const Allocator& allocator) {
   const Plan plan(p.size, true);
-  kernels().recurrence_fwd(p, plan, lay_out(recurrence_fwd_layout, p, plan, allocator));
+  kernels().recurrence_fwd(p, plan, recurrence_fwd_workspace(p, plan, allocator));
 }
 
 void recurrence_bwd(const RecurrenceBwdParams& p, const Allocator& allocator) {
   const Plan plan(p.fwd.size, true);
-  kernels().recurrence_bwd(p, plan, lay_out(recurrence_bwd_layout, p, plan, allocator));
+  kernels().recurrence_bwd(p, plan, recurrence_bwd_workspace(p, plan, allocator));
 }
 
-void decode_step(const DecodeParams& p) {
+void decode_step(const DecodeParams& p, const Allocator& allocator) {
   check_decode(p);
-  // Few rows and heads: several workers share the chunk states of one, each a run of them. Scratch: for each (row,
-  // head, split) an output and two scalars, then the rotated query and the own state of each (row, head).
-  const int64_t items = p.batch * p.heads;
-  if (items == 0) return;
-  const int64_t splits = std::max<int64_t>(1, std::min<int64_t>((p.rows + 255) / 256, 32 / items));
-  const int64_t padded = (p.head_dim + kPad - 1) / kPad * kPad;
-  const size_t bytes = static_cast<size_t>(items * (splits * (padded + kPad) + 2 * padded + kPad)) * sizeof(double);
-  const std::unique_ptr<char[]> scratch(new char[bytes + 64]);
-  void* aligned = scratch.get() + (64 - reinterpret_cast<uintptr_t>(scratch.get()) % 64);
-  kernels().decode_step(p, aligned, splits);
+  if (p.batch == 0 || p.heads == 0) return;
+  DecodeWorkspace w = decode_workspace(p, allocator);
+  const Alone alone(bytes_of(p));
+  w.workers = alone ? 1 : std::max(1, num_threads());
+  kernels().decode_step(p, w);
+  alone.done();
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t slot = p.slots ? p.slots[b] : b;
     if (slot >= 0) ++p.lengths[slot];

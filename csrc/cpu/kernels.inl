@@ -50,8 +50,8 @@ void run_recurrence_bwd(const RecurrenceBwdParams& p, const Plan& plan, const Wo
   with_type(p.fwd.size.dtype, [&](auto type) { recurrence_backward<decltype(type)>(p, plan, w); });
 }
 
-void run_decode_step(const DecodeParams& p, void* scratch, int64_t splits) {
-  with_type(p.dtype, [&](auto type) { decode<decltype(type)>(p, scratch, splits); });
+void run_decode_step(const DecodeParams& p, const DecodeWorkspace& w) {
+  with_type(p.dtype, [&](auto type) { decode<decltype(type)>(p, w); });
 }
 
 }  // namespace

@@ -5,6 +5,9 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <utility>
+
+#include "../arena.h"
 
 namespace rat::cpu {
 namespace {
@@ -12,40 +15,40 @@ namespace {
 int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 size_t at(int64_t i) { return static_cast<size_t>(i); }
 
-// Carves 64-byte aligned pieces; from a null base it only counts.
-class Carver {
- public:
-  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
-  char* take(int64_t elements, size_t element) {
-    char* piece = base_ ? base_ + used_ : nullptr;
-    used_ += (at(elements) * element + 63) / 64 * 64;
-    return piece;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
-
 size_t acc_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 
-void take_scratch(Workspace& w, Carver& carver, const Plan& plan, size_t acc) {
+// An arena whose pieces become plain pointers when the memory is there: the files of the instruction sets see those alone.
+class Layout {
+ public:
+  template <class T>
+  void take(T*& pointer, int64_t elements, size_t element) {
+    void** const to = reinterpret_cast<void**>(&pointer);
+    pieces_.emplace_back(arena_.take<char>(elements * static_cast<int64_t>(element)), to);
+  }
+  void commit(const Allocator& allocator) {
+    arena_.commit(allocator);
+    for (const auto& [piece, pointer] : pieces_) *pointer = piece;
+  }
+
+ private:
+  Arena arena_;
+  std::vector<std::pair<Piece<char>, void**>> pieces_;
+};
+
+void take_scratch(Workspace& w, Layout& layout, const Plan& plan, size_t acc) {
   const int64_t elements = (kRowBuffers + kColumnBuffers) * kTile * plan.padded_dim + kScoreBuffers * kKeys * kTile +
                            kKeyBuffers * kKeys * plan.padded_dim + kVectorBuffers * 256;
   w.workers = std::max(1, num_threads());
   w.scratch_bytes = (at(elements) * acc + 63) / 64 * 64;
-  w.scratch = carver.take(w.workers, w.scratch_bytes);
+  layout.take(w.scratch, w.workers, w.scratch_bytes);
 }
 
-Carries take_carries(Carver& carver, const Plan& plan, int64_t heads, bool values, bool product, size_t acc) {
-  Carries c;
-  if (!plan.segmented) return c;
+void take_carries(Carries& c, Layout& layout, const Plan& plan, int64_t heads, bool values, bool product, size_t acc) {
+  if (!plan.segmented) return;
   const int64_t elements = plan.all_tiles() * heads * plan.padded_dim;
-  c.k = carver.take(elements, acc);
-  if (values) c.v = carver.take(elements, acc);
-  if (product) c.product = carver.take(elements, acc);
-  return c;
+  layout.take(c.k, elements, acc);
+  if (values) layout.take(c.v, elements, acc);
+  if (product) layout.take(c.product, elements, acc);
 }
 
 struct Job {
@@ -172,58 +175,76 @@ void run_tasks(int64_t tasks, int workers, Task task, void* context) {
       &job);
 }
 
-Workspace attention_fwd_layout(const AttentionFwdParams& p, const Plan& plan, void* base) {
+Workspace attention_fwd_workspace(const AttentionFwdParams& p, const Plan& plan, const Allocator& allocator) {
   const size_t acc = acc_bytes(p.size.dtype);
-  Carver carver(base);
+  Layout layout;
   Workspace w;
-  w.forward = take_carries(carver, plan, p.size.heads, true, true, acc);
-  take_scratch(w, carver, plan, acc);
-  w.bytes = carver.used();
+  take_carries(w.forward, layout, plan, p.size.heads, true, true, acc);
+  take_scratch(w, layout, plan, acc);
+  layout.commit(allocator);
   return w;
 }
 
-Workspace attention_bwd_layout(const AttentionBwdParams& p, const Plan& plan, void* base) {
+Workspace attention_bwd_workspace(const AttentionBwdParams& p, const Plan& plan, const Allocator& allocator) {
   const Sizes& s = p.fwd.size;
   const size_t acc = acc_bytes(s.dtype);
-  Carver carver(base);
+  Layout layout;
   Workspace w;
-  w.forward = take_carries(carver, plan, s.heads, true, true, acc);
-  w.reverse = take_carries(carver, plan, s.heads, true, false, acc);
-  w.p_self = carver.take(s.batch * s.heads * s.tokens, acc);
-  w.ds_self = carver.take(s.batch * s.heads * s.tokens, acc);
+  take_carries(w.forward, layout, plan, s.heads, true, true, acc);
+  take_carries(w.reverse, layout, plan, s.heads, true, false, acc);
+  layout.take(w.p_self, s.batch * s.heads * s.tokens, acc);
+  layout.take(w.ds_self, s.batch * s.heads * s.tokens, acc);
   // Each part needs its own sums over queries, 2 / L of a (B, T, H, D) tensor. The number must not depend on the
   // threads, or the result would.
   const int64_t streams = std::max<int64_t>(1, s.sequences * s.q_groups);
   w.parts = std::min(ceil_div(32, streams), std::min<int64_t>(8, std::max<int64_t>(2, s.chunk_size / 2)));
   w.key_rows = plan.key_row(plan.sequences);
-  w.dkeys = carver.take(w.parts * s.heads * w.key_rows * plan.padded_dim, acc);
-  w.dvalues = carver.take(w.parts * s.heads * w.key_rows * plan.padded_dim, acc);
-  if (p.dgate_bias) w.dbias = carver.take(plan.all_tiles() * s.heads * plan.padded_dim, acc);
-  take_scratch(w, carver, plan, acc);
-  w.bytes = carver.used();
+  layout.take(w.dkeys, w.parts * s.heads * w.key_rows * plan.padded_dim, acc);
+  layout.take(w.dvalues, w.parts * s.heads * w.key_rows * plan.padded_dim, acc);
+  if (p.dgate_bias) layout.take(w.dbias, plan.all_tiles() * s.heads * plan.padded_dim, acc);
+  take_scratch(w, layout, plan, acc);
+  layout.commit(allocator);
   return w;
 }
 
-Workspace recurrence_fwd_layout(const RecurrenceFwdParams& p, const Plan& plan, void* base) {
+Workspace recurrence_fwd_workspace(const RecurrenceFwdParams& p, const Plan& plan, const Allocator& allocator) {
   const size_t acc = acc_bytes(p.size.dtype);
-  Carver carver(base);
+  Layout layout;
   Workspace w;
-  w.forward = take_carries(carver, plan, p.size.heads, false, true, acc);
-  take_scratch(w, carver, plan, acc);
-  w.bytes = carver.used();
+  take_carries(w.forward, layout, plan, p.size.heads, false, true, acc);
+  take_scratch(w, layout, plan, acc);
+  layout.commit(allocator);
   return w;
 }
 
-Workspace recurrence_bwd_layout(const RecurrenceBwdParams& p, const Plan& plan, void* base) {
+Workspace recurrence_bwd_workspace(const RecurrenceBwdParams& p, const Plan& plan, const Allocator& allocator) {
   const Sizes& s = p.fwd.size;
   const size_t acc = acc_bytes(s.dtype);
-  Carver carver(base);
+  Layout layout;
   Workspace w;
-  w.forward = take_carries(carver, plan, s.heads, false, true, acc);
-  w.reverse = take_carries(carver, plan, s.heads, false, false, acc);
-  if (p.dgate_bias) w.dbias = carver.take(plan.all_tiles() * s.heads * plan.padded_dim, acc);
-  take_scratch(w, carver, plan, acc);
-  w.bytes = carver.used();
+  take_carries(w.forward, layout, plan, s.heads, false, true, acc);
+  take_carries(w.reverse, layout, plan, s.heads, false, false, acc);
+  if (p.dgate_bias) layout.take(w.dbias, plan.all_tiles() * s.heads * plan.padded_dim, acc);
+  take_scratch(w, layout, plan, acc);
+  layout.commit(allocator);
+  return w;
+}
+
+DecodeWorkspace decode_workspace(const DecodeParams& p, const Allocator& allocator) {
+  const size_t acc = acc_bytes(p.dtype);
+  const int64_t items = p.batch * p.heads;
+  Layout layout;
+  DecodeWorkspace w;
+  w.splits = std::max<int64_t>(1, std::min(ceil_div(p.rows, 256), 32 / items));
+  w.padded_dim = ceil_div(p.head_dim, kPad) * kPad;
+  layout.take(w.state, items * w.padded_dim, acc);
+  layout.take(w.self, items, acc);
+  layout.take(w.sum, items * w.splits * w.padded_dim, acc);
+  layout.take(w.maximum, items * w.splits, acc);
+  layout.take(w.weight, items * w.splits, acc);
+  layout.take(w.done, items, sizeof(int64_t));
+  layout.commit(allocator);
+  std::fill(w.done, w.done + items, 0);
   return w;
 }
 

@@ -75,7 +75,7 @@ class Plan {
 using Task = void (*)(void* context, int64_t id, int worker);
 void run_tasks(int64_t tasks, int workers, Task task, void* context);
 
-// Workspaces. "acc" elements: 8 bytes for f64, else 4.
+// Workspaces: plain pointers into one arena. "acc" elements: 8 bytes for f64, else 4.
 
 // Carries between the tiles of a chunk, (tiles, H, padded_dim) acc each; null unless the plan is segmented. Before they
 // are combined, a tile's entry holds the state that it ends with when it starts from zero; after, the one it starts
@@ -99,7 +99,6 @@ struct Workspace {
   char* scratch = nullptr;   // a slab for each worker
   size_t scratch_bytes = 0;  // of one slab
   int workers = 1;
-  size_t bytes = 0;  // of all
 };
 
 // Elements of acc that one worker's slab holds, see Scratch in tile.inl.
@@ -109,10 +108,25 @@ constexpr int64_t kScoreBuffers = 2;    // (kKeys, kTile)
 constexpr int64_t kKeyBuffers = 2;      // (kKeys, padded_dim)
 constexpr int64_t kVectorBuffers = 16;  // 256 each
 
-Workspace attention_fwd_layout(const AttentionFwdParams&, const Plan&, void* base);
-Workspace attention_bwd_layout(const AttentionBwdParams&, const Plan&, void* base);
-Workspace recurrence_fwd_layout(const RecurrenceFwdParams&, const Plan&, void* base);
-Workspace recurrence_bwd_layout(const RecurrenceBwdParams&, const Plan&, void* base);
+Workspace attention_fwd_workspace(const AttentionFwdParams&, const Plan&, const Allocator&);
+Workspace attention_bwd_workspace(const AttentionBwdParams&, const Plan&, const Allocator&);
+Workspace recurrence_fwd_workspace(const RecurrenceFwdParams&, const Plan&, const Allocator&);
+Workspace recurrence_bwd_workspace(const RecurrenceBwdParams&, const Plan&, const Allocator&);
+
+// Of one decode step. The keys of a (row, head), an item, are cut into `splits` runs, a task each; the task that is the
+// last of its item joins them. The number must not depend on the threads, or the result would.
+struct DecodeWorkspace {
+  int64_t splits = 1;
+  int64_t padded_dim = 0;  // D rounded up to kPad
+  int workers = 1;
+  void* state = nullptr;    // (items, padded_dim) acc: v~ of the new token
+  void* self = nullptr;     // (items) acc: s_tt
+  void* sum = nullptr;      // (items, splits, padded_dim) acc: sum of e^(s - maximum) V
+  void* maximum = nullptr;  // (items, splits) acc
+  void* weight = nullptr;   // (items, splits) acc: sum of e^(s - maximum)
+  int64_t* done = nullptr;  // (items): tasks that are done
+};
+DecodeWorkspace decode_workspace(const DecodeParams&, const Allocator&);
 
 // What one instruction set offers.
 struct Kernels {
@@ -121,7 +135,7 @@ struct Kernels {
   void (*attention_bwd)(const AttentionBwdParams&, const Plan&, const Workspace&);
   void (*recurrence_fwd)(const RecurrenceFwdParams&, const Plan&, const Workspace&);
   void (*recurrence_bwd)(const RecurrenceBwdParams&, const Plan&, const Workspace&);
-  void (*decode_step)(const DecodeParams&, void* scratch, int64_t splits);
+  void (*decode_step)(const DecodeParams&, const DecodeWorkspace&);
 };
 
 namespace baseline {

@@ -78,6 +78,18 @@ RAT_INLINE Vec<double> exp(Vec<double> x) {
   return x;
 }
 
+// The maximum of a softmax over no keys: below no finite score, and finite, so that e^(-inf - maximum) is 0 and not NaN.
+template <class A>
+RAT_INLINE A no_score();
+template <>
+RAT_INLINE float no_score() {
+  return -__FLT_MAX__;
+}
+template <>
+RAT_INLINE double no_score() {
+  return -__DBL_MAX__;
+}
+
 // sigmoid(x) and sigmoid(-x) from one exponential, neither by cancellation.
 template <class A>
 struct SigmoidPair {
@@ -92,8 +104,7 @@ RAT_INLINE SigmoidPair<A> sigmoid_pair(Vec<A> x) {
   return {x < 0 ? small : large, x < 0 ? large : small};
 }
 
-// ---- conversion, eight elements at a time
-// -----------------------------------------------------------------------------
+// ---- conversion, eight elements at a time ---------------------------------------------------------------------------
 
 typedef uint16_t Half8 __attribute__((vector_size(16)));
 typedef uint32_t Word8 __attribute__((vector_size(32)));

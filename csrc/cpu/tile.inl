@@ -53,8 +53,7 @@ RAT_INLINE T* row_of(const Rows& r, int64_t batch, int64_t token, int64_t head) 
   return static_cast<T*>(r.ptr) + batch * r.batch + token * r.token + head * r.head;
 }
 
-// ---- moving rows
-// ------------------------------------------------------------------------------------------------------
+// ---- moving rows ----------------------------------------------------------------------------------------------------
 
 template <class A>
 RAT_INLINE void zero(A* p, int64_t n) {
@@ -96,8 +95,7 @@ void store_rows(const Rows& r, const Tile& t, int64_t head, int64_t dim, int64_t
   for (int64_t i = 0; i < t.rows; ++i) store_row(from + i * ld, dim, to + i * r.token);
 }
 
-// ---- elementwise
-// ------------------------------------------------------------------------------------------------------
+// ---- elementwise ----------------------------------------------------------------------------------------------------
 
 template <class A>
 RAT_INLINE void add_to(A* to, const A* from, int64_t n) {
@@ -116,6 +114,16 @@ void add_scaled_rows(A* to, const A* from, const A* factor, int64_t rows, int64_
     const A x = factor[i];
     for (int64_t d = 0; d < ld; d += Simd<A>::width) {
       store(to + i * ld + d, load(to + i * ld + d) + x * load(from + i * ld + d));
+    }
+  }
+}
+
+// x (rows, kTile) *= factor[column]
+template <class A>
+void scale_columns(A* x, int64_t rows, int64_t columns, const A* factor) {
+  for (int64_t d = 0; d < rows; ++d) {
+    for (int64_t q = 0; q < columns; q += Simd<A>::width) {
+      store(x + d * kTile + q, load(x + d * kTile + q) * load(factor + q));
     }
   }
 }
@@ -189,8 +197,7 @@ void rotate_rows(const Rotary& rotary, const Tile& t, int64_t chunk_size, int64_
   for (int64_t i = 0; i < t.rows; ++i) rotate_row(rotary, (t.position + i) / chunk_size, dim, sign, x + i * ld);
 }
 
-// ---- the recurrence
-// ---------------------------------------------------------------------------------------------------
+// ---- the recurrence -------------------------------------------------------------------------------------------------
 
 // f = sigmoid(logits + bias), g = 1 - f. Without a gate f = 0.
 template <class T>

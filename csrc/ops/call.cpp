@@ -1,0 +1,302 @@
+// Checks and allocation of a call: what does not depend on the op.
+#include "call.h"
+
+#include <algorithm>
+#include <utility>
+
+#ifdef RAT_EXT_CUDA
+#include "../cuda/explain.h"
+#endif
+
+// Lives in libtorch_cuda: absent beside a CPU-only torch, where a CUDA build of rat_ext must still load.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream) __attribute__((weak));
+
+namespace rat {
+namespace {
+
+std::string text(const int64_t* begin, const int64_t* end) {
+  std::string out = "(";
+  for (const int64_t* n = begin; n != end; ++n) out += (n != begin ? ", " : "") + std::to_string(*n);
+  return out + ")";
+}
+
+std::string shape_of(const View& x) { return text(x.sizes, x.sizes + x.rank); }
+
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return "float64";
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2: return "float8_e5m2";
+    case ScalarType::ComplexHalf: return "complex32";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return "another dtype";
+  }
+}
+
+std::string place(int32_t device) {
+  if (device >= 0) return "cuda:" + std::to_string(device);
+  return device == kCpu ? "the CPU" : device == kMeta ? "the meta device" : "another device";
+}
+
+int32_t device_of(const Tensor& x) {
+  int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+  if (type == aoti_torch_device_type_cpu()) return kCpu;
+  if (type == aoti_torch_device_type_cuda()) return x.get_device_index();
+  return type == aoti_torch_device_type_meta() ? kMeta : kElsewhere;
+}
+
+int32_t shim_dtype(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    case ScalarType::Int: return aoti_torch_dtype_int32();
+    case ScalarType::Byte: return aoti_torch_dtype_uint8();
+    default: return aoti_torch_dtype_float32();
+  }
+}
+
+bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
+
+}  // namespace
+
+View::View(Tensor x) : tensor(std::move(x)) {
+  if (!tensor.defined()) return;
+  dtype = tensor.scalar_type();
+  device = device_of(tensor);
+  rank = static_cast<size_t>(tensor.dim());
+  sizes = tensor.sizes().data();
+  strides = tensor.strides().data();
+  data = tensor.data_ptr();
+}
+
+int64_t View::numel() const {
+  int64_t n = 1;
+  for (size_t d = 0; d < rank; ++d) n *= sizes[d];
+  return n;
+}
+
+std::string CallBase::shown(std::string_view argument) const {
+  constexpr std::string_view kState[] = {"chunk_k", "chunk_v", "running_k", "running_v", "lengths", "workspace"};
+  if (!state_.empty() && std::ranges::find(kState, argument) != std::end(kState)) {
+    return std::string(state_) + "." + std::string(argument);
+  }
+  if (states_given && (argument == "k" || argument == "v")) return std::string(argument) + "_states";
+  return std::string(argument);
+}
+
+void CallBase::set_lead(std::string_view argument, const View& x) {
+  lead_ = &x;
+  device = x.device;
+  dtype = x.dtype;
+  const bool low = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  if (!low && dtype != ScalarType::Float && (on_gpu() || dtype != ScalarType::Double)) {
+    fail(argument, "expected dtype bfloat16, float16", on_gpu() ? " or float32" : ", float32 or float64", ", got ",
+         name_of(dtype));
+  }
+  acc = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+DType CallBase::kernel_dtype() const {
+  switch (dtype) {
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: return DType::f32;
+  }
+}
+
+// ---- checks -------------------------------------------------------------------------------------------------------------
+
+void CallBase::check_place(std::string_view argument, const View& x, ScalarType type) const {
+  if (x.device != device) fail(argument, "expected a tensor on ", place(device), ", got one on ", place(x.device));
+  if (x.dtype != type) fail(argument, "expected dtype ", name_of(type), ", got ", name_of(x.dtype));
+}
+
+void CallBase::check_shape(std::string_view argument, const View& x, Shape sizes) const {
+  if (!std::equal(sizes.begin(), sizes.end(), x.sizes, x.sizes + x.rank)) {
+    fail(argument, "expected shape ", text(sizes.begin(), sizes.end()), ", got ", shape_of(x));
+  }
+}
+
+void CallBase::check_rank(std::string_view argument, const View& x, size_t rank, const char* form) const {
+  if (x.rank != rank) fail(argument, "expected ", rank, " dimensions ", form, ", got shape ", shape_of(x));
+}
+
+void CallBase::check_rows(std::string_view argument, const View& x) const {
+  check_place(argument, x, dtype);
+  if (x.strides[x.rank - 1] != 1 && x.numel() > 0) {
+    fail(argument, "expected a contiguous last dimension (stride 1), got stride ", x.strides[x.rank - 1]);
+  }
+}
+
+void CallBase::check_packed(std::string_view argument, const View& x, ScalarType type, Shape sizes) const {
+  check_place(argument, x, type);
+  check_shape(argument, x, sizes);
+  if (!x.tensor.is_contiguous()) {
+    fail(argument, "expected a contiguous tensor, got strides ", text(x.strides, x.strides + x.rank));
+  }
+}
+
+void check_head_dim(const CallBase& call, std::string_view argument, int64_t head_dim) {
+  if (head_dim < 8 || head_dim > 256 || head_dim % 8) {
+    call.fail(argument, "expected a head size D that is a multiple of 8 from 8 to 256, got ", head_dim);
+  }
+}
+
+void check_groups(const CallBase& call, std::string_view argument, int64_t groups, int64_t heads) {
+  if (groups < 1 || heads % groups) {
+    call.fail(argument, "expected a number of groups that divides the ", heads, " heads, got ", groups);
+  }
+}
+
+void check_chunk_size(const CallBase& call, int64_t chunk_size) {
+  if (chunk_size < 1) call.fail("chunk_size", "expected at least 1, got ", chunk_size);
+}
+
+void check_tokens(const CallBase& call, int64_t tokens) {
+  if (tokens > INT32_MAX) call.fail("tokens", "expected at most 2147483647 tokens in a row, got ", tokens);
+}
+
+// ---- memory -------------------------------------------------------------------------------------------------------------
+
+Rows CallBase::rows_of(const View& x) {
+  const auto stride = [&](size_t d) { return x.sizes[d] > 1 ? x.strides[d] : 0; };
+  return aligned_rows({x.data, stride(0), stride(1), stride(2)});
+}
+
+Rows CallBase::aligned_rows(Rows rows) {
+  const int64_t unit = 16 / element_size();
+  aligned =
+      aligned && is_aligned(rows.ptr) && rows.batch % unit == 0 && rows.token % unit == 0 && rows.head % unit == 0;
+  return rows;
+}
+
+void* CallBase::aligned_data(const View& x) {
+  if (is_aligned(x.data)) return x.data;
+  kept_.push_back(torch::stable::clone(x.tensor));
+  return kept_.back().data_ptr();
+}
+
+Rows CallBase::copied_rows(std::string_view argument, const View& x, Shape sizes) {
+  check_place(argument, x, dtype);
+  check_shape(argument, x, sizes);
+  if (x.strides[x.rank - 1] == 1 || x.numel() == 0) return rows_of(x);
+  kept_.push_back(torch::stable::contiguous(x.tensor));
+  return rows_of(View(kept_.back()));
+}
+
+const void* CallBase::copied(std::string_view argument, const View& x, ScalarType type, Shape sizes) {
+  check_place(argument, x, type);
+  check_shape(argument, x, sizes);
+  if (x.tensor.is_contiguous()) return aligned_data(x);
+  kept_.push_back(torch::stable::contiguous(x.tensor));
+  return kept_.back().data_ptr();
+}
+
+// On a GPU the plain call of the C interface, which spares the boxed dispatcher: a forward and backward allocate many
+// tensors. Elsewhere the operator, which fills fresh memory where torch is told to.
+Tensor CallBase::empty(Shape sizes, ScalarType type) const {
+  if (mode == Mode::check || !on_gpu()) return torch::stable::new_empty(lead_->tensor, sizes, type);
+  int64_t strides[4], stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[d], 1);
+  }
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                                  shim_dtype(type), aoti_torch_device_type_cuda(), device, &handle));
+  return Tensor(handle);
+}
+
+// torch's caching allocator aligns to 512 bytes on CUDA and 64 on the CPU: 256 more make it sure.
+void* CallBase::scratch(size_t bytes) {
+  kept_.push_back(empty({static_cast<int64_t>(bytes) + 256}, ScalarType::Byte));
+  const uintptr_t address = reinterpret_cast<uintptr_t>(kept_.back().data_ptr());
+  return reinterpret_cast<void*>((address + 255) / 256 * 256);
+}
+
+// ---- the device ---------------------------------------------------------------------------------------------------------
+
+void* CallBase::current_stream() const {
+  if (!aoti_torch_get_current_cuda_stream) {
+    throw std::runtime_error("rat_ext." + std::string(op) + ": this torch is a CPU-only build and has no CUDA stream");
+  }
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+void CallBase::check_can_run() const {
+  if (!on_gpu()) return;
+#ifdef RAT_EXT_CUDA
+  cuda::check_device(device);
+#else
+  throw std::runtime_error("rat_ext." + std::string(op) +
+                           ": the tensors are on a GPU, but this rat_ext was built for the CPU only. Reinstall it "
+                           "where nvcc and a CUDA torch are found (RAT_EXT_CUDA=1 says what is missing)");
+#endif
+}
+
+// ---- which kernels ------------------------------------------------------------------------------------------------------
+
+void CallBase::explain(std::string_view phase, std::string_view family, bool chosen, std::string_view why) {
+  choices.append(phase).append("\t").append(family).append(chosen ? "\t1\t" : "\t0\t").append(why).append("\n");
+}
+
+namespace {
+
+// The phase has one family. On the CPU that is one for each instruction set.
+void explain_single(CallBase& call, const char* phase) {
+  call.check_can_run();
+  if (call.on_gpu()) return call.explain(phase, "cuda", true, "the only family");
+  call.explain(phase, cpu::isa(), true, "the widest instruction set of this machine, or RAT_EXT_CPU_ISA");
+}
+
+#ifdef RAT_EXT_CUDA
+void add(CallBase& call, const std::vector<cuda::Choice>& rows) {
+  for (const cuda::Choice& row : rows) call.explain(row.phase, row.family, row.chosen, row.why);
+}
+#endif
+
+}  // namespace
+
+void explain(CallBase& call, [[maybe_unused]] const AttentionFwdParams& p) {
+#ifdef RAT_EXT_CUDA
+  if (call.on_gpu()) {
+    call.check_can_run();
+    const torch::stable::accelerator::DeviceGuard guard(call.device);
+    return add(call, cuda::explain_attention_fwd(p));
+  }
+#endif
+  explain_single(call, "attention_fwd");
+}
+
+void explain(CallBase& call, [[maybe_unused]] const AttentionBwdParams& p) {
+#ifdef RAT_EXT_CUDA
+  if (call.on_gpu()) {
+    call.check_can_run();
+    const torch::stable::accelerator::DeviceGuard guard(call.device);
+    add(call, cuda::explain_attention_bwd(p));
+    return add(call, cuda::explain_recurrence_bwd(p));
+  }
+#endif
+  explain_single(call, "attention_bwd");
+}
+
+void explain(CallBase& call, const RecurrenceFwdParams&) { explain_single(call, "recurrence_fwd"); }
+void explain(CallBase& call, const RecurrenceBwdParams&) { explain_single(call, "recurrence_bwd"); }
+void explain(CallBase& call, const DecodeParams&) { explain_single(call, "decode"); }
+
+}  // namespace rat

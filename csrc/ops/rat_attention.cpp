@@ -1,0 +1,274 @@
+// rat_attention, chunk_attention (the same without a gate), rat_attention_packed, and their backwards.
+#include "call.h"
+
+namespace rat {
+namespace {
+
+// ---- what the forward and the backward read alike -------------------------------------------------------------------------
+
+// q (B, T, G, D); k (B, T, G, D), or (B, T, H, D) without a gate; v, gate, out_gate (B, T, H, D).
+template <class Op>
+void read_rows(Call<Op>& call, AttentionFwdParams& p) {
+  const bool gated = given<"gate">(call);
+  call.states_given = !gated;
+  if (!gated) call.op = std::is_same_v<Op, RatAttention> ? "chunk_attention" : "chunk_attention_backward";
+  lead<"q">(call);
+  check_rank<"q">(call, 4, "(B, T, G, D)");
+  check_rank<"k">(call, 4, gated ? "(B, T, G, D)" : "(B, T, H, D)");
+  check_rank<"v">(call, 4, "(B, T, H, D)");
+  Sizes& s = p.size;
+  s.batch = size<"v">(call, 0);
+  s.tokens = size<"v">(call, 1);
+  s.heads = size<"v">(call, 2);
+  s.head_dim = size<"v">(call, 3);
+  s.q_groups = size<"q">(call, 2);
+  s.k_groups = gated ? s.q_groups : s.heads;
+  check_chunk_size(call, value<"chunk_size">(call));
+  s.set_chunk_size(value<"chunk_size">(call));
+  check_head_dim(call, "v", s.head_dim);
+  check_groups(call, "q", s.q_groups, s.heads);
+  p.q = rows<"q">(call, {s.batch, s.tokens, s.q_groups, s.head_dim});
+  p.k = rows<"k">(call, {s.batch, s.tokens, s.k_groups, s.head_dim});
+  p.v = rows<"v">(call, {s.batch, s.tokens, s.heads, s.head_dim});
+  p.gate = rows<"gate">(call, {s.batch, s.tokens, s.heads, s.head_dim});
+  p.out_gate = rows<"out_gate">(call, {s.batch, s.tokens, s.heads, s.head_dim});
+}
+
+// Views of one projection (B, T, [q: G, k: G, v: H, gate: H, out_gate: H or none] x D).
+void split(CallBase& call, AttentionFwdParams& p, const Rows& projection, bool has_out_gate) {
+  const Sizes& s = p.size;
+  int64_t offset = 0;
+  const auto next = [&](int64_t heads) {
+    Rows part = projection;
+    part.head = s.head_dim;
+    part.ptr = static_cast<char*>(projection.ptr) + offset * call.element_size();
+    offset += heads * s.head_dim;
+    return call.aligned_rows(part);
+  };
+  p.q = next(s.q_groups);
+  p.k = next(s.k_groups);
+  p.v = next(s.heads);
+  p.gate = next(s.heads);
+  if (has_out_gate) p.out_gate = next(s.heads);
+}
+
+template <class Op>
+void read_projection(Call<Op>& call, AttentionFwdParams& p) {
+  lead<"projection">(call);
+  check_rank<"projection">(call, 3, "(B, T, width)");
+  const View& projection = tensor<"projection">(call);
+  call.check_rows("projection", projection);
+  Sizes& s = p.size;
+  s.batch = projection.sizes[0];
+  s.tokens = projection.sizes[1];
+  s.heads = value<"num_heads">(call);
+  s.q_groups = s.k_groups = value<"num_groups">(call);
+  if (s.heads < 1) call.fail("num_heads", "expected at least 1, got ", s.heads);
+  check_groups(call, "num_groups", s.q_groups, s.heads);
+  const bool has_out_gate = value<"has_out_gate">(call);
+  const int64_t width = projection.sizes[2];
+  if (s.heads > width) call.fail("num_heads", "expected at most the projection's width ", width, ", got ", s.heads);
+  const int64_t parts = 2 * s.q_groups + (has_out_gate ? 3 : 2) * s.heads;
+  if (width % parts) {
+    call.fail("projection", "expected a width that is a multiple of ", parts, " (2 num_groups + ", has_out_gate ? 3 : 2,
+              " num_heads), got ", width);
+  }
+  s.head_dim = width / parts;
+  check_chunk_size(call, value<"chunk_size">(call));
+  s.set_chunk_size(value<"chunk_size">(call));
+  check_head_dim(call, "projection", s.head_dim);
+  split(call, p,
+        {projection.data, s.batch > 1 ? projection.strides[0] : 0, s.tokens > 1 ? projection.strides[1] : 0, 0},
+        has_out_gate);
+}
+
+template <class Op>
+void read_state(Call<Op>& call, AttentionFwdParams& p) {
+  Sizes& s = p.size;
+  const bool carried = given<"lengths">(call);
+  if (carried != given<"chunk_k">(call) || carried != given<"chunk_v">(call) || carried != given<"running_k">(call) ||
+      carried != given<"running_v">(call)) {
+    call.fail("initial_state", "expected all of its five tensors or none, got some");
+  }
+  if (!carried) return;
+  check_rank<"chunk_k">(call, 4, "(sequences, H, chunks, D)");
+  const int64_t chunks = p.initial.rows = size<"chunk_k">(call, 2);
+  p.initial.k = packed<"chunk_k">(call, call.dtype, {s.sequences, s.heads, chunks, s.head_dim});
+  p.initial.v = packed<"chunk_v">(call, call.dtype, {s.sequences, s.heads, chunks, s.head_dim});
+  p.initial.running_k = packed<"running_k">(call, call.acc, {s.sequences, s.heads, s.head_dim});
+  p.initial.running_v = packed<"running_v">(call, call.acc, {s.sequences, s.heads, s.head_dim});
+  s.lengths = static_cast<const int32_t*>(packed<"lengths">(call, ScalarType::Int, {s.sequences}));
+}
+
+// `chunk_rows`: for how many closed chunks there is room, for each sequence or for the whole packed row.
+template <class Op>
+void set_chunk_states(Call<Op>& call, AttentionFwdParams& p, int64_t chunk_rows) {
+  const Sizes& s = p.size;
+  const bool carried = given<"lengths">(call);
+  const bool compact = given<"cu_seqlens">(call) && !carried && !value<"return_state">(call);
+  const int64_t needed = carried ? p.initial.rows : s.tokens / s.key_every + (compact ? s.sequences : 0);
+  if (chunk_rows < needed) {
+    call.fail("chunk_rows", "expected room for at least ", needed, " chunk states, got ", chunk_rows);
+  }
+  p.chunks.rows = chunk_rows;
+  p.chunks.compact = compact;
+  p.chunks.head = chunk_rows * s.head_dim;
+  p.chunks.sequence = compact ? 0 : s.heads * p.chunks.head;
+}
+
+// Of what was given the call tells, not pointers: those of tensors without elements or memory are null.
+template <class Op>
+AttentionFwdParams params_of(Call<Op>& call, int64_t chunk_rows) {
+  AttentionFwdParams p;
+  if constexpr (Call<Op>::template has_argument<"projection">) {
+    read_projection(call, p);
+  } else {
+    read_rows(call, p);
+  }
+  Sizes& s = p.size;
+  s.dtype = call.kernel_dtype();
+  set_sequences(call, s);
+  p.gate_bias = gate_bias_of(call, s.heads, s.head_dim);
+  p.rotary = rotary_of(call, s.head_dim);
+  p.scale = value<"scale">(call);
+  read_state(call, p);
+  set_chunk_states(call, p, chunk_rows);
+  // Positions that only the device knows are checked by the launcher.
+  if (given<"rotary_cos">(call) && !given<"cu_seqlens">(call) && !given<"lengths">(call) && s.tokens > 0) {
+    const int64_t needed = (s.tokens - 1) / s.rotate_every + 1;
+    if (p.rotary.rows < needed) {
+      call.fail("rotary_cos", "expected at least ", needed, " rows, one for each chunk, got ", p.rotary.rows);
+    }
+  }
+  s.aligned16 = call.aligned;
+  return p;
+}
+
+int64_t owners_of(const AttentionFwdParams& p) { return p.chunks.compact ? 1 : p.size.sequences; }
+
+bool has_work(const Sizes& s, bool states) {
+  return s.sequences > 0 && s.heads > 0 && (s.batch * s.tokens > 0 || states);
+}
+
+// ---- forward ------------------------------------------------------------------------------------------------------------
+
+// An absent result is none rather than an empty tensor, which costs the host about three quarters of what one with elements
+// does.
+template <class Op>
+void forward(Call<Op>& call) {
+  AttentionFwdParams p = params_of(call, value<"chunk_rows">(call));
+  const Sizes& s = p.size;
+  const bool return_state = value<"return_state">(call);
+  p.y = make_rows<"y">(call, {s.batch, s.tokens, s.heads, s.head_dim});
+  p.lse = make<"lse">(call, {s.batch, s.heads, s.tokens}, call.acc);
+  p.chunks.k = make<"chunk_k_out">(call, {owners_of(p), s.heads, p.chunks.rows, s.head_dim}, call.dtype);
+  p.chunks.v = make<"chunk_v_out">(call, {owners_of(p), s.heads, p.chunks.rows, s.head_dim}, call.dtype);
+  if (return_state) {
+    p.running_k = make<"running_k_out">(call, {s.sequences, s.heads, s.head_dim}, call.acc);
+    p.running_v = make<"running_v_out">(call, {s.sequences, s.heads, s.head_dim}, call.acc);
+    p.lengths_out = static_cast<int32_t*>(make<"lengths_out">(call, {s.sequences}, ScalarType::Int));
+  }
+  if (!has_work(s, return_state)) return;
+  launch(call, p, RAT_LAUNCHERS(attention_fwd));
+  if (call.mode == Mode::explain) {  // the backward of this call, whose gradients are rows like their inputs
+    AttentionBwdParams b;
+    b.fwd = p;
+    b.deterministic = value<"deterministic">(call);
+    b.dy = p.y;
+    b.dq = p.q;
+    b.dk = p.k;
+    b.dv = p.v;
+    b.dgate = p.gate;
+    b.dout_gate = p.out_gate;
+    explain(call, b);
+  }
+}
+
+// ---- backward -----------------------------------------------------------------------------------------------------------
+
+template <class Op>
+void read_saved(Call<Op>& call, AttentionBwdParams& b) {
+  check_rank<"chunk_k_out">(call, 4, "(sequences, H, chunks, D)");
+  b.deterministic = value<"deterministic">(call);
+  b.fwd = params_of(call, size<"chunk_k_out">(call, 2));
+  AttentionFwdParams& p = b.fwd;
+  const Sizes& s = p.size;
+  p.y = rows<"y">(call, {s.batch, s.tokens, s.heads, s.head_dim});
+  p.lse = packed<"lse">(call, call.acc, {s.batch, s.heads, s.tokens});
+  p.chunks.k = packed<"chunk_k_out">(call, call.dtype, {owners_of(p), s.heads, p.chunks.rows, s.head_dim});
+  p.chunks.v = packed<"chunk_v_out">(call, call.dtype, {owners_of(p), s.heads, p.chunks.rows, s.head_dim});
+}
+
+template <class Op>
+void read_gradients(Call<Op>& call, AttentionBwdParams& b) {
+  const AttentionFwdParams& p = b.fwd;
+  const Sizes& s = p.size;
+  b.dy = copied_rows<"dy">(call, {s.batch, s.tokens, s.heads, s.head_dim});
+  if (p.chunks.compact && (given<"dchunk_k_out">(call) || given<"dchunk_v_out">(call))) {
+    call.fail("dchunk_k_out", "expected none for packed sequences, got one");
+  }
+  b.dchunk_k = copied<"dchunk_k_out">(call, call.dtype, {owners_of(p), s.heads, p.chunks.rows, s.head_dim});
+  b.dchunk_v = copied<"dchunk_v_out">(call, call.dtype, {owners_of(p), s.heads, p.chunks.rows, s.head_dim});
+  b.drunning_k = copied<"drunning_k_out">(call, call.acc, {s.sequences, s.heads, s.head_dim});
+  b.drunning_v = copied<"drunning_v_out">(call, call.acc, {s.sequences, s.heads, s.head_dim});
+}
+
+// The small gradients and the kernels; those of the rows are made.
+template <class Op>
+void finish_backward(Call<Op>& call, AttentionBwdParams& b) {
+  const AttentionFwdParams& p = b.fwd;
+  const Sizes& s = p.size;
+  const bool carried = given<"lengths">(call);
+  if (given<"gate_bias">(call)) b.dgate_bias = make<"dgate_bias">(call, {s.heads, s.head_dim}, call.acc);
+  if (carried) {
+    b.dinitial.rows = p.initial.rows;
+    b.dinitial.k = make<"dchunk_k">(call, {s.sequences, s.heads, p.initial.rows, s.head_dim}, call.dtype);
+    b.dinitial.v = make<"dchunk_v">(call, {s.sequences, s.heads, p.initial.rows, s.head_dim}, call.dtype);
+    b.dinitial.running_k = make<"drunning_k">(call, {s.sequences, s.heads, s.head_dim}, call.acc);
+    b.dinitial.running_v = make<"drunning_v">(call, {s.sequences, s.heads, s.head_dim}, call.acc);
+  }
+  b.fwd.size.aligned16 = call.aligned;
+  if (has_work(s, carried)) {
+    launch(call, b, RAT_LAUNCHERS(attention_bwd));
+  } else {
+    zero<"dgate_bias">(call);
+  }
+}
+
+}  // namespace
+
+void run(Call<RatAttention>& call) { forward(call); }
+void run(Call<RatAttentionPacked>& call) { forward(call); }
+
+void run(Call<RatAttentionBackward>& call) {
+  AttentionBwdParams b;
+  read_saved(call, b);
+  read_gradients(call, b);
+  const Sizes& s = b.fwd.size;
+  b.dq = make_rows<"dq">(call, {s.batch, s.tokens, s.q_groups, s.head_dim});
+  b.dk = make_rows<"dk">(call, {s.batch, s.tokens, s.k_groups, s.head_dim});
+  b.dv = make_rows<"dv">(call, {s.batch, s.tokens, s.heads, s.head_dim});
+  if (given<"gate">(call)) b.dgate = make_rows<"dgate">(call, {s.batch, s.tokens, s.heads, s.head_dim});
+  if (given<"out_gate">(call)) b.dout_gate = make_rows<"dout_gate">(call, {s.batch, s.tokens, s.heads, s.head_dim});
+  finish_backward(call, b);
+}
+
+void run(Call<RatAttentionPackedBackward>& call) {
+  AttentionBwdParams b;
+  read_saved(call, b);
+  read_gradients(call, b);
+  const Sizes& s = b.fwd.size;
+  const int64_t width = size<"projection">(call, 2);
+  AttentionFwdParams parts;
+  parts.size = s;
+  split(call, parts, {make<"dprojection">(call, {s.batch, s.tokens, width}, call.dtype), s.tokens * width, width, 0},
+        value<"has_out_gate">(call));
+  b.dq = parts.q;
+  b.dk = parts.k;
+  b.dv = parts.v;
+  b.dgate = parts.gate;
+  b.dout_gate = parts.out_gate;
+  finish_backward(call, b);
+}
+
+}  // namespace rat

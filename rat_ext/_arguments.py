@@ -1,0 +1,205 @@
+"""From the arguments of a public op to those of its operator: what each is, which types it may have, what it becomes.
+
+The table of this module knows kinds (rows, tables, flags); ranks, shapes, dtypes, devices and values are checked in csrc/ops
+for all devices alike, tracing included (_autograd.py). Either way a wrong argument raises ``ValueError``, one line that reads
+``rat_ext.<op>: <argument>: expected <...>, got <...>``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import _build_info  # noqa: F401  (loading the extension registers the operators)
+from .cache import RATCache, state_dtype
+
+Given = dict[str, Any]  # the arguments of a public op by name
+
+# Tensors of tokens, in the dtype of the op: autocast casts them. The first that an op has tells dtype and device.
+ROWS = ("projection", "q", "k", "v", "x", "gate", "out_gate")
+# Small tensors, in the dtype of states.
+TABLES = ("gate_bias", "rotary_cos", "rotary_sin")
+# Facts without a derivative: a tensor that needs one is an error, not silence.
+WITHOUT_GRADIENT = ("rotary_cos", "rotary_sin")
+# What a cache brings, in the order of the operators' arguments.
+STATE = ("chunk_k", "chunk_v", "running_k", "running_v", "lengths")
+
+
+def wrong(op: str, argument: str, expected: str, got: object) -> NoReturn:
+    raise ValueError(f"rat_ext.{op}: {argument}: expected {expected}, got {got}")
+
+
+# ---- types ------------------------------------------------------------------------------------------------------------
+
+
+def _kind(x: object) -> str:
+    return "None" if x is None else f"{type(x).__name__} {x!r}" if isinstance(x, (int, float, str)) else type(x).__name__
+
+
+def _integer(op: str, name: str, x: Any) -> Any:
+    """``x`` as an int; anything that counts, NumPy's ints too, but no tensor: reading it would wait for its device."""
+    if type(x) is int or isinstance(x, torch.SymInt):
+        value = x
+    elif isinstance(x, (Tensor, bool)) or not hasattr(x, "__index__"):
+        wrong(op, name, "an int", _kind(x))
+    else:
+        value = operator.index(x)
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        wrong(op, name, "an int of 64 bits", value)
+    return value
+
+
+def _real(op: str, name: str, x: Any) -> Any:
+    if isinstance(x, (torch.SymFloat, torch.SymInt)):
+        return x
+    if isinstance(x, (Tensor, bool, str)) or not hasattr(x, "__float__"):
+        wrong(op, name, "a float or None", _kind(x))
+    try:
+        return float(x)
+    except (TypeError, ValueError, OverflowError):  # an array of several numbers, an int past the largest float
+        wrong(op, name, "a float or None", _kind(x))
+
+
+def _flag(op: str, name: str, x: Any) -> bool:
+    is_array = str(getattr(x, "dtype", "")) == "bool" and getattr(x, "ndim", None) == 0  # NumPy's bool
+    if isinstance(x, Tensor) or not (is_array or (isinstance(x, int) and x in (0, 1))):
+        wrong(op, name, "a bool", _kind(x))
+    return bool(x)
+
+
+# Every public argument that is a number, with its type and what makes it of others.
+_NUMBERS: dict[str, tuple[type, Callable[[str, str, Any], Any]]] = {
+    "chunk_size": (int, _integer),
+    "num_heads": (int, _integer),
+    "num_groups": (int, _integer),
+    "scale": (float, _real),
+    "has_out_gate": (bool, _flag),
+    "return_state": (bool, _flag),
+    "deterministic": (bool, _flag),
+}
+
+
+class Operator:
+    """An operator and its schema, by name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.overload = getattr(torch.ops.rat_ext, name).default
+        schema = self.overload._schema
+        self.types = {a.name: str(a.type) for a in schema.arguments}
+        self.arguments = tuple(self.types)
+        self.results = tuple(r.name for r in schema.returns)
+        self.pick = operator.itemgetter(*self.arguments)
+        self.rows = tuple(n for n in ROWS if n in self.types)
+        self.lead = self.rows[0]
+        self.tables = tuple(n for n in TABLES if n in self.types)
+        self.numbers = tuple((n, exact, convert) for n, (exact, convert) in _NUMBERS.items() if n in self.types)
+
+
+def check_types(op: str, spec: Operator, given: Given, names: dict[str, str]) -> None:
+    """Called where a call has failed, and before one is traced: is each number one, and each tensor one that kernels know?
+
+    ``names``: what the caller knows an argument by, where it is not its name.
+    """
+    for name, _, convert in spec.numbers:
+        if given.get(name) is not None:
+            convert(op, name, given[name])
+    for name, kind in spec.types.items():
+        x = given.get(name)
+        optional = kind == "Optional[Tensor]"
+        if (kind != "Tensor" and not optional) or (x is None and (optional or name not in given)):
+            continue
+        shown = names.get(name, name)
+        if not isinstance(x, Tensor):
+            wrong(op, shown, "a tensor or None" if optional else "a tensor", _kind(x))
+        if x.is_nested:
+            wrong(op, shown, "a dense tensor (of packed sequences one row, with cu_seqlens)", "a nested (jagged) one")
+        if x.is_quantized:
+            wrong(op, shown, "a tensor of floating numbers", "a quantized one")
+        if x.layout != torch.strided:
+            wrong(op, shown, "a dense tensor", f"one of layout {str(x.layout).removeprefix('torch.')}")
+        if x.device.type not in ("cpu", "cuda", "meta"):
+            wrong(op, shown, "a tensor on the CPU or a CUDA GPU", f"one on {x.device}")
+        if name in TABLES and not x.is_floating_point():
+            wrong(op, shown, "a floating dtype", str(x.dtype).removeprefix("torch."))
+
+
+# ---- what arguments become ----------------------------------------------------------------------------------------------
+
+
+def _cast(spec: Operator, given: Given, device: str) -> None:
+    """Under autocast, float32 inputs are computed in the autocast dtype; their gradients come back in float32."""
+    dtype = torch.get_autocast_dtype(device)
+    for name in spec.rows:
+        x = given[name]
+        if x is not None and x.is_floating_point() and x.dtype != torch.float64:
+            given[name] = x.to(dtype)
+
+
+_NO_STATE = dict.fromkeys(STATE)
+
+
+def _take_state(op: str, given: Given, compiling: bool) -> None:
+    """The tensors of ``initial_state``, the chunk rows to allocate, and the host's bound of the lengths afterwards."""
+    state: RATCache | None = given["initial_state"]
+    chunk_size, shape = given["chunk_size"], given["projection" if "projection" in given else "v"].shape
+    tokens = shape[1] if len(shape) > 1 else 0
+    step = max(chunk_size, 1)
+    if state is None:
+        given.update(_NO_STATE)
+        given["bound"] = tokens
+        chunks = tokens // step
+        if given["cu_seqlens"] is not None and not given["return_state"]:
+            chunks += max(given["cu_seqlens"].numel() - 1, 0)
+    else:
+        if not isinstance(state, RATCache):
+            wrong(op, "initial_state", "a RATCache or None", _kind(state))
+        if state.chunk_size != chunk_size:
+            wrong(op, "initial_state", f"a cache of chunk_size {chunk_size}", f"one of {state.chunk_size}")
+        for name in STATE:
+            given[name] = getattr(state, name)
+        given["bound"] = state.length_bound + tokens
+        chunks = max(state.chunk_k.shape[2], given["bound"] // step)
+    # The tracer makes a graph of its own for a size of 0 or 1: with two rows at least, one graph serves every length.
+    given["chunk_rows"] = max(chunks, 2) if compiling else chunks
+
+
+def _default_scale(given: Given) -> float:
+    if "projection" in given:
+        parts = 2 * given["num_groups"] + (3 if given["has_out_gate"] else 2) * given["num_heads"]
+        shape = given["projection"].shape
+    else:
+        parts, shape = 1, given["v"].shape
+    return max(shape[-1] // max(parts, 1), 1) ** -0.5 if shape else 1.0
+
+
+def prepare(op: str, spec: Operator, given: Given, compiling: bool = False) -> tuple:
+    """The operator's arguments, in order. Adds to ``given`` what the operator takes and the public op does not."""
+    if "scale" in given and given["scale"] is None:
+        given["scale"] = _default_scale(given)
+    for name, exact, convert in spec.numbers:
+        if name in given and type(given[name]) is not exact:
+            given[name] = convert(op, name, given[name])
+    lead = given[spec.lead]
+    device = "cuda" if lead.is_cuda else "cpu"  # asking a torch.device for its type makes a string each time
+    if torch.is_autocast_enabled(device) and (lead.is_cuda or lead.is_cpu):
+        _cast(spec, given, device)
+        lead = given[spec.lead]
+    acc = state_dtype(lead.dtype)
+    for name in spec.tables:
+        x = given[name]
+        if x is None:
+            continue
+        if x.requires_grad and name in WITHOUT_GRADIENT and torch.is_grad_enabled():
+            wrong(op, name, "a tensor that needs no gradient (the op has none for it)", "one that does")
+        if x.dtype != acc:
+            if not x.is_floating_point():
+                wrong(op, name, "a floating dtype", str(x.dtype).removeprefix("torch."))
+            given[name] = x.to(acc)
+    if "chunk_rows" in spec.types:
+        _take_state(op, given, compiling)
+    return tuple([given[name] for name in spec.arguments]) if compiling else spec.pick(given)

@@ -1,0 +1,356 @@
+"""How the public ops call their operators: gradients, shape rules for tracing, errors.
+
+All of it is derived from the operators' schemas (csrc/ops/schemas.h), whose names carry meaning: `x` of a backward operator is
+the forward's argument or result `x`, saved; `dx` is the gradient of a result, coming in, or of an argument, going out.
+
+Each op has its gradient twice, from the same operator. Tracing takes the operator itself, whose autograd torch.library
+registers: one input and one output for each of the schema. In eager mode that costs the host more than a small op costs a GPU,
+for autograd's work grows with every input and output, and torch.library looks up the schema argument by argument. There the ops
+go through an autograd.Function that shows autograd only what has a gradient: `args`, all arguments of the operator in a tuple,
+is opaque to it, and so are results that are only saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
+
+from . import _log
+from ._arguments import STATE, Given, Operator, check_types, prepare, wrong
+from .cache import RATCache, state_dtype
+
+_OPERATORS = {
+    name: Operator(name)
+    for name in (
+        "rat_attention",
+        "rat_attention_backward",
+        "rat_attention_packed",
+        "rat_attention_packed_backward",
+        "chunk_recurrence",
+        "chunk_recurrence_backward",
+        "rat_decode_step",
+    )
+}
+_KERNELS = {name: _log.logged(spec) for name, spec in _OPERATORS.items()}
+
+
+def _below_autograd(kernel: Callable, *args: Any) -> Any:
+    """Calls the kernel itself where nothing is recorded. Else a second derivative may be wanted: the operator refuses it."""
+    if torch.is_grad_enabled():
+        return kernel(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return kernel(*args)
+
+
+# ---- gradients --------------------------------------------------------------------------------------------------------
+
+
+class Differentiable:
+    """An operator with a backward operator."""
+
+    def __init__(self, name: str) -> None:
+        self.forward, self.backward = _OPERATORS[name], _OPERATORS[f"{name}_backward"]
+        self.kernel, self.backward_kernel = _KERNELS[name], _KERNELS[f"{name}_backward"]
+        arguments, results = self.forward.arguments, self.forward.results
+        there = (*arguments, *results)  # what is at hand after the forward
+        wanted = self.backward.arguments
+        incoming = [f"d{n}" for n in results]
+
+        # The backward reads (gradients of all results, saved tensors, numbers), put in the order of its schema.
+        saved = [n for n in wanted if n in there and self.backward.types[n].endswith(("Tensor", "Tensor]"))]
+        numbers = [n for n in wanted if n in there and n not in saved]
+        self._saved = itemgetter(*(there.index(n) for n in saved))
+        self._numbers = itemgetter(*(there.index(n) for n in (*numbers, numbers[0])))  # two at least, to get a tuple
+        at_hand = [*incoming, *saved, *numbers]
+        self._order = itemgetter(*(at_hand.index(n) for n in wanted))
+        self._y = len(incoming) + saved.index("y")
+
+        # Arguments with a gradient, in the order of the backward's results. Those of a state come last; often there is none.
+        inputs = [n.removeprefix("d") for n in self.backward.results]
+        self._inputs = itemgetter(*(arguments.index(n) for n in inputs))
+        self._inputs_without_state = itemgetter(
+            *(arguments.index(n) for n in inputs if n not in STATE and n != "initial_state")
+        )
+        self._lengths = arguments.index("lengths")
+        self._gradients_of_arguments = [inputs.index(n) if n in inputs else None for n in arguments]
+
+        # A result that is saved and has no gradient stays hidden from autograd and from the caller.
+        self._differentiable = [d in wanted for d in incoming]
+        hidden = [n in wanted and f"d{n}" not in wanted for n in results]
+        self._visible = [i for i in range(len(results)) if not hidden[i]]
+        self._incoming = [self._visible.index(i) if d else None for i, d in enumerate(self._differentiable)]
+
+        self._eager = self._eager_function(name)
+        torch.library.register_autograd(f"rat_ext::{name}", self._traced_backward, setup_context=self._traced_context)
+
+    def __call__(self, args: tuple, compiling: bool) -> tuple:
+        """y alone, or y and the returned state."""
+        if compiling:
+            output = self.forward.overload(*args)
+        elif torch.is_grad_enabled():
+            inputs = self._inputs_without_state if args[self._lengths] is None else self._inputs
+            output = self._eager(args, *inputs(args))
+            return output if isinstance(output, tuple) else (output,)
+        else:
+            output = _below_autograd(self.kernel, *args)
+        return self._shown(output)
+
+    def _shown(self, output: tuple) -> tuple:
+        return output[:1] if output[-1] is None else tuple(output[i] for i in self._visible)
+
+    def _save(self, ctx: Any, args: tuple, output: tuple) -> None:
+        everything = (*args, *output)
+        ctx.numbers = self._numbers(everything)[:-1]
+        ctx.save_for_backward(*self._saved(everything))
+
+    def _gradients(self, ctx: Any, kernel: Callable, incoming: tuple) -> tuple:
+        at_hand = (*incoming, *ctx.saved_tensors, *ctx.numbers)
+        if incoming[0] is None:
+            at_hand = (torch.zeros_like(at_hand[self._y]), *at_hand[1:])
+        return _below_autograd(kernel, *self._order(at_hand))
+
+    # Tracing: context and gradient of the operator.
+
+    def _traced_context(self, ctx: Any, inputs: tuple, output: tuple) -> None:
+        no_state = output[-1] is None  # then chunk states are only saved
+        without = [x for i, x in enumerate(output) if x is not None and (not self._differentiable[i] or (no_state and i > 0))]
+        ctx.mark_non_differentiable(*without)
+        ctx.set_materialize_grads(False)
+        self._save(ctx, inputs, output)
+
+    def _traced_backward(self, ctx: Any, *incoming: Tensor | None) -> tuple:
+        grads = self._gradients(ctx, self.backward.overload, incoming)
+        return tuple(None if i is None else grads[i] for i in self._gradients_of_arguments)
+
+    # Eager mode: a function of all arguments of the operator in a tuple, and of those that may have a gradient.
+
+    def _eager_function(self, name: str) -> Callable:
+        def forward(ctx: Any, args: tuple, *inputs: Tensor | None) -> Tensor | tuple:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = self.kernel(*args)
+            self._save(ctx, args, output)
+            if output[-1] is None:  # no state is returned, and autograd gives zeros for a gradient of y that is missing
+                return output[0]
+            ctx.set_materialize_grads(False)
+            return self._shown(output)
+
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+            incoming = tuple(grads[i] if i is not None and i < len(grads) else None for i in self._incoming)
+            # Gradients past the last input (of a state that was not given) are None, which autograd takes.
+            return None, *self._gradients(ctx, self.backward_kernel, incoming)
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        function = type(name, (torch.autograd.Function,), methods)
+        # What Function.apply comes to outside torch.func, whose wrappers it looks for in every argument.
+        return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError("rat_ext: the ops have first derivatives only; this needs a second one (create_graph=True?)")
+
+
+def _refuse_transforms(op: str, args: tuple) -> None:
+    """Derivatives that the ops do not have. Autograd would leave tangents out in silence where no gradient is recorded."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"rat_ext.{op}: the transforms of torch.func (grad, vjp, jvp, vmap and what is made of them) are not supported; "
+            "gradients come from torch.autograd, and a mapped dimension can be part of the batch"
+        )
+    for x in args:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(f"rat_ext.{op}: forward-mode derivatives are not supported, and an input has a tangent")
+
+
+# ---- shape rules for tracing ------------------------------------------------------------------------------------------
+
+
+class _NoHint(Exception):
+    """A size that tracing knows nothing of."""
+
+
+def _hint(n: Any) -> Any:
+    """The number that a symbol stands for in the call that is traced. No guard is made: every call checks its own sizes."""
+    if not isinstance(n, torch.SymInt):
+        return n
+    if not n.node.has_hint():
+        raise _NoHint
+    return int(n.node.hint)
+
+
+def _stand_in(x: Any) -> Any:
+    """A tensor as one of the meta device, a symbol as its number."""
+    if not isinstance(x, Tensor):
+        return _hint(x)
+    return torch.empty_strided([_hint(n) for n in x.shape], [_hint(n) for n in x.stride()], dtype=x.dtype, device="meta")
+
+
+def _place(x: Any) -> int:
+    """Where a tensor is, as csrc/ops counts: a GPU's index, or -1 for the CPU, -2 for the meta device, -3 for others."""
+    if not isinstance(x, Tensor):
+        return 0
+    return (x.device.index or 0) if x.device.type == "cuda" else {"cpu": -1, "meta": -2}.get(x.device.type, -3)
+
+
+def _check(name: str, args: tuple) -> None:
+    """Checks tensors that have no memory as csrc/ops checks those that have. Sizes without a value are checked when it runs."""
+    with _disable_current_modes():
+        try:
+            stand_ins = [_stand_in(x) for x in args]
+        except _NoHint:
+            return
+        getattr(torch.ops.rat_ext_check, name).default([_place(x) for x in args], *stand_ins)
+
+
+def _attention_shapes(given: Given, like: Tensor, batch: int, tokens: int, heads: int, dim: int) -> tuple:
+    acc = state_dtype(like.dtype)
+    sequences = batch if given["cu_seqlens"] is None else given["cu_seqlens"].shape[0] - 1
+    kept = given["return_state"]
+    owners = 1 if given["cu_seqlens"] is not None and given["lengths"] is None and not kept else sequences
+    return (
+        like.new_empty(batch, tokens, heads, dim),
+        like.new_empty(batch, heads, tokens, dtype=acc),
+        like.new_empty(owners, heads, given["chunk_rows"], dim),
+        like.new_empty(owners, heads, given["chunk_rows"], dim),
+        like.new_empty(sequences, heads, dim, dtype=acc) if kept else None,
+        like.new_empty(sequences, heads, dim, dtype=acc) if kept else None,
+        like.new_empty(sequences, dtype=torch.int32) if kept else None,
+    )
+
+
+def _rat_attention_shapes(given: Given) -> tuple:
+    return _attention_shapes(given, given["q"], *given["v"].shape)
+
+
+def _rat_attention_packed_shapes(given: Given) -> tuple:
+    projection, heads = given["projection"], given["num_heads"]
+    batch, tokens, width = projection.shape
+    dim = width // (2 * given["num_groups"] + (3 if given["has_out_gate"] else 2) * heads)
+    return _attention_shapes(given, projection, batch, tokens, heads, dim)
+
+
+def _chunk_recurrence_shapes(given: Given) -> tuple:
+    x, gate, cu_seqlens = given["x"], given["gate"], given["cu_seqlens"]
+    batch, _, heads, dim = gate.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = x.new_empty(sequences, heads, dim, dtype=state_dtype(x.dtype)) if given["return_state"] else None
+    return x.new_empty(gate.shape), state
+
+
+def _decode_shapes(given: Given) -> Tensor:
+    return given["v"].new_empty(given["v"].shape)
+
+
+def _register_fake(spec: Operator, shapes: Callable[[Given], Any]) -> None:
+    """Meta tensors reach the rule too, and with them any tensor beside them."""
+
+    def rule(*args: Any) -> Any:
+        _check(spec.name, args)
+        return shapes(dict(zip(spec.arguments, args, strict=True)))
+
+    torch.library.register_fake(f"rat_ext::{spec.name}")(rule)
+
+
+def _gradient_shapes(spec: Operator) -> Callable[[Given], tuple]:
+    inputs = [n.removeprefix("d") for n in spec.results]
+    return lambda given: tuple(None if given[n] is None else given[n].new_empty(given[n].shape) for n in inputs)
+
+
+_register_fake(_OPERATORS["rat_attention"], _rat_attention_shapes)
+_register_fake(_OPERATORS["rat_attention_packed"], _rat_attention_packed_shapes)
+_register_fake(_OPERATORS["chunk_recurrence"], _chunk_recurrence_shapes)
+_register_fake(_OPERATORS["rat_decode_step"], _decode_shapes)
+for _name, _spec in _OPERATORS.items():
+    if _name.endswith("_backward"):
+        _register_fake(_spec, _gradient_shapes(_spec))
+        torch.library.register_autograd(f"rat_ext::{_name}", _no_second_derivative)
+
+_DIFFERENTIABLE = {n: Differentiable(n) for n in ("rat_attention", "rat_attention_packed", "chunk_recurrence")}
+
+
+# ---- calls ------------------------------------------------------------------------------------------------------------
+
+# What the caller knows an argument of an operator by, where it is not its name.
+_SHOWN_STATE = {n: f"initial_state.{n}" for n in STATE}
+_SHOWN = {
+    "rat_attention": _SHOWN_STATE,
+    "rat_attention_packed": _SHOWN_STATE,
+    "chunk_attention": {**_SHOWN_STATE, "k": "k_states", "v": "v_states"},
+    "chunk_recurrence": {},
+    "rat_decode_step": {n: f"cache.{n}" for n in (*STATE, "workspace")},
+}
+
+
+def call(name: str, given: Given, op: str | None = None) -> Any:
+    """What a public op returns: y, or y and the returned state.
+
+    Args:
+        name: the operator.
+        given: its arguments by name; it is changed.
+        op: what the caller calls it.
+    """
+    op, spec = op or name, _OPERATORS[name]
+    compiling = torch.compiler.is_compiling()
+    if op == "rat_attention" and given["gate"] is None:  # the operator would take k and v for states
+        wrong(op, "gate", "a tensor", "None")
+    try:
+        if compiling:
+            check_types(op, spec, given, _SHOWN[op])
+        args = prepare(op, spec, given, compiling)
+        if not compiling and (forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()):
+            _refuse_transforms(op, args)
+        result = _DIFFERENTIABLE[name](args, compiling)
+    except (TypeError, AttributeError, RuntimeError, IndexError):
+        check_types(op, spec, given, _SHOWN[op])
+        raise
+    if len(result) == 1:
+        return result[0]
+    if "bound" not in given:
+        return result
+    return result[0], RATCache(*result[1:], chunk_size=given["chunk_size"], length_bound=given["bound"])
+
+
+def decode(given: Given) -> Tensor:
+    """rat_decode_step, which writes its cache and has no gradient."""
+    op, spec, cache = "rat_decode_step", _OPERATORS["rat_decode_step"], given["cache"]
+    if not isinstance(cache, RATCache):
+        wrong(op, "cache", "a RATCache", type(cache).__name__)
+    given.update(zip(STATE, cache.tensors(), strict=True), chunk_size=cache.chunk_size)
+    compiling = torch.compiler.is_compiling()
+    try:
+        if torch.is_grad_enabled():
+            for name in spec.arguments:
+                x = given.get(name)
+                if isinstance(x, Tensor) and x.requires_grad:
+                    expected = "a tensor that needs no gradient (decoding has none; use torch.no_grad() or RATCache.detach())"
+                    wrong(op, _SHOWN[op].get(name, name), expected, "one that does")
+        given["workspace"] = cache.decode_workspace()
+        if compiling:
+            check_types(op, spec, given, _SHOWN[op])
+        args = prepare(op, spec, given, compiling)
+        if compiling:
+            y = spec.overload(*args)
+        else:
+            if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+                _refuse_transforms(op, args)
+            y = _KERNELS[op](*args)
+    except (TypeError, AttributeError, RuntimeError, IndexError):
+        check_types(op, spec, given, _SHOWN[op])
+        raise
+    cache.decoded()
+    return y
+
+
+def explain(name: str, given: Given) -> list[dict[str, Any]]:
+    """Which kernel families a call takes: one dict for each phase and family."""
+    spec = _OPERATORS[name]
+    try:
+        return _log.choices(name, prepare("explain", spec, given))
+    except (TypeError, AttributeError, RuntimeError, IndexError):
+        check_types("explain", spec, given, _SHOWN_STATE)
+        raise
