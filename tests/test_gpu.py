@@ -287,7 +287,7 @@ print("fine")
 """
 
 
-@pytest.mark.parametrize("family", ["auto", "sm80"])
+@pytest.mark.parametrize("family", ["auto", "sm80", "scan"])
 def test_kernel_families(family):
     """Every family that this GPU runs, forced in a process of its own."""
     done = run_python(FAMILY, RAT_EXT_KERNELS=family)

@@ -1,7 +1,7 @@
 """Runs all tests on a GPU and records it, so that CI, which has none, knows whether the kernels were run as they are.
 
     python tools/gpu_check.py                            # every test file with --device cuda, six at a time on each GPU
-    python tools/gpu_check.py --families auto,sm80       # again with each family of kernels forced
+    python tools/gpu_check.py --families auto sm80 scan  # again with each family of kernels forced
     python tools/gpu_check.py --sanitize                 # then tests/sanitize.py under memcheck and synccheck
     python tools/gpu_check.py --out record.json          # elsewhere than tests/gpu_record.json
     python tools/gpu_check.py --verify                   # what CI runs: are the kernels those of the record?
@@ -289,7 +289,7 @@ def check(options: argparse.Namespace) -> int:
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))
     files = [name for name in files if re.search(options.files, name)]
     files.sort(key=lambda name: -known.get(name, {"seconds": 1e9})["seconds"])  # the longest first
-    families = options.families.split(",")
+    families = options.families
     jobs = [Job(family, name, "-m", "not alone") for family in families for name in files]
     run_side_by_side(jobs, devices, options)
     alone = []
@@ -344,7 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--verify", action="store_true", help="compare the record with the sources and run nothing")
     p.add_argument("--pending", metavar="REASON", help="write a record that says why nothing was run")
-    p.add_argument("--families", default="auto", metavar="A,B", help="kernel families: auto, or as RAT_EXT_KERNELS forces them")
+    p.add_argument("--families", nargs="+", default=["auto"], metavar="F", help="auto, or what RAT_EXT_KERNELS forces")
     p.add_argument("--sanitize", action="store_true", help="also run tests/sanitize.py under compute-sanitizer")
     p.add_argument("--tools", default="memcheck,synccheck", help="tools of compute-sanitizer (default: memcheck,synccheck)")
     p.add_argument("--out", type=Path, default=RECORD, help="the record (default: tests/gpu_record.json)")

@@ -298,7 +298,7 @@ def main() -> int:
     p.add_argument("--trust", action="store_true", help="do not run the tests without a fault first")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="run FOLDER: where (default: cuda)")
     p.add_argument("--jobs", "-j", type=int, default=6, help="run FOLDER: processes at a time (default: 6)")
-    p.add_argument("--limit", type=float, default=120.0, metavar="S", help="seconds for a test (default: 120)")
+    p.add_argument("--limit", type=float, default=300.0, metavar="S", help="seconds for a test (default: 300)")
     options = p.parse_args()
     kinds = [kind for kind in ("python", "cpu", "cuda") if getattr(options, kind)]
     if not kinds:
