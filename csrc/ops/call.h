@@ -217,9 +217,6 @@ class Call : public CallBase {
       } else {
         numbers_[i] = stack[i];
       }
-      if (kind == Kind::tensor && !tensors_[i]->tensor.defined()) {
-        fail(kSignature.arguments[i].name, "expected a tensor, got None");
-      }
       if (devices && tensors_[i]) tensors_[i]->device = static_cast<int32_t>(devices->at(i));
     }
   }
@@ -238,6 +235,15 @@ class Call : public CallBase {
     constexpr size_t i = find(kSignature.results, kSignature.result_count, name.view());
     static_assert(i != kNone, "no such result in the op's schema");
     return i;
+  }
+
+  // Python's None arrives as a tensor that is not defined.
+  void check_required() const {
+    for (size_t i = 0; i < kSignature.argument_count; ++i) {
+      if (kSignature.arguments[i].kind == Kind::tensor && !tensors_[i]->tensor.defined()) {
+        fail(kSignature.arguments[i].name, "expected a tensor, got None");
+      }
+    }
   }
 
   const std::optional<View>& tensor(size_t i) const { return tensors_[i]; }
@@ -286,6 +292,7 @@ auto value(const Call<Op>& call) {
 
 template <Name name, class Op>
 void lead(Call<Op>& call) {
+  call.check_required();
   call.set_lead(name.view(), tensor<name>(call));
 }
 
