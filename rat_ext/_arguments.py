@@ -163,7 +163,8 @@ def _take_state(op: str, given: Given, compiling: bool) -> None:
         for name in STATE:
             given[name] = getattr(state, name)
         given["bound"] = state.length_bound + tokens
-        chunks = max(state.chunk_k.shape[2], given["bound"] // step)
+        rows = state.chunk_k.shape
+        chunks = max(rows[2] if len(rows) > 2 else 0, given["bound"] // step)
     # The tracer makes a graph of its own for a size of 0 or 1: with two rows at least, one graph serves every length.
     given["chunk_rows"] = max(chunks, 2) if compiling else chunks
 

@@ -312,7 +312,8 @@ def call(name: str, given: Given, op: str | None = None) -> Any:
         return result[0]
     if "bound" not in given:
         return result
-    return result[0], RATCache(*result[1:], chunk_size=given["chunk_size"], length_bound=given["bound"])
+    y, chunk_k, chunk_v, running_k, running_v, lengths = result
+    return y, RATCache(chunk_k, chunk_v, running_k, running_v, lengths, given["chunk_size"], given["bound"])
 
 
 def decode(given: Given) -> Tensor:

@@ -471,3 +471,81 @@ def test_frozen_projection(device):
         z = reference.rat_attention(q, k, v, gate, 8, gate_bias=wide, out_gate=out_gate)
         (exact[precision],) = torch.autograd.grad(z.sum(), wide)
     compare({"d": got}, {"d": exact[torch.float32]}, {"d": exact[torch.float64]}, torch.float32)
+
+
+# ---- derivatives that the ops do not have ------------------------------------------------------------------------------
+
+OPS = ("rat_attention", "chunk_attention", "rat_attention_packed", "chunk_recurrence", "rat_decode_step")
+
+
+def of_one_tensor(op, x):
+    """The op as a function of a tensor (1, 8, 2, 8)."""
+    if op == "rat_attention_packed":
+        return rat_ext.rat_attention_packed(torch.cat([x.flatten(2)] * 4, dim=2), 2, 2, 4, has_out_gate=False)
+    if op == "rat_decode_step":
+        return rat_ext.rat_decode_step(*(x[:, 0],) * 4, RATCache.empty(1, 2, 8, 4, 16, device=x.device))
+    if op == "chunk_recurrence":
+        return rat_ext.chunk_recurrence(x, x, 4)
+    return rat_ext.rat_attention(x, x, x, x, 4) if op == "rat_attention" else rat_ext.chunk_attention(x, x, x, 4)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_transforms_raise(device, op, mode):
+    """No tangent and no mapped dimension is left out in silence, whether gradients are recorded or not."""
+    x = Random(0, device, torch.float32).normal(1, 8, 2, 8)
+    function = functools.partial(of_one_tensor, op)
+    with mode():
+        for transform in (
+            lambda: torch.func.jvp(function, (x,), (x,)),
+            lambda: torch.func.vmap(function)(x[None]),
+            lambda: torch.func.grad(lambda x: function(x).sum())(x),
+        ):
+            # Decoding says of a gradient that it has none, however it is asked for.
+            with pytest.raises((RuntimeError, ValueError), match=f"rat_ext.{op}: .*(not supported|needs no gradient)"):
+                transform()
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_tangents_raise(device, op, mode):
+    x = Random(0, device, torch.float32).normal(1, 8, 2, 8)
+    with torch.autograd.forward_ad.dual_level(), mode():
+        assert of_one_tensor(op, x).isfinite().all(), "no input has a tangent"
+        with pytest.raises(RuntimeError, match=f"rat_ext.{op}: forward-mode derivatives are not supported"):
+            of_one_tensor(op, torch.autograd.forward_ad.make_dual(x, x))
+
+
+# ---- memory of any alignment -------------------------------------------------------------------------------------------
+
+
+def off_by_one(x):
+    """The same numbers, contiguous, at an address that no vector load may take."""
+    if x is None or not isinstance(x, torch.Tensor):
+        return x
+    moved = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape)
+    return moved.copy_(x)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=name)
+@pytest.mark.parametrize("carried", [False, True])
+def test_unaligned_memory_of_everything_but_rows(device, dtype, carried):
+    """A direct call of both operators with tables, states, lengths, lse and saved chunk states at odd addresses."""
+    random = Random(0, device, dtype)
+    tokens, heads, dim, chunk = 300, 4, 64, 16
+    q, k = random.normal(2, tokens, 2, dim), random.normal(2, tokens, 2, dim)
+    v, gate, out_gate, dy = (random.normal(2, tokens, heads, dim) for _ in range(4))
+    bias = random.normal(heads, dim, dtype=torch.float32)
+    cos, sin = rat_ext.rotary_tables(40, dim, device=device)
+    state = make_state(random, [5, 37], heads, dim, chunk).tensors() if carried else (None,) * 5
+    rows = (tokens + 37 if carried else tokens) // chunk
+    forward = torch.ops.rat_ext.rat_attention.default
+    backward = torch.ops.rat_ext.rat_attention_backward.default
+    results = []
+    for move in (lambda x: x, off_by_one):
+        inputs = (q, k, v, gate, move(bias), out_gate, move(cos), move(sin), None, *map(move, state))
+        y, lse, chunk_k, chunk_v, *_ = forward(*inputs, chunk, 0.125, rows, False, True)
+        saved = (y, move(lse), move(chunk_k), move(chunk_v))
+        results.append((y, lse, *backward(dy, *(None,) * 4, *inputs, *saved, chunk, 0.125, False, True)))
+    for a, b in zip(*results, strict=True):
+        assert (a is None and b is None) or same_bits(a, b)

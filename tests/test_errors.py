@@ -1,39 +1,226 @@
-"""Every wrong argument raises, and the message names the argument, what was expected and what came."""
+"""Every wrong argument raises one line that names the argument, what was expected and what came.
+
+The table below is of every op, every argument and every kind of wrongness; each is tried on real tensors (the device of the
+run), with and without gradients, on meta tensors and on those of tracing. Facts that depend on several arguments follow it.
+"""
 
 import os
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rat_ext
 from rat_ext import RATCache
-from rat_ext.testing import Random, cu_seqlens_of, make_state
+from rat_ext.testing import STATE, Random, cu_seqlens_of, make_state
 
 B, T, H, G, D, L = 2, 20, 4, 2, 16, 8
 
 
+# ---- good calls -------------------------------------------------------------------------------------------------------
+
+
+def good(op: str) -> dict:
+    """Arguments by name, on the CPU."""
+    random = Random(0, torch.device("cpu"), torch.float32)
+    cos, sin = rat_ext.rotary_tables(9, D)
+    tables = {"gate_bias": random.normal(H, D), "rotary_cos": cos, "rotary_sin": sin}
+    q, k, v, gate, out_gate = (random.normal(B, T, n, D) for n in (G, G, H, H, H))
+    options = {"scale": 0.25, "cu_seqlens": None, "initial_state": None, "return_state": False, "deterministic": True}
+    if op == "rat_attention":
+        return {"q": q, "k": k, "v": v, "gate": gate, "chunk_size": L, "out_gate": out_gate, **tables, **options}
+    if op == "chunk_attention":
+        del tables["gate_bias"]
+        return {"q": q, "k_states": v, "v_states": gate, "chunk_size": L, "out_gate": out_gate, **tables, **options}
+    if op == "rat_attention_packed":
+        projection = random.normal(B, T, (2 * G + 3 * H) * D)
+        numbers = {"num_heads": H, "num_groups": G, "chunk_size": L, "has_out_gate": True}
+        return {"projection": projection, **numbers, **tables, **options}
+    if op == "chunk_recurrence":
+        state = {"initial_state": random.normal(B, H, D), "lengths": torch.tensor([3, 9], dtype=torch.int32)}
+        return {"x": k, "gate": gate, "chunk_size": L, "gate_bias": tables["gate_bias"], "cu_seqlens": None, **state,
+                "return_state": False}  # fmt: skip
+    cache = make_state(random, [3, 9], H, D, L, rows=4)
+    tokens = {"q": q[:, 0], "k": k[:, 0], "v": v[:, 0], "gate": gate[:, 0], "out_gate": out_gate[:, 0]}
+    return {**tokens, "cache": cache, **tables, "scale": 0.25, "slots": torch.tensor([1, 0])}
+
+
+OPS = ("rat_attention", "chunk_attention", "rat_attention_packed", "chunk_recurrence", "rat_decode_step")
+CONTINUED = make_state(Random(0, torch.device("cpu"), torch.float32), [3, 9], H, D, L)
+
+
+def moved(arguments: dict, where) -> dict:
+    """Every tensor, those of states too, through ``where``."""
+
+    def move(x):
+        if isinstance(x, RATCache):
+            return x.replace(**{name: where(getattr(x, name)) for name in (*STATE, "lengths")})
+        return where(x) if isinstance(x, torch.Tensor) else x
+
+    return {name: move(x) for name, x in arguments.items()}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_good_calls_are_good(device, op):
+    with torch.no_grad():
+        assert getattr(rat_ext, op)(**moved(good(op), lambda x: x.to(device))).isfinite().all()
+        assert getattr(rat_ext, op)(**moved(good(op), lambda x: x.to("meta"))).is_meta
+
+
+# ---- the table --------------------------------------------------------------------------------------------------------
+
+NO_TENSOR = {
+    "a str": lambda x: "x",
+    "a list": lambda x: [0, 3, 20],
+    "a number": lambda x: 3,
+    "a NumPy array": lambda x: np.zeros(3, dtype=np.int32),
+}
+OF_NO_KIND = {  # tensors that hold their numbers in a way that no kernel reads
+    "sparse": lambda x: torch.zeros(x.shape, dtype=x.dtype).to_sparse(),
+    "nested": lambda x: torch.nested.nested_tensor([torch.zeros(3, 4), torch.zeros(2, 4)], layout=torch.jagged),
+    "nested, strided": lambda x: torch.nested.nested_tensor([torch.zeros(3, 4), torch.zeros(2, 4)]),
+    "quantized": lambda x: torch.quantize_per_tensor(torch.zeros(x.shape), 0.1, 0, torch.qint8),
+}
+SHAPES = {
+    "no dimension": lambda x: x.sum().to(x.dtype),
+    "a dimension more": lambda x: x[None],
+    "longer": lambda x: torch.cat((x, x[-1:])),
+    "wider": lambda x: torch.cat((x, x), dim=-1) if x.dim() > 1 else torch.cat((x, x)),
+}
+NO_NUMBERS = {"int64": lambda x: x.to(torch.int64), "complex": lambda x: x.to(torch.complex64), "bool": lambda x: x > 0}
+ROWS = NO_TENSOR | OF_NO_KIND | SHAPES | NO_NUMBERS
+ROWS |= {
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "strided": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    "beside": lambda x: x.to("meta"),
+}
+TABLES = NO_TENSOR | OF_NO_KIND | SHAPES | NO_NUMBERS | {"beside": lambda x: x.to("meta")}
+STATES = NO_TENSOR | OF_NO_KIND | SHAPES | NO_NUMBERS
+STATES |= {
+    "float16": lambda x: x.half(),
+    "strided": lambda x: torch.stack((x, x), dim=-1)[..., 0],
+    "beside": lambda x: x.to("meta"),
+}
+INTEGERS = {
+    "a float": lambda x: 8.0,
+    "a str": lambda x: "8",
+    "none": lambda x: None,
+    "a bool": lambda x: True,
+    "a tensor": lambda x: torch.tensor(8),
+    "a list": lambda x: [8],
+    "zero": lambda x: 0,
+    "negative": lambda x: -(2**40),
+    "2^63": lambda x: 2**63,
+    "-2^70": lambda x: -(2**70),
+}
+FLAGS = {"a tensor": lambda x: torch.tensor(True), "a str": lambda x: "x", "none": lambda x: None, "two": lambda x: 2}
+REALS = {"a str": lambda x: "x", "a tensor": lambda x: torch.tensor(1.0), "a list": lambda x: [1.0], "complex": lambda x: 1j}
+CACHES = {"a str": lambda x: "x", "a number": lambda x: 3, "a tensor": lambda x: torch.zeros(2), "a dict": lambda x: {}}
+
+KINDS = {
+    **dict.fromkeys(("q", "k", "v", "gate", "out_gate", "k_states", "v_states", "projection", "x"), ROWS),
+    **dict.fromkeys(("gate_bias", "rotary_cos", "rotary_sin"), TABLES),
+    **dict.fromkeys(("chunk_size", "num_heads", "num_groups"), INTEGERS),
+    **dict.fromkeys(("has_out_gate", "return_state", "deterministic"), FLAGS),
+    "scale": REALS,
+    "lengths": {key: f for key, f in STATES.items() if key != "float16"} | {"int16": lambda x: x.to(torch.int16)},
+}
+REQUIRED = ("q", "k", "v", "gate", "k_states", "v_states", "projection", "x")
+
+
+def kinds(op: str, argument: str) -> dict:
+    if argument == "initial_state":
+        return STATES if op == "chunk_recurrence" else CACHES
+    if argument == "cache":
+        return CACHES | {"none": lambda x: None}
+    if argument in ("cu_seqlens", "slots"):
+        integers = {key: f for key, f in STATES.items() if key not in ("float16", "int64", "strided")}
+        return integers | {"int16": lambda x: x.to(torch.int16), "float32": lambda x: x.float()}
+    found = KINDS[argument]
+    if argument in ("num_heads", "num_groups"):
+        found = found | {"that does not divide": lambda x: 3}
+    return found | {"none": lambda x: None} if argument in REQUIRED else found
+
+
+# What a call may well be given, or what only its values make wrong.
+FINE = [("slots", "int64"), ("cu_seqlens", "longer"), ("cu_seqlens", "wider"), ("projection", "longer")]
+TABLE = [
+    (op, argument, kind) for op in OPS for argument in good(op) for kind in kinds(op, argument) if (argument, kind) not in FINE
+]
+TABLE += [("rat_attention", f"initial_state.{name}", kind) for name in STATE for kind in STATES]
+TABLE += [("rat_decode_step", f"cache.{name}", kind) for name in STATE for kind in STATES]
+# Sizes come from these arguments, so that another one may be found not to fit them.
+LEADS = ("q", "v", "v_states", "x", "gate", "projection", "num_heads", "num_groups", "rotary_cos", "cache.chunk_k")
+
+
+def arguments_of(op: str, argument: str) -> dict:
+    arguments = good(op)
+    if argument == "cu_seqlens":
+        one = {name: x[:1] if isinstance(x, torch.Tensor) and x.dim() > 2 else x for name, x in arguments.items()}
+        arguments = one | {"cu_seqlens": torch.tensor([0, T], dtype=torch.int32)}
+        if op == "chunk_recurrence":
+            arguments["lengths"] = arguments["lengths"][:1]
+    if argument.startswith("initial_state."):
+        arguments["initial_state"] = CONTINUED
+    return arguments
+
+
+def said(op: str, arguments: dict) -> str:
+    """What the call raises."""
+    try:
+        getattr(rat_ext, op)(**arguments)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(("op", "argument", "kind"), TABLE)
+@pytest.mark.filterwarnings("ignore:.*(prototype|quantiz|inplace).*")
+def test_a_wrong_argument(device, op, argument, kind):
+    parent, _, field = argument.partition(".")
+
+    def spoil(arguments):
+        if field:
+            state = arguments[parent]
+            change = STATES[kind](getattr(state, field))
+            return arguments | {parent: state.replace(**{field: change})}
+        return arguments | {parent: kinds(op, parent)[kind](arguments[parent])}
+
+    def on(where, mode=None):
+        arguments = moved(arguments_of(op, argument), where)
+        with mode or torch.no_grad():
+            return said(op, spoil(arguments))
+
+    places = {"real": on(lambda x: x.to(device))}
+    with torch.enable_grad():
+        arguments = moved(
+            arguments_of(op, argument),
+            lambda x: x.to(device).requires_grad_(op != "rat_decode_step" and x.is_floating_point() and x.shape[-1] != D // 2),
+        )
+        places["with gradients"] = said(op, spoil(arguments))
+    if kind not in OF_NO_KIND and kind != "beside":
+        places["meta"] = on(lambda x: x.to("meta"))
+        mode = FakeTensorMode()
+        places["fake"] = on(mode.from_tensor, mode)
+    names = r"[\w.]+" if argument in LEADS and kind not in NO_TENSOR | OF_NO_KIND else re.escape(argument)
+    wanted = re.compile(rf"rat_ext\.{op}: {names}: expected .+, got .+")
+    for place, message in places.items():
+        assert wanted.fullmatch(message), f"{place}: {message}"
+
+
+# ---- facts of several arguments ---------------------------------------------------------------------------------------
+
+TENSORS = ("q", "k", "v", "gate", "out_gate")
+
+
 def attention(device, **changes):
-    """A good call of rat_attention with some arguments changed: a tensor, or a function of the good one."""
-    random = Random(0, device, torch.float32)
-    good = {
-        "q": random.normal(B, T, G, D),
-        "k": random.normal(B, T, G, D),
-        "v": random.normal(B, T, H, D),
-        "gate": random.normal(B, T, H, D),
-        "chunk_size": L,
-        "gate_bias": random.normal(H, D),
-        "out_gate": random.normal(B, T, H, D),
-    }
-    for key, change in changes.items():
-        good[key] = change(good[key]) if callable(change) else change
-    return rat_ext.rat_attention(**good)
-
-
-def test_the_good_call_is_good(device):
-    assert attention(device).isfinite().all()
+    """A good call with some arguments changed, each by a function of the good one."""
+    arguments = moved(good("rat_attention"), lambda x: x.to(device))
+    return rat_ext.rat_attention(**(arguments | {name: change(arguments[name]) for name, change in changes.items()}))
 
 
 def raises(argument: str, *words, error=ValueError):
@@ -42,61 +229,6 @@ def raises(argument: str, *words, error=ValueError):
     if words:
         pattern = "".join(rf"(?=.*{re.escape(str(word))})" for word in words) + ".*" + pattern
     return pytest.raises(error, match=re.compile(pattern, re.DOTALL))
-
-
-TENSORS = ("q", "k", "v", "gate", "out_gate")
-
-
-@pytest.mark.parametrize("name", TENSORS)
-def test_rank(device, name):
-    with raises(name):
-        attention(device, **{name: lambda x: x[0]})
-
-
-def test_rank_of_the_others(device):
-    with raises("gate_bias", "(4, 16)"):
-        attention(device, gate_bias=lambda x: x[0])
-    with raises("projection", "3 dimensions"):
-        rat_ext.rat_attention_packed(torch.zeros(4, 160, device=device), H, G, L)
-    with raises("x", "4 dimensions"):
-        rat_ext.chunk_recurrence(torch.zeros(4, 16, device=device), torch.zeros(1, 4, 4, 16, device=device), L)
-    with raises("gate", "4 dimensions"):
-        rat_ext.chunk_recurrence(torch.zeros(1, 4, 4, 16, device=device), torch.zeros(4, 16, device=device), L)
-
-
-@pytest.mark.parametrize("name", TENSORS)
-@pytest.mark.parametrize("axis", [0, 1, 3])
-def test_shape(device, name, axis):
-    """One entry less along the batch, the tokens or the head size."""
-
-    def shorter(x):
-        return x.narrow(axis, 0, x.shape[axis] - 1) if axis < 3 else x[..., :8]
-
-    with pytest.raises(ValueError, match=r"rat_ext.rat_attention: \w+: expected shape \(.*\), got \("):
-        attention(device, **{name: shorter})
-
-
-@pytest.mark.parametrize("name", ["k", "gate", "out_gate"])
-def test_number_of_heads(device, name):
-    with raises(name, "expected shape"):
-        attention(device, **{name: lambda x: x[:, :, :1]})
-
-
-def test_bias_shape(device):
-    with raises("gate_bias", "(4, 16)", "(3, 16)"):
-        attention(device, gate_bias=lambda x: x[:3])
-
-
-@pytest.mark.parametrize("name", TENSORS[1:])
-def test_dtype(device, name):
-    with raises(name, "float32", "bfloat16"):
-        attention(device, **{name: lambda x: x.bfloat16()})
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn])
-def test_unsupported_dtype(device, dtype):
-    with raises("q", "bfloat16"):
-        attention(device, **{name: lambda x: x.to(dtype) for name in TENSORS})
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (6, 0)])
@@ -113,7 +245,7 @@ def test_newer_gpu(capability):
 @pytest.mark.gpu
 def test_float64_on_the_gpu(device):
     with raises("q", "float64"):
-        attention(device, **{name: torch.Tensor.double for name in TENSORS}, gate_bias=None)
+        attention(device, **{name: torch.Tensor.double for name in TENSORS})
 
 
 @pytest.mark.gpu
@@ -134,13 +266,6 @@ def test_device_of_the_small_tensors(device):
     with raises("initial_state", "cuda:", "CPU"):
         state = make_state(Random(0, "cpu", torch.float32), [3], H, D, L)
         rat_ext.rat_attention(q, q, v, v, L, initial_state=state)
-
-
-def test_a_tensor_of_no_device():
-    """Meta tensors have no data: an error, never a crash."""
-    x = torch.zeros(1, 4, 2, 8, device="meta")
-    y = rat_ext.rat_attention(x, x, x, x, 4)
-    assert y.device.type == "meta" and y.shape == x.shape
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 3), (4, 8), (2, 4), (4, 0)])
@@ -179,7 +304,7 @@ def test_head_size_of_the_default_scale(device):
 def test_chunk_size(device, chunk_size):
     q, v = torch.zeros(1, T, G, D, device=device), torch.zeros(1, T, H, D, device=device)
     with raises("chunk_size", "at least 1", chunk_size):
-        attention(device, chunk_size=chunk_size)
+        rat_ext.rat_attention(q, q, v, v, chunk_size)
     with raises("chunk_size", "at least 1", chunk_size):
         rat_ext.chunk_recurrence(q, v, chunk_size)
     with raises("chunk_size", "at least 1", chunk_size):
@@ -190,32 +315,10 @@ def test_chunk_size(device, chunk_size):
         RATCache.empty(1, H, D, chunk_size, 64)
 
 
-@pytest.mark.parametrize("name", TENSORS)
-def test_last_dimension(device, name):
-    with raises(name, "contiguous last dimension", "stride 2"):
-        attention(device, **{name: lambda x: x.repeat_interleave(2, dim=-1)[..., ::2]})
-
-
-def test_last_dimension_of_the_others(device):
-    with raises("projection", "contiguous last dimension"):
-        rat_ext.rat_attention_packed(torch.zeros(1, T, 320, device=device)[..., ::2], 2, 2, L)
-    v = torch.zeros(1, T, H, 2 * D, device=device)[..., ::2]
-    with raises("x", "contiguous last dimension"):
-        rat_ext.chunk_recurrence(v, v.contiguous(), L)
-    with raises("v", "contiguous last dimension"):
-        x = torch.zeros(1, H, D, device=device)
-        rat_ext.rat_decode_step(x, x, v[:, 0], x, RATCache.empty(1, H, D, L, 64, device=device))
-
-
 @pytest.mark.parametrize("width", [159, 161, 8])
 def test_projection_width(device, width):
     with raises("projection", "multiple of", width):
         rat_ext.rat_attention_packed(torch.zeros(1, T, width, device=device), 2, 2, L)
-
-
-def test_projection_heads(device):
-    with raises("num_heads", "at least 1", 0):
-        rat_ext.rat_attention_packed(torch.zeros(1, T, 160, device=device), 0, 2, L)
 
 
 # ---- rotary tables ---------------------------------------------------------------------------------------------------
@@ -520,36 +623,9 @@ def test_device_errors(words, call):
     assert words in output, output
 
 
-@pytest.mark.parametrize("name", [*TENSORS[1:], "gate_bias"])
-def test_a_meta_tensor_beside_others(device, name):
-    """Dispatch would take the shape rule alone and return memory that nobody wrote."""
-    with raises(name, "meta"):
-        attention(device, **{name: lambda x: x.to("meta")})
-
-
-def test_cu_seqlens_of_another_dtype(device):
-    q, v = torch.zeros(1, T, G, D, device=device), torch.zeros(1, T, H, D, device=device)
-    for dtype in (torch.int64, torch.float32, torch.bool):
-        with raises("cu_seqlens", "int32", str(dtype).removeprefix("torch.")):
-            rat_ext.rat_attention(q, q, v, v, L, cu_seqlens=torch.tensor([0, T], device=device).to(dtype))
-
-
 def test_names_of_the_states(device):
     q, v = torch.zeros(1, T, G, D, device=device), torch.zeros(1, T, H, D, device=device)
     with raises("k_states", "shape"):
         rat_ext.chunk_attention(q, v[:, :-1], v, L)
     with raises("v_states", "dimensions"):
         rat_ext.chunk_attention(q, v, v[0], L)
-
-
-@pytest.mark.parametrize("name", [*TENSORS, "gate_bias"])
-def test_numbers_instead_of_tensors_of_rows(device, name):
-    with raises(name, "got"):
-        attention(device, **{name: lambda x: x.sum()})
-
-
-@pytest.mark.parametrize("cache", [None, 3])
-def test_no_cache(device, cache):
-    q, v = torch.zeros(1, G, D, device=device), torch.zeros(1, H, D, device=device)
-    with raises("cache", "RATCache"):
-        rat_ext.rat_decode_step(q, q, v, v, cache)

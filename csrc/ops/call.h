@@ -183,146 +183,13 @@ class CallBase {
   void explain(std::string_view phase, std::string_view family, bool chosen, std::string_view why);
 
   std::string_view op;
-  std::array<Parameter, kMost> arguments{}, results{};
-  size_t argument_count = 0, result_count = 0;
-};
-
-consteval Kind kind_of(std::string_view type) {
-  if (type == "Tensor?") return Kind::maybe_tensor;
-  if (type.starts_with("Tensor")) return Kind::tensor;  // also "Tensor(a!)"
-  if (type == "SymInt") return Kind::integer;
-  if (type == "float") return Kind::real;
-  if (type == "bool") return Kind::boolean;
-  throw "a type that no schema has used yet";
-}
-
-// "Type name, Type name": fills `list`, returns how many.
-consteval size_t parse_list(std::string_view text, std::array<Parameter, Signature::kMost>& list) {
-  size_t count = 0;
-  while (!text.empty()) {
-    const std::string_view item = text.substr(0, text.find(", "));
-    text.remove_prefix(item.size() < text.size() ? item.size() + 2 : item.size());
-    const size_t space = item.find(' ');
-    list[count++] = {item.substr(space + 1), kind_of(item.substr(0, space))};
-  }
-  return count;
-}
-
-// "op(Type name, ...) -> (Type name, ...)"
-consteval Signature parse(std::string_view schema) {
-  Signature s;
-  const size_t open = schema.find('('), arrow = schema.find(") -> (");
-  s.op = schema.substr(0, open);
-  s.argument_count = parse_list(schema.substr(open + 1, arrow - open - 1), s.arguments);
-  s.result_count = parse_list(schema.substr(arrow + 6, schema.size() - arrow - 7), s.results);
-  return s;
-}
-
-// A name as a template argument.
-template <size_t N>
-struct Name {
-  char text[N]{};
-  consteval Name(const char (&name)[N]) {  // NOLINT: names are written as plain text
-    for (size_t i = 0; i < N; ++i) text[i] = name[i];
-  }
-  constexpr std::string_view view() const { return {text, N - 1}; }
-};
-
-constexpr size_t kNone = ~size_t{0};
-
-constexpr size_t find(const std::array<Parameter, Signature::kMost>& list, size_t count, std::string_view name) {
-  for (size_t i = 0; i < count; ++i) {
-    if (list[i].name == name) return i;
-  }
-  return kNone;
-}
-
-// ---- a call -------------------------------------------------------------------------------------------------------------
-
-// What is done with a call. Arguments are checked alike in all.
-enum class Mode {
-  run,
-  check,   // tensors have sizes and strides but no memory (those of tracing, of the meta device): nothing runs
-  explain  // nothing runs; tells which kernels would
-};
-
-// Where a tensor is: a GPU's index, or one of these.
-constexpr int32_t kCpu = -1;
-constexpr int32_t kMeta = -2;
-constexpr int32_t kElsewhere = -3;
-
-// A tensor and what is asked of it more than once.
-struct View {
-  explicit View(Tensor x);
-  int64_t numel() const;
-
-  Tensor tensor;
-  ScalarType dtype{};
-  int32_t device = kElsewhere;
-  size_t rank = 0;
-  const int64_t* sizes = nullptr;
-  const int64_t* strides = nullptr;
-  void* data = nullptr;
-};
-
-// What does not depend on the op's schema.
-class CallBase {
- public:
-  CallBase(std::string_view op_, std::string_view state, Mode mode_) : op(op_), mode(mode_), state_(state) {}
-  CallBase(const CallBase&) = delete;
-
-  template <class... Parts>
-  [[noreturn]] void fail(std::string_view argument, const Parts&... parts) const {
-    std::ostringstream message;
-    message << "rat_ext." << op << ": " << shown(argument) << ": ";
-    (message << ... << parts);
-    throw std::invalid_argument(message.str());
-  }
-
-  // Sets the device and the dtype of the call.
-  void set_lead(std::string_view argument, const View& x);
-  bool on_gpu() const { return device >= 0; }
-  DType kernel_dtype() const;
-  int64_t element_size() const { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
-
-  void check_place(std::string_view argument, const View& x, ScalarType type) const;
-  void check_shape(std::string_view argument, const View& x, Shape sizes) const;
-  void check_rank(std::string_view argument, const View& x, size_t rank, const char* form) const;
-  // A contiguous last dimension, in the dtype of the call.
-  void check_rows(std::string_view argument, const View& x) const;
-  void check_packed(std::string_view argument, const View& x, ScalarType type, Shape sizes) const;
-
-  // Rows of a (B, T, heads, D) tensor of any strides. Notes whether kernels may read them in vectors.
-  Rows rows_of(const View& x);
-  Rows aligned_rows(Rows rows);
-  // The same numbers at an address that is a multiple of 16 bytes.
-  void* aligned_data(const View& x);
-  // Checked, and copied where the strides are not what kernels read.
-  Rows copied_rows(std::string_view argument, const View& x, Shape sizes);
-  const void* copied(std::string_view argument, const View& x, ScalarType type, Shape sizes);
-
-  Tensor empty(Shape sizes, ScalarType type) const;
-  // Memory of a kernel, 256-byte aligned; lives as long as the call.
-  void* scratch(size_t bytes);
-  void* current_stream() const;
-  // Throws where the kernels cannot run: a GPU that is too old, a build without CUDA.
-  void check_can_run() const;
-
-  // Adds the kernels that would run to `choices`.
-  template <class Params>
-  void explain(const Params& params) {
-    const std::vector<Choice> found = on_gpu() ? cuda_choices(params) : cpu_choices(params);
-    choices.insert(choices.end(), found.begin(), found.end());
-  }
-
-  std::string_view op;
   Mode mode;
   bool states_given = false;  // chunk_attention: "k_states" and "v_states"
   ScalarType dtype{};         // of the rows
   ScalarType acc{};           // of tables, biases and running states: float32, or float64 beside float64
   int32_t device = kElsewhere;
   bool aligned = true;  // all rows so far
-  std::string choices;  // of Mode::explain, a line for each: phase, family, 1 where it is chosen, why
+  std::string choices;  // of Mode::explain, a line for each family: phase, family, 1 where it is chosen, why
 
  private:
   std::string shown(std::string_view argument) const;
@@ -350,9 +217,6 @@ class Call : public CallBase {
       } else {
         numbers_[i] = stack[i];
       }
-      if (kind == Kind::tensor && !tensors_[i]->tensor.defined()) {
-        fail(kSignature.arguments[i].name, "expected a tensor, got None");
-      }
       if (devices && tensors_[i]) tensors_[i]->device = static_cast<int32_t>(devices->at(i));
     }
   }
@@ -371,6 +235,15 @@ class Call : public CallBase {
     constexpr size_t i = find(kSignature.results, kSignature.result_count, name.view());
     static_assert(i != kNone, "no such result in the op's schema");
     return i;
+  }
+
+  // Python's None arrives as a tensor that is not defined.
+  void check_required() const {
+    for (size_t i = 0; i < kSignature.argument_count; ++i) {
+      if (kSignature.arguments[i].kind == Kind::tensor && !tensors_[i]->tensor.defined()) {
+        fail(kSignature.arguments[i].name, "expected a tensor, got None");
+      }
+    }
   }
 
   const std::optional<View>& tensor(size_t i) const { return tensors_[i]; }
@@ -419,6 +292,7 @@ auto value(const Call<Op>& call) {
 
 template <Name name, class Op>
 void lead(Call<Op>& call) {
+  call.check_required();
   call.set_lead(name.view(), tensor<name>(call));
 }
 
