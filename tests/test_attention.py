@@ -62,7 +62,7 @@ def test_extreme_gates(device, dtype, size, mean):
 
 
 @low
-@pytest.mark.parametrize("scale", [0.0, 1.0, -0.3, 0.05])
+@pytest.mark.parametrize("scale", [0.0, 1.0, -0.3, 0.05, 1e-40, 1e-46, -1e-46])  # 1e-46 is 0 in float32
 def test_scale(device, dtype, scale):
     check(attention_case(device, dtype, scale=scale))
 

@@ -6,8 +6,10 @@
 // through shared memory between the two products. The blocks are those of the sm_80 family: (query tile, head) in the
 // forward, (query tile, query group) for dq, (key tile, head) for dK and dV.
 #include "families.h"
+#include "plan.h"
 #include "rotate_reduce.h"
 #include "tiles.cuh"
+#include "visible.cuh"
 
 namespace rat::cuda {
 namespace {
@@ -148,14 +150,16 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_fwd_f32_kernel(co
   if (first_token >= sequence.end) return;
   const int rows = static_cast<int>(min(static_cast<int64_t>(Traits::kTile), sequence.end - first_token));
   const int head_dim = static_cast<int>(p.size.head_dim);
-  const TileChunks chunks(sequence.start + item.tile * Traits::kTile, p.size.chunk_size);
-  const int keys = chunks.of(rows - 1);
+  const int64_t position = sequence.start + item.tile * Traits::kTile;
+  const VisibleKeys visible(p.size, position);
+  const int keys = visible.to_any(rows);
   const int64_t chunk_base = chunk_offset(p.size, p.chunks, sequence.index, head);
   const int64_t scalar_base = (sequence.batch * p.size.heads + head) * p.size.tokens + first_token;
   const int x = threadIdx.x % 16, y = threadIdx.x / 16;
 
   // Rotates q in, four columns of each half at a time; pieces past D / 2 clear the columns from D on.
   const int half = head_dim / 2;
+  const RowAngles angles(p.size, position);
   const float* q = row_pointer<float>(p.q, sequence.batch, first_token, head / (p.size.heads / p.size.q_groups));
   for (int index = threadIdx.x; index < Traits::kTile * (DPAD / 8); index += kThreads) {
     const int row = index / (DPAD / 8), piece = index % (DPAD / 8);
@@ -165,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_fwd_f32_kernel(co
       const float* from = q + row * p.q.token + 4 * piece;
       load4(from, low, p.size.aligned16);
       load4(from + half, high, p.size.aligned16);
-      rotate4(low, high, p.cos, p.sin, chunks.of(row), half, piece, 1.0f);
+      rotate4(low, high, p.cos, p.sin, angles.of(row), half, piece, 1.0f);
     }
     const int low_column = inside ? 4 * piece : head_dim + (piece - head_dim / 8) * 8;
     const int high_column = inside ? 4 * piece + half : low_column + 4;
@@ -175,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_fwd_f32_kernel(co
   }
 
   float maximum[R], sum[R];  // the softmax starts from the self term
-  int visible[R];
+  int end[R];                // the row sees keys [0, end)
   float4 o[R][DPAD / 64];
   clear(o);
 #pragma unroll
@@ -183,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_fwd_f32_kernel(co
     const int row = y * R + i;
     maximum[i] = row < rows ? p.s_self[scalar_base + row] : 0.0f;
     sum[i] = x == 0 ? 1.0f : 0.0f;
-    visible[i] = chunks.of(row);
+    end[i] = visible.end(row);
   }
 
   for (int first = 0; first < keys; first += Traits::kTile) {
@@ -199,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_fwd_f32_kernel(co
 #pragma unroll
       for (int j = 0; j < R; ++j) {
         s[i][j] *= p.scale;
-        if (first + x + 16 * j < visible[i]) top = fmaxf(top, s[i][j]);
+        if (first + x + 16 * j < end[i]) top = fmaxf(top, s[i][j]);
       }
 #pragma unroll
       for (int lanes = 1; lanes < 16; lanes *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, lanes));
@@ -208,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_fwd_f32_kernel(co
       sum[i] *= factor;
 #pragma unroll
       for (int j = 0; j < R; ++j) {
-        s[i][j] = first + x + 16 * j < visible[i] ? expf(s[i][j] - top) : 0.0f;
+        s[i][j] = first + x + 16 * j < end[i] ? expf(s[i][j] - top) : 0.0f;
         sum[i] += s[i][j];
       }
 #pragma unroll
@@ -279,8 +283,9 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_dq_bwd_f32_kernel
   if (first_token >= sequence.end) return;
   const int rows = static_cast<int>(min(static_cast<int64_t>(Traits::kTile), sequence.end - first_token));
   const int head_dim = static_cast<int>(p.size.head_dim);
-  const TileChunks chunks(sequence.start + item.tile * Traits::kTile, p.size.chunk_size);
-  const int keys = chunks.of(rows - 1);
+  const int64_t position = sequence.start + item.tile * Traits::kTile;
+  const VisibleKeys visible(p.size, position);
+  const int keys = visible.to_any(rows);
   const int64_t heads = p.size.heads / p.size.q_groups;
   const int x = threadIdx.x % 16, y = threadIdx.x / 16;
 
@@ -314,10 +319,10 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_dq_bwd_f32_kernel
         scores<Traits, DPAD>(ds, dout, value);
 #pragma unroll
         for (int i = 0; i < R; ++i) {
-          const int visible = y * R + i < rows ? chunks.of(y * R + i) - first : 0;
+          const int end = y * R + i < rows ? visible.end(y * R + i) - first : 0;
 #pragma unroll
           for (int j = 0; j < R; ++j) {
-            ds[i][j] = x + 16 * j < visible ? expf(s[i][j] * p.scale - lse[i]) * (ds[i][j] - delta[i]) : 0.0f;
+            ds[i][j] = x + 16 * j < end ? expf(s[i][j] * p.scale - lse[i]) * (ds[i][j] - delta[i]) : 0.0f;
           }
         }
         store_weights<Traits>(weights, ds);
@@ -339,13 +344,14 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_dq_bwd_f32_kernel
   }
   __syncthreads();  // dQ is whole
   const int half = head_dim / 2;
+  const RowAngles angles(p.size, position);
   for (int index = threadIdx.x; index < rows * (DPAD / 8); index += kThreads) {
     const int row = index / (DPAD / 8), piece = index % (DPAD / 8);
     if (4 * piece >= half) continue;
     float low[4], high[4];
     load4(query + row * Traits::kStride + 4 * piece, low, true);
     load4(query + row * Traits::kStride + 4 * piece + half, high, true);
-    rotate4(low, high, p.cos, p.sin, chunks.of(row), half, piece, -1.0f);
+    rotate4(low, high, p.cos, p.sin, angles.of(row), half, piece, -1.0f);
     float* to =
         p.dq + ((sequence.batch * p.size.tokens + first_token + row) * p.size.q_groups + group) * head_dim + 4 * piece;
     *reinterpret_cast<float4*>(to) = make_float4(low[0], low[1], low[2], low[3]);
@@ -378,10 +384,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t scalar_base = (sequence.batch * p.size.heads + head) * p.size.tokens + sequence.begin;
   const int x = threadIdx.x % 16, y = threadIdx.x / 16;
 
+  const VisibleFrom seen(p.size, sequence, tile.first);
   int64_t seen_from[R];  // the first token of the sequence that sees key y*R + i
 #pragma unroll
-  for (int i = 0; i < R; ++i) seen_from[i] = (tile.first + y * R + i + 1) * p.size.chunk_size - sequence.start;
-  const int64_t first_seen = max(static_cast<int64_t>(0), (tile.first + 1) * p.size.chunk_size - sequence.start);
+  for (int i = 0; i < R; ++i) seen_from[i] = seen.of(y * R + i);
+  const int64_t first_seen = max(static_cast<int64_t>(0), seen.of(0));
 
   float4 dk[R][DPAD / 64], dv[R][DPAD / 64];
   clear(dk);
@@ -492,7 +499,9 @@ void launch_bwd(F32Params k, cudaStream_t stream) {
 namespace f32 {
 
 const char* fwd_refuses(const AttentionFwdParams& p) {
-  return p.size.dtype == DType::f32 ? nullptr : "the dtype is not float32";
+  if (p.size.dtype != DType::f32) return "the dtype is not float32";
+  if (!is_aligned16(p.chunks.k) || !is_aligned16(p.chunks.v)) return "chunk states are not 16-byte aligned";
+  return nullptr;
 }
 
 Launch fwd(const AttentionFwdParams& p, const FwdScratch& scratch, Arena&) {
@@ -505,11 +514,7 @@ Launch fwd(const AttentionFwdParams& p, const FwdScratch& scratch, Arena&) {
   };
 }
 
-const char* bwd_refuses(const AttentionBwdParams& p) {
-  if (const char* reason = fwd_refuses(p.fwd)) return reason;
-  const ChunkStates& c = p.fwd.chunks;
-  return is_aligned16(c.k) && is_aligned16(c.v) ? nullptr : "chunk states are not 16-byte aligned";
-}
+const char* bwd_refuses(const AttentionBwdParams& p) { return fwd_refuses(p.fwd); }
 
 Launch bwd(const AttentionBwdParams& p, const BwdScratch& scratch, Arena& arena) {
   const ProductRows rows = take_product_rows(p, arena);

@@ -39,7 +39,6 @@
 #include "../device/math.cuh"
 #include "../device/sequence.cuh"
 #include "../host/launch.h"
-#include "../ptx/cp_async.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/memory.cuh"
 #include "../ptx/mma.cuh"
@@ -810,8 +809,8 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
   a.ordered = p.deterministic;
   a.heads_per_group = static_cast<uint32_t>(s.heads / s.q_groups);
   a.tiles_per_row = static_cast<uint32_t>(ceil_div(s.tokens, C::kQueries));
-  const int multiprocessors = device_attribute<cudaDevAttrMultiProcessorCount>();
-  const int64_t blocks = std::min<int64_t>(plan.items, multiprocessors);
+  // As many blocks as the chip runs at once. Their number, unlike that of the shares, changes no bit: only who takes an item.
+  const int64_t blocks = std::min<int64_t>(plan.items, device_attribute<cudaDevAttrMultiProcessorCount>());
   a.schedule.total = static_cast<uint32_t>(plan.items);
   a.schedule.tiles = static_cast<uint32_t>(std::max<int64_t>(1, ceil_div(p.fwd.chunks.rows, C::kKeys)));
   a.schedule.pairs = static_cast<uint32_t>(s.sequences * s.heads);
@@ -854,9 +853,6 @@ bool has_map(const Rows& rows, const Sizes& s, int64_t heads) {
 namespace sm90 {
 
 const char* bwd_refuses(const AttentionBwdParams& p) {
-#ifndef RAT_EXT_SM90
-  return "this build has no code for sm_90a";
-#endif
   const Sizes& s = p.fwd.size;
   constexpr int64_t kMany = INT64_C(1) << 30;  // tile and row indices are 32-bit
   if (s.dtype != DType::bf16 && s.dtype != DType::f16) return "the dtype is not bfloat16 or float16";
@@ -873,7 +869,7 @@ const char* bwd_refuses(const AttentionBwdParams& p) {
   if (plan.query_tiles * kTileFloats > 2 * s.batch * s.tokens * std::max<int64_t>(s.head_dim, 64)) {
     return "sequences are so short that tiles would be mostly padding";
   }
-  return is_hopper() ? nullptr : "the GPU is not of compute capability 9.0";
+  return no_hopper();
 }
 
 Launch bwd(const AttentionBwdParams& p, const BwdScratch& scratch, Arena& arena) {

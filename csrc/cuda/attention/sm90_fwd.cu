@@ -14,8 +14,8 @@
 //                    them in turn. v~ and out_gate are loaded while the last product runs.
 // The running softmax is that of softmax.cuh: it starts from the self term s_self, and exp(s_self - m) v~ joins at the end.
 //
-// Shared memory: q (2 tiles), K and V rings (kStages blocks each), descriptions of tiles, barriers. Every tile lies in panels of
-// 64 columns, 128 bytes a row, 16-byte pieces swizzled: the layout that the copy engine writes and wgmma reads.
+// Shared memory: q (2 tiles), K and V rings (kStages blocks each), descriptions of tiles, barriers. Every tile lies in panels
+// of 64 columns, 128 bytes a row, 16-byte pieces swizzled: the layout that the copy engine writes and wgmma reads.
 //
 // Rings (mbarrier.cuh), who fills and who leaves a slot:
 //   tiles   warp 0 fills, one arrival;      each loader thread and each consumer warp leaves

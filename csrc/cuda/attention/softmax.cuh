@@ -9,9 +9,9 @@
 
 namespace rat::cuda {
 
-// |scale| log2(e) as kernels use it, from the float that it rounds to. Masked scores are -inf, and -inf times 0 would be NaN: so a
-// scale of 0, and one that rounds to 0, is the smallest float above 0. The product of any score with it is below 5e-7, which
-// weighs all keys alike.
+// |scale| log2(e) as kernels use it, from the float that it rounds to. Masked scores are -inf, and -inf times 0 would be NaN:
+// so a scale of 0, and one that rounds to 0, is the smallest float above 0. The product of any score with it is below 5e-7,
+// which weighs all keys alike.
 inline float mask_safe(float scale_log2) { return std::fmax(scale_log2, std::numeric_limits<float>::denorm_min()); }
 
 // The maximum of a row is raised only when a score exceeds it by more than this: weights then stay below 2^8, and the sums so

@@ -11,25 +11,6 @@
 
 namespace rat::cuda {
 
-// Chunks of the rows of a query tile, in 32-bit arithmetic, for any chunk size.
-struct TileChunks {
-  int first;         // chunk of row 0
-  uint32_t to_next;  // rows until the next chunk starts
-  uint32_t size;     // chunk size, clamped: a tile has far fewer rows
-
-  __device__ __forceinline__ TileChunks(int64_t position, int64_t chunk_size) {
-    constexpr int64_t kMany = 1 << 30;
-    first = static_cast<int>(position / chunk_size);
-    const int64_t rest = chunk_size - position % chunk_size;
-    to_next = static_cast<uint32_t>(rest < kMany ? rest : kMany);
-    size = static_cast<uint32_t>(chunk_size < kMany ? chunk_size : kMany);
-  }
-  __device__ __forceinline__ int of(int row) const {
-    const uint32_t r = static_cast<uint32_t>(row);
-    return r < to_next ? first : first + 1 + static_cast<int>((r - to_next) / size);
-  }
-};
-
 __device__ __forceinline__ WorkItem ordered_item(const Sizes& s, const TileOrder& order, int64_t block, int64_t tile,
                                                  int64_t* lane) {
   if (s.cu_seqlens) {
@@ -68,7 +49,7 @@ __device__ __forceinline__ void load4(const T* p, float (&x)[4], bool vector) {
   }
 }
 
-// Columns 4i ... 4i+3 of both halves of a row of q, rotated by chunk c (R_c; direction -1 gives its transpose).
+// Columns 4i ... 4i+3 of both halves of a row of q, rotated by index c (R_c; direction -1 gives its transpose).
 __device__ __forceinline__ void rotate4(float (&low)[4], float (&high)[4], const float* cos, const float* sin,
                                         int64_t c, int half, int i, float direction) {
   if (cos == nullptr) return;

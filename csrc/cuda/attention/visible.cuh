@@ -1,7 +1,8 @@
 // Which keys a query sees, and where masking starts: the answer of every family, forward and backward.
 //
-// Key j of a sequence is the state of position (j + 1) key_every - 1. A query sees the keys before it, [0, position / key_every):
-// so the rows of a tile of queries see prefixes that grow from row to row, and a key is seen by all tokens from one on.
+// Key j of a sequence is the state of position (j + 1) key_every - 1. A query sees the keys before it,
+// [0, position / key_every): so the rows of a tile of queries see prefixes that grow from row to row, and a key is seen by all
+// tokens from one on.
 #pragma once
 
 #include "../device/sequence.cuh"

@@ -37,7 +37,7 @@ void register_family(const char* phase, const char* family);
 // Does RAT_EXT_KERNELS name this family of this phase? Throws std::runtime_error where it names one that no table has.
 bool is_forced(const char* phase, const char* family);
 
-// The families of a phase. Row is a Family, or anything else with a name and refuses(). Tables are constants of namespace scope.
+// The families of a phase. Row is a Family, or anything else with a name and refuses(). Tables are constants of a namespace.
 template <class Row>
 class FamilyTable {
  public:
