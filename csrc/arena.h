@@ -55,6 +55,9 @@ class Arena {
     return Piece<T>(this, offset);
   }
 
+  // Bytes that commit() will ask for.
+  size_t bytes() const { return most_; }
+
   size_t mark() const { return used_; }
   void rewind(size_t mark) { used_ = mark; }
 

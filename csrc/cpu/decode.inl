@@ -11,9 +11,9 @@ template <class T>
 struct NewToken {
   using A = Acc<T>;
   int64_t row, head, slot;
-  int64_t item;      // row * heads + head
-  int64_t position;  // in its sequence
-  A query[256];      // (ld): scale * q
+  int64_t item;              // row * heads + head
+  int64_t position;          // in its sequence
+  alignas(64) A query[256];  // (ld): scale * q
 
   NewToken(const DecodeParams& p, int64_t item_, int64_t slot_, int64_t ld)
       : row(item_ / p.heads), head(item_ % p.heads), slot(slot_), item(item_), position(p.lengths[slot_]) {
@@ -69,6 +69,20 @@ void decode_state(const DecodeParams& p, const DecodeWorkspace& w, const NewToke
   }
 }
 
+// A chunk state as acc, with zeros up to ld: where it lies, or in scratch.
+template <class A>
+RAT_INLINE const A* acc_row(const A* state, int64_t dim, int64_t ld, A* scratch) {
+  if (dim == ld) return state;
+  load_row(state, dim, ld, scratch);
+  return scratch;
+}
+
+template <class T, class A>
+RAT_INLINE const A* acc_row(const T* state, int64_t dim, int64_t ld, A* scratch) {
+  load_row(state, dim, ld, scratch);
+  return scratch;
+}
+
 // The keys of one split. The query is rotated.
 template <class T>
 void decode_attend(const DecodeParams& p, const DecodeWorkspace& w, const NewToken<T>& t, int64_t split) {
@@ -81,13 +95,13 @@ void decode_attend(const DecodeParams& p, const DecodeWorkspace& w, const NewTok
   const int64_t part = t.item * w.splits + split;
   A* const sum = static_cast<A*>(w.sum) + part * ld;
   A m = no_score<A>(), l = 0;
-  A score[kKeys], row[256];
+  alignas(64) A score[kKeys], scratch[256];
   zero(sum, ld);
   for (int64_t first = begin; first < end; first += kKeys) {
     const int64_t count = minimum(kKeys, end - first);
     A top = m;
     for (int64_t j = 0; j < count; ++j) {
-      load_row(k + (first + j) * D, D, ld, row);
+      const A* const row = acc_row(k + (first + j) * D, D, ld, scratch);
       Vec<A> dot = {};
       for (int64_t d = 0; d < ld; d += W) dot = dot + load(t.query + d) * load(row + d);
       score[j] = sum_lanes<A>(dot);
@@ -108,7 +122,7 @@ void decode_attend(const DecodeParams& p, const DecodeWorkspace& w, const NewTok
     }
     l += sum_lanes<A>(weights);
     for (int64_t j = 0; j < count; ++j) {
-      load_row(v + (first + j) * D, D, ld, row);
+      const A* const row = acc_row(v + (first + j) * D, D, ld, scratch);
       for (int64_t d = 0; d < ld; d += W) store(sum + d, load(sum + d) + score[j] * load(row + d));
     }
   }

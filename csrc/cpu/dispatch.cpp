@@ -12,8 +12,9 @@
 namespace rat::cpu {
 namespace {
 
-[[noreturn]] void fail(const std::string& what, const std::string& expected, const std::string& got) {
-  throw std::invalid_argument("rat_ext: " + what + ": expected " + expected + ", got " + got);
+[[noreturn]] void fail(const std::string& what, const std::string& expected, const std::string& got,
+                       const std::string& op = "rat_ext") {
+  throw std::invalid_argument(op + ": " + what + ": expected " + expected + ", got " + got);
 }
 
 std::string entry(const char* name, int64_t n) { return std::string(name) + "[" + std::to_string(n) + "]"; }
@@ -80,25 +81,26 @@ Plan attention_plan(const AttentionFwdParams& p) {
 }
 
 void check_decode(const DecodeParams& p) {
+  const char* const op = "rat_ext.rat_decode_step";
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t slot = p.slots ? p.slots[b] : b;
     if (slot < 0) continue;
     if (slot >= p.pool) {
-      fail(entry("slots", b), "less than the cache's " + std::to_string(p.pool) + " entries", std::to_string(slot));
+      fail(entry("slots", b), "less than the cache's " + std::to_string(p.pool) + " entries", std::to_string(slot), op);
     }
     const int64_t length = p.lengths[slot];
-    if (length < 0) fail(entry("lengths", slot), "0 or more", std::to_string(length));
+    if (length < 0) fail(entry("cache.lengths", slot), "0 or more", std::to_string(length), op);
     if ((length + 1) / p.chunk_size > p.rows || length == std::numeric_limits<int32_t>::max()) {
       // The chunk that comes after the last row may fill up but for its last token.
-      fail(entry("lengths", slot),
+      fail(entry("cache.lengths", slot),
            "room for one more token (cache full: " + std::to_string(p.rows) + " chunks of " +
                std::to_string(p.chunk_size) + ", capacity " + std::to_string(p.rows * p.chunk_size + p.chunk_size - 1) +
                " tokens)",
-           std::to_string(length) + " tokens");
+           std::to_string(length) + " tokens", op);
     }
     if (p.rotary.cos && length / p.chunk_size >= p.rotary.rows) {
       fail("rotary_cos", "at least " + std::to_string(length / p.chunk_size + 1) + " rows, one for each chunk",
-           std::to_string(p.rotary.rows));
+           std::to_string(p.rotary.rows), op);
     }
   }
 }
@@ -144,7 +146,7 @@ class Alone {
   }
 
  private:
-  static constexpr int64_t kFewBytes = 1 << 18;   // a few times as long as it takes to wake a thread
+  static constexpr int64_t kFewBytes = 1 << 18;   // one thread reads them in some 25 us: more would not pay
   static constexpr double kRegion = 50e-6;        // seconds: to start and join threads that are not disturbed
   static constexpr double kBytesPerSecond = 3e9;  // less than one thread reads
   static constexpr int64_t kFirstPause = 16, kLongestPause = 1024;  // steps

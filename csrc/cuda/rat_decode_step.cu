@@ -363,7 +363,7 @@ Counters take_counters(const DecodeParams& p, Arena& workspace) {
 size_t decode_workspace(const DecodeParams& p) {
   Arena workspace;
   take_counters(p, workspace);
-  return workspace.mark();
+  return workspace.bytes();
 }
 
 void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream) {
