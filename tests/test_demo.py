@@ -199,7 +199,7 @@ def test_doctor_with_a_wrong_op(monkeypatch):
 
 def test_doctor_tells_the_families(monkeypatch):
     rows = [{"phase": "forward", "family": "simd", "why": "the only one"}]
-    monkeypatch.setattr(rat_ext, "explain", lambda op, *args, **options: rows, raising=False)
+    monkeypatch.setattr(rat_ext, "explain", lambda q, k, v, gate, chunk_size, *, out_gate: rows, raising=False)
     text = doctor._families("cpu")
     assert text.splitlines()[1] == "forward: simd, the only one"
     monkeypatch.delattr(rat_ext, "explain")

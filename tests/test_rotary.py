@@ -57,6 +57,7 @@ def test_tables_of_layers(device):
             assert got.device.type == device.type
             torch.testing.assert_close(got, want, rtol=0, atol=1e-7)
     assert rotary.layer_tables(2, *kind)[0] is short[0]
+    assert all(rotary.layer_tables(rows, *kind)[0] is longer[0] for rows in (130, 200, 256))
     assert sum(len(cos) for cos, _ in rotary._tables.values()) <= 2 * len(longer[0])
 
 
@@ -68,6 +69,16 @@ def test_a_layer_holds_parameters_only(device):
     assert set(layer.state_dict()) == {"in_proj.weight", "out_proj.weight", "gate_bias"}
     assert not [name for name, value in vars(layer).items() if isinstance(value, torch.Tensor)]
     torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("tokens", [8 * 128, 8 * 128 + 1, 8 * 256 + 7])
+def test_the_open_chunk_has_a_row(device, tokens):
+    layer, x = layer_and_input(device, tokens=tokens, max_length=8)
+    assert layer(x).isfinite().all()
+    cache = layer.new_cache(1, tokens)
+    cache.lengths.fill_(cache.capacity - 1)
+    cache.chunk_k.zero_(), cache.chunk_v.zero_()
+    assert layer.step(x[:1, 0], cache).isfinite().all()
 
 
 def test_a_cast_layer(device):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 try:
-    from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+    from tqdm import tqdm
 except ImportError:
     tqdm = None
 

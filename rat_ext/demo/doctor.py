@@ -120,7 +120,7 @@ def _families(device: str) -> str:
     def x(heads: int) -> torch.Tensor:
         return torch.empty(2, 4096, heads, 128, device=device, dtype=dtype, requires_grad=True)
 
-    rows = explain("rat_attention", x(2), x(2), x(16), x(16), 16, out_gate=x(16))
+    rows = explain(x(2), x(2), x(16), x(16), 16, out_gate=x(16))
     call = f"rat_attention, {str(dtype).removeprefix('torch.')}, B=2 T=4096 H=16 G=2 D=128 L=16"
     return "\n".join([call, *(f"{row['phase']}: {row['family']}, {row['why']}" for row in rows)])
 
