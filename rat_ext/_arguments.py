@@ -97,6 +97,7 @@ class Operator:
         self.rows = tuple(n for n in ROWS if n in self.types)
         self.lead = self.rows[0]
         self.tables = tuple(n for n in TABLES if n in self.types)
+        self.has_state = "chunk_rows" in self.types  # takes the tensors of a RATCache, and returns them
         self.numbers = tuple((n, exact, convert) for n, (exact, convert) in _NUMBERS.items() if n in self.types)
 
 
@@ -143,6 +144,11 @@ def _cast(spec: Operator, given: Given, device: str) -> None:
 _NO_STATE = dict.fromkeys(STATE)
 
 
+def take_tensors(given: Given, cache: RATCache) -> None:
+    tensors = cache.tensors()
+    given["chunk_k"], given["chunk_v"], given["running_k"], given["running_v"], given["lengths"] = tensors
+
+
 def _take_state(op: str, given: Given, compiling: bool) -> None:
     """The tensors of ``initial_state``, the chunk rows to allocate, and the host's bound of the lengths afterwards."""
     state: RATCache | None = given["initial_state"]
@@ -160,8 +166,7 @@ def _take_state(op: str, given: Given, compiling: bool) -> None:
             wrong(op, "initial_state", "a RATCache or None", _kind(state))
         if state.chunk_size != chunk_size:
             wrong(op, "initial_state", f"a cache of chunk_size {chunk_size}", f"one of {state.chunk_size}")
-        for name in STATE:
-            given[name] = getattr(state, name)
+        take_tensors(given, state)
         given["bound"] = state.length_bound + tokens
         rows = state.chunk_k.shape
         chunks = max(rows[2] if len(rows) > 2 else 0, given["bound"] // step)
@@ -180,10 +185,10 @@ def _default_scale(given: Given) -> float:
 
 def prepare(op: str, spec: Operator, given: Given, compiling: bool = False) -> tuple:
     """The operator's arguments, in order. Adds to ``given`` what the operator takes and the public op does not."""
-    if "scale" in given and given["scale"] is None:
+    if given.get("scale", 1.0) is None:
         given["scale"] = _default_scale(given)
     for name, exact, convert in spec.numbers:
-        if name in given and type(given[name]) is not exact:
+        if type(given[name]) is not exact:
             given[name] = convert(op, name, given[name])
     lead = given[spec.lead]
     device = "cuda" if lead.is_cuda else "cpu"  # asking a torch.device for its type makes a string each time
@@ -195,12 +200,12 @@ def prepare(op: str, spec: Operator, given: Given, compiling: bool = False) -> t
         x = given[name]
         if x is None:
             continue
-        if x.requires_grad and name in WITHOUT_GRADIENT and torch.is_grad_enabled():
-            wrong(op, name, "a tensor that needs no gradient (the op has none for it)", "one that does")
-        if x.dtype != acc:
+        if x.dtype is not acc:
             if not x.is_floating_point():
                 wrong(op, name, "a floating dtype", str(x.dtype).removeprefix("torch."))
             given[name] = x.to(acc)
-    if "chunk_rows" in spec.types:
+        if x.requires_grad and name in WITHOUT_GRADIENT and torch.is_grad_enabled():
+            wrong(op, name, "a tensor that needs no gradient (the op has none for it)", "one that does")
+    if spec.has_state:
         _take_state(op, given, compiling)
     return tuple([given[name] for name in spec.arguments]) if compiling else spec.pick(given)

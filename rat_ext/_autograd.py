@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _log
-from ._arguments import STATE, Given, Operator, check_types, prepare, wrong
+from ._arguments import STATE, Given, Operator, check_types, prepare, take_tensors, wrong
 from .cache import RATCache, state_dtype
 
 _OPERATORS = {
@@ -98,11 +98,12 @@ class Differentiable:
             output = self._eager(args, *inputs(args))
             return output if isinstance(output, tuple) else (output,)
         else:
-            output = _below_autograd(self.kernel, *args)
-        return self._shown(output)
+            with torch._C._AutoDispatchBelowAutograd():
+                output = self.kernel(*args)
+        return output[:1] if output[-1] is None else self._shown(output)
 
     def _shown(self, output: tuple) -> tuple:
-        return output[:1] if output[-1] is None else tuple(output[i] for i in self._visible)
+        return tuple(output[i] for i in self._visible)
 
     def _save(self, ctx: Any, args: tuple, output: tuple) -> None:
         everything = (*args, *output)
@@ -321,7 +322,8 @@ def decode(given: Given) -> Tensor:
     op, spec, cache = "rat_decode_step", _OPERATORS["rat_decode_step"], given["cache"]
     if not isinstance(cache, RATCache):
         wrong(op, "cache", "a RATCache", type(cache).__name__)
-    given.update(zip(STATE, cache.tensors(), strict=True), chunk_size=cache.chunk_size)
+    take_tensors(given, cache)
+    given["chunk_size"] = cache.chunk_size
     compiling = torch.compiler.is_compiling()
     try:
         if torch.is_grad_enabled():

@@ -310,9 +310,8 @@ __device__ __forceinline__ float sum_eight(float (&part)[8], int lane) {
 // Step 1. The states before each token, in T, and this warp's part of the dots.
 template <class T, bool kWhole>
 __device__ __forceinline__ void scan_forward(const Place<kWhole>& place, const HeadRows<T>& rows, const Edges& edges,
-                                             const float (&bias)[2], float* dots, float (&k_state)[2],
-                                             float (&v_state)[2], uint32_t (&k_before)[kTokens],
-                                             uint32_t (&v_before)[kTokens]) {
+                                             const float (&bias)[2], int h, float (&k_state)[2], float (&v_state)[2],
+                                             uint32_t (&k_before)[kTokens], uint32_t (&v_before)[kTokens]) {
   const int lane = place.lane;
   float part[8];  // of q.k~ of four tokens and of do.v~
 #pragma unroll
@@ -336,7 +335,7 @@ __device__ __forceinline__ void scan_forward(const Place<kWhole>& place, const H
     part[4 + t % 4] = fmaf(dout[1], v_state[1], dout[0] * v_state[0]);
     if (t % 4 < 3) continue;
     const float sum = sum_eight(part, lane);
-    if (lane % 4 == 0) dots[lane / 16 * 16 + t / 4 * 4 + lane / 4 % 4] = sum;
+    if (lane % 4 == 0) place.dots_of(h, place.warp)[lane / 16 * 16 + t / 4 * 4 + lane / 4 % 4] = sum;
   }
 }
 
@@ -448,7 +447,7 @@ __global__ void __launch_bounds__(kThreads, kRoomy && !kWhole ? 2 : kWarps / (kT
   const unsigned groups = static_cast<unsigned>(s.q_groups), tile_block = blockIdx.x / groups;
   // Made anew where it is needed: kept, it costs a spill.
   const auto group_again = [&]() -> int64_t { return blockIdx.x % opaque(groups); };
-  const int first_head = static_cast<int>(blockIdx.x % groups) * p.group_heads, end_head = first_head + p.group_heads;
+  const int first_head = static_cast<int>(blockIdx.x % groups) * p.group_heads;
   const auto bias_partial = [&](int h) {
     return reinterpret_cast<float2*>(p.bias_partial + (static_cast<int64_t>(tile_block) * s.heads + h) * s.head_dim +
                                      d);
@@ -483,20 +482,20 @@ __global__ void __launch_bounds__(kThreads, kRoomy && !kWhole ? 2 : kWarps / (kT
     cp_async_wait<0>();
 
 #pragma unroll 1
-    for (int h = first_head; h < end_head; ++h) {
+    for (int h = first_head; h < first_head + p.group_heads; ++h) {
       const auto of_sequence = [&](const ScanTile& tile) {
         return (tile.sequence.index * s.heads + h) * s.head_dim + d;
       };
-      const bool more = h + 1 < end_head;
+      const bool more = h + 1 < first_head + p.group_heads;
       float bias[2] = {0.0f, 0.0f}, dbias[2] = {0.0f, 0.0f};
       if (p.in.gate_bias) {
         const float* at = p.in.gate_bias + static_cast<int64_t>(h) * s.head_dim + d;
         bias[0] = kLogitUnit<T> * at[0];
         bias[1] = kLogitUnit<T> * at[1];
-        // A token that does not exist has a gate of +inf, which a bias of -inf would make NaN. Every gate is shut long before.
+        // A token that does not exist has a gate of +inf, which a bias of -inf would make NaN: the largest float shuts gates as well.
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          if (bias[j] > 1e30f) bias[j] = 1e30f;
+          if (bias[j] > FLT_MAX) bias[j] = FLT_MAX;
         }
       }
 
@@ -512,7 +511,7 @@ __global__ void __launch_bounds__(kThreads, kRoomy && !kWhole ? 2 : kWarps / (kT
         }
       }
       uint32_t k_before[kTokens], v_before[kTokens];
-      scan_forward(place, rows, edges, bias, place.dots_of(h, place.warp), k_state, v_state, k_before, v_before);
+      scan_forward(place, rows, edges, bias, h, k_state, v_state, k_before, v_before);
 
       float k_grad[2] = {0.0f, 0.0f}, v_grad[2] = {0.0f, 0.0f};  // f_{t+1} a_{t+1} and f_{t+1} b_{t+1}
       if (p.drunning_k || p.drunning_v) {
@@ -565,7 +564,7 @@ __global__ void __launch_bounds__(kThreads, kRoomy && !kWhole ? 2 : kWarps / (kT
     __syncthreads();  // all have read the last head's dots: the next tile's may take their place
   }
   if (p.bias_partial && live && first_tile) {  // a block without tokens
-    for (int h = first_head; h < end_head; ++h) *bias_partial(h) = make_float2(0.0f, 0.0f);
+    for (int h = first_head; h < first_head + p.group_heads; ++h) *bias_partial(h) = make_float2(0.0f, 0.0f);
   }
 }
 
