@@ -27,6 +27,13 @@ class Mutant(NamedTuple):
 # Faults in Python files.
 PYTHON = [
     Mutant(
+        "decode does not count",
+        "rat_ext/*.py",
+        r"(?:self|cache)\.length_bound \+= 1",
+        "pass",
+        "tests/test_decode.py::test_a_forward_makes_room_for_what_decode_added",
+    ),
+    Mutant(
         "scale by D",
         "rat_ext/_arguments.py",
         r"parts, shape = 1, given",
