@@ -311,6 +311,22 @@ def test_forward_continues_from_decode(device):
         torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-5)
 
 
+def test_a_forward_makes_room_for_what_decode_added(device):
+    """A full cache continues: the forward counts the tokens of the decode steps before it when it allocates."""
+    random = Random(14, device, torch.float32)
+    x = inputs(random, 2, 24, 4, 2, 16)
+    whole = rat_ext.rat_attention(**x, chunk_size=8)
+    _, cache = rat_ext.rat_attention(**{key: t[:, :21] for key, t in x.items()}, chunk_size=8, return_state=True)
+    for t in (21, 22):
+        rat_ext.rat_decode_step(**token(x, t), cache=cache)
+    assert cache.capacity == 23 and cache.length_bound == 23
+    y, state = rat_ext.rat_attention(
+        **{key: t[:, 23:] for key, t in x.items()}, chunk_size=8, initial_state=cache, return_state=True
+    )
+    torch.testing.assert_close(y, whole[:, 23:], rtol=1e-4, atol=1e-5)
+    assert state.chunk_k.shape[2] == 3 and state.lengths.tolist() == [24, 24]
+
+
 # ---- the cache as a container ----------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,13 @@ class Mutant(NamedTuple):
 # Faults in Python files.
 PYTHON = [
     Mutant(
+        "decode does not count",
+        "rat_ext/*.py",
+        r"(?:self|cache)\.length_bound \+= 1",
+        "pass",
+        "tests/test_decode.py::test_a_forward_makes_room_for_what_decode_added",
+    ),
+    Mutant(
         "scale by D",
         "rat_ext/_arguments.py",
         r"parts, shape = 1, given",
@@ -328,22 +335,22 @@ CPU = [
     Mutant(
         "decode restarts late",
         "csrc/cpu/*",
-        r"if \(position % p\.chunk_size != 0\)",
-        "if (position % p.chunk_size != 1)",
+        r"if \(t\.position % p\.chunk_size != 0\)",
+        "if (t.position % p.chunk_size != 1)",
         "tests/test_decode.py::test_equals_the_forward",
     ),
     Mutant(
-        "decode turns by the next chunk",
+        "decode turns the key of chunk 0",
         "csrc/cpu/*",
-        r"rotate_row<A>\(p\.rotary, position / p\.chunk_size, D, 1, q\)",
-        "rotate_row<A>(p.rotary, (position + 1) / p.chunk_size, D, 1, q)",
+        r"rotate_row<A>\(p\.rotary, t\.chunk\(p\), D, 1, running_k\)",
+        "rotate_row<A>(p.rotary, 0, D, 1, running_k)",
         "tests/test_decode.py::test_equals_the_forward",
     ),
     Mutant(
         "decode drops the last keys",
         "csrc/cpu/*",
-        r"\(keys \+ splits - 1\) / splits",
-        "keys / splits",
+        r"\(keys \+ w\.splits - 1\) / w\.splits",
+        "keys / w.splits",
         "tests/test_decode.py::test_number_of_chunks",
     ),
     Mutant("decode's sum not rescaled", "csrc/cpu/*", r"l \*= decay;", "", "tests/test_decode.py::test_number_of_chunks"),
@@ -355,7 +362,11 @@ CPU = [
         "tests/test_decode.py::test_number_of_chunks",
     ),
     Mutant(
-        "a skipped row is not zeroed", "csrc/cpu/*", r"zero\(y, p\.head_dim\);", "(void)y;", "tests/test_decode.py::test_slots"
+        "a skipped row is not zeroed",
+        "csrc/cpu/*",
+        r"if \(split == 0\) zero\(row_of<T>\(p\.y, row, 0, item % p\.heads\), p\.head_dim\);",
+        "",
+        "tests/test_decode.py::test_slots",
     ),
     Mutant(
         "lengths past 2^31",
@@ -749,22 +760,22 @@ CUDA = [
     Mutant(
         "gpu decode: counters not reset",
         "csrc/cuda/rat_decode_step.cu",
-        r"if \(threadIdx\.x == 0\) a\.arrived\[pair\] = 0;",
-        "",
+        r"return atomicInc\(counter, all - 1\) == all - 1;",
+        "return atomicAdd(counter, 1u) == all - 1;",
         "tests/test_decode.py::test_many_chunks",
     ),
     Mutant(
         "gpu decode: state of a new chunk",
         "csrc/cuda/rat_decode_step.cu",
-        r"if \(offset > 0\) load_floats\(running_v, state\);",
+        r"if \(t\.offset > 0\) load_floats\(running_v, state\);",
         "load_floats(running_v, state);",
         "tests/test_decode.py::test_one_step",
     ),
     Mutant(
         "gpu decode: last slice",
         "csrc/cuda/rat_decode_step.cu",
-        r"end = chunk \* \(slice \+ 1\) / a\.slices",
-        "end = chunk / a.slices * (slice + 1)",
+        r"end = t\.chunk \* \(slice \+ 1\) / a\.slices",
+        "end = t.chunk / a.slices * (slice + 1)",
         "tests/test_decode.py::test_number_of_chunks",
     ),
     Mutant(
