@@ -644,7 +644,7 @@ __global__ void __launch_bounds__(256)
     chunk_attention_finish_bwd_sm90_kernel(const __grid_constant__ Sizes s, const float* tiles, const uint32_t* turns,
                                            uint32_t tiles_per_row, const float* cos, const float* sin, float scale,
                                            float* dq) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // empty in every other pass
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   constexpr int kStride = C::kDim + 8;  // float2 stores of a warp then cover all banks
   __shared__ alignas(16) float shared[C::kQueries * kStride];
   const int64_t groups = s.q_groups, group = blockIdx.x % groups, tile = blockIdx.x / groups;
