@@ -12,8 +12,8 @@
 // "rat_ext.<op>: <argument>: expected <...>, got <...>".
 #pragma once
 
-// This folder is the only one that sees torch. It uses the LibTorch stable ABI, so one build runs on every torch from 2.11 on.
-#define TORCH_TARGET_VERSION 0x020b000000000000
+// This folder is the only one that sees torch. It uses the LibTorch stable ABI, so one build runs on every torch from 2.11 on:
+// TORCH_TARGET_VERSION comes from csrc/build.txt.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
