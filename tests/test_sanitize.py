@@ -1,4 +1,4 @@
-"""The driver of compute-sanitizer: its cases have names, and one of them runs alone. On a GPU it is run by hand or gpu_check."""
+"""The driver of compute-sanitizer: its cases have names, and one of them runs alone. tools/gpu_check.py runs them all."""
 
 import pytest
 import sanitize
