@@ -1,7 +1,7 @@
 // Backward of rat_attention and chunk_attention. Nothing of size (T, D) is kept between phases.
 //
 // Phase 0, only where chunks are longer than tiles: the states that tiles start with, as in the forward.
-// Phase 1, a task for each (sequence, query group, part of its tiles): do, dout_gate, Delta, p_self, ds_self; the five
+// Phase 1, a task for each (sequence, query group, part of its tiles): dO, dout_gate, Delta, p_self, ds_self; the five
 // products of attention, again with a column for each query; dq, summed over the heads of the group. Each part adds up
 // its own dK and dV: no two tasks write one sum, and the order does not depend on threads.
 // Phase 2, a task for each (sequence, head): adds the parts and the gradient of the returned chunk states, turns keys
@@ -16,7 +16,7 @@ RAT_INLINE A* key_gradient(const AttentionFwdParams& p, const Plan& plan, const 
   return static_cast<A*>(base) + ((part * p.size.heads + head) * w.key_rows + plan.key_row(n)) * plan.padded_dim;
 }
 
-// do = sigmoid(out_gate) dy in s.dout. With y: Delta = dy . y, and dout_gate is stored.
+// dO = sigmoid(out_gate) dy in s.dout. With y: Delta = dy . y, and dout_gate is stored.
 template <class T>
 void load_dout(const AttentionBwdParams& b, const Tile& t, int64_t head, int64_t ld, Scratch<Acc<T>>& s,
                Acc<T>* delta) {
@@ -116,7 +116,7 @@ void part_task(const AttentionBwdParams& b, const Plan& plan, const Workspace& w
       A* const dkeys = key_gradient<A>(p, plan, w, w.dkeys, part, n, head);
       A* const dvalues = key_gradient<A>(p, plan, w, w.dvalues, part, n, head);
       if (visible.any > 0) transpose_in(s.dout, t.rows, ld, s.dout_t);
-      // With all keys in one block, Delta = sum_j p_j do . V_j, self included, comes for nothing and without the
+      // With all keys in one block, Delta = sum_j p_j dO . V_j, self included, comes for nothing and without the
       // rounding of y, which is felt most where keys are few.
       if (visible.any <= kKeys) {
         for (int64_t q = 0; q < columns; q += W) store(delta + q, load(p_self + q) * load(dov + q));

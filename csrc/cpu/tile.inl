@@ -10,7 +10,7 @@ struct Scratch {
   A *state_k, *state_v;
   A* query;    // scale * q
   A* rotated;  // scale * R q
-  A* dout;     // do
+  A* dout;     // dO
   A *row0, *row1, *row2;
   // (ld, kTile), one column per token
   A *query_t, *dout_t, *sum_t;

@@ -22,7 +22,7 @@ struct BwdScratch {
   Piece<float> dq;  // (B, T, q_groups, D): the attention part of dq, rotated back, scale included, summed over a group
   Piece<float> dchunk_k;  // gradient of the rotated chunk keys from attention alone, scale included
   Piece<float> dchunk_v;  // gradient of the chunk values from attention alone
-  Rows dout;  // do_t = sigmoid(out_gate_t) * dy_t in T: stored in dv's memory until the reverse scan overwrites it
+  Rows dout;  // dO_t = sigmoid(out_gate_t) * dy_t in T: stored in dv's memory until the reverse scan overwrites it
               // with dv, or dy itself when there is no out_gate
 };
 
@@ -41,7 +41,7 @@ Launch chunk_attention_fwd(const AttentionFwdParams&, const FwdScratch&, Arena&)
 // Do phases 1 and 3 come from the family for short chunks (recurrence/choose.cu)? Phase 3 then makes p_tt and ds_tt itself.
 bool short_chunks(const AttentionBwdParams&);
 
-// Backward phase 1 (recurrence/prepare.cu): do, dout_gate, Delta; p_self, ds_self unless short_chunks().
+// Backward phase 1 (recurrence/prepare.cu): dO, dout_gate, Delta; p_self, ds_self unless short_chunks().
 Launch chunk_prepare_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
 
 // Backward phase 2 (attention/*_bwd.cu, f32.cu): scratch.dq, scratch.dchunk_k, scratch.dchunk_v; every element of dq and

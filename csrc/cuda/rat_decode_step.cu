@@ -1,6 +1,6 @@
 // One decode step for every row of a batch, in one launch: scan one token, attend to the chunk states, append, advance.
 //
-// A block takes a slice of the chunk states of one (row, head). Its lane groups (scan.cuh) take keys in turn, four at a
+// A block takes a slice of the chunk states of one (row, head). Its lane groups (rows.cuh) take keys in turn, four at a
 // time, each with a running softmax in registers; groups are merged by shuffles and through shared memory. Bytes: the chunk
 // states, 2 C D per (row, head), read once, 16 bytes per lane; the rest is small.
 //

@@ -9,7 +9,7 @@
 
 namespace rat::cuda {
 
-// Rows of q and do for the products: q rotated, both in 16-byte aligned rows. All kernels read them many times, through
+// Rows of q and dO for the products: q rotated, both in 16-byte aligned rows. All kernels read them many times, through
 // cp.async or the copy engine, which cannot rotate and need 16-byte alignment. A piece is taken, of contiguous rows of T,
 // where the call's own rows do not serve.
 struct ProductRows {
@@ -18,7 +18,7 @@ struct ProductRows {
 };
 ProductRows take_product_rows(const AttentionBwdParams&, Arena&);
 
-// Fills the pieces that were taken. Gives the rows of q and do that the products read.
+// Fills the pieces that were taken. Gives the rows of q and dO that the products read.
 struct ProductInputs {
   Rows q;
   Rows dout;

@@ -1,8 +1,8 @@
 // Chunk attention backward on mma.sync, for bfloat16 and float16, compute capability 8.0 and newer. Deterministic: no
 // atomics; every sum is taken in one fixed order.
 //
-// With P_tj = exp(scale (R q)_t . K_j - lse_t) and dS_tj = P_tj (do_t . V_j - Delta_t), four kernels:
-//  0. rotate (rotate_reduce.cu): R q in T to the workspace; a plain copy of q and do where they cannot be read in 16-byte
+// With P_tj = exp(scale (R q)_t . K_j - lse_t) and dS_tj = P_tj (dO_t . V_j - Delta_t), four kernels:
+//  0. rotate (rotate_reduce.cu): R q in T to the workspace; a plain copy of q and dO where they cannot be read in 16-byte
 //     pieces.
 //  1. dq: a block owns (query tile, query group) and loops over the heads of the group and their keys, so that the sum over
 //     the group never leaves registers. 3 products: S = Q K^T, dP = dO V^T, dQ += dS K. Rotates back, writes float32.
@@ -24,7 +24,7 @@ namespace {
 struct BwdKernelParams {
   Sizes size;
   Rows q;     // rotated
-  Rows dout;  // do_t. Rows of q and dout are 16-byte aligned
+  Rows dout;  // dO_t. Rows of q and dout are 16-byte aligned
   const float* cos;
   const float* sin;
   float scale;

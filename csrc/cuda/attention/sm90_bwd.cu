@@ -1,7 +1,7 @@
 // Chunk attention backward on Hopper (sm_90a), for bfloat16 and float16 and heads up to 128. Deterministic, unless the caller
 // waives it: no sum depends on which block comes first.
 //
-// With P_tj = exp(scale (R q)_t . K_j - lse_t) and dS_tj = P_tj (do_t . V_j - Delta_t), three steps:
+// With P_tj = exp(scale (R q)_t . K_j - lse_t) and dS_tj = P_tj (dO_t . V_j - Delta_t), three steps:
 //  0. rotate (rotate_reduce.cu): R q in T to the workspace.
 //  1. dqkv: everything in five products, each 2 D FLOP per query and visible key. A block owns the dK, dV of (128 chunk states,
 //     head) in registers and walks the query tiles that see them, from the last token of the sequence backwards:
@@ -9,7 +9,7 @@
 //     The transposed scores are, rounded, left operands in registers: P never passes through shared memory, dS once.
 //     Where there are few key tiles, shares of the queries are items of their own.
 //  2. finish: dQ from its tiles to (B, T, G, D), rotated back and scaled. Then the shares, if any, are added up.
-// Reads per (128 keys, query, head): q and do, 2 D elements of T through L2, 8 bytes of lse and Delta; adds D floats in L2.
+// Reads per (128 keys, query, head): q and dO, 2 D elements of T through L2, 8 bytes of lse and Delta; adds D floats in L2.
 //
 // The sum of dQ over key tiles and over the heads of a group is taken in one order: key tiles first to last, in each the heads
 // of the group. Every (query tile, group) has a turn counter; a block adds when the counter shows its rank. Why nobody waits for
@@ -17,14 +17,14 @@
 // other; the waiting lies in warps of its own, two tiles deep.
 //
 // One block per multiprocessor:
-//   warp 0           one thread takes items, tells the others, and feeds K, V (once per item) and the ring of q, do.
-//   warp 1           lse and Delta of the query tiles, beside do in the ring.
+//   warp 0           one thread takes items, tells the others, and feeds K, V (once per item) and the ring of q, dO.
+//   warp 1           lse and Delta of the query tiles, beside dO in the ring.
 //   warps 2, 3       one thread each waits for the turn of a query tile and adds dQ to it through the copy engine.
 //   warpgroups 1, 2  consumers, 64 keys each. dS of both meets in shared memory; each computes its half of dQ.
 // The products of a tile are queued so that the tensor cores have work meanwhile: dP^T during the exponentials, dV during dS,
 // dK while dQ leaves.
 //
-// Shared memory: K, V; two stages of q, do, lse, Delta; two of dS (one barrier per tile suffices then); dQ on its way out. Tiles
+// Shared memory: K, V; two stages of q, dO, lse, Delta; two of dS (one barrier per tile suffices then); dQ on its way out. Tiles
 // lie in panels of 64 columns, 128 bytes per row, 16-byte pieces swizzled. dQ lies as the registers do, 16 bytes per thread: so it
 // stays in global memory until `finish` puts it in order.
 //
@@ -111,7 +111,7 @@ struct Shared {
   RingBarriers<kItemSlots> items;    // warp 0's thread / consumers, the lanes 0 of warp 1, the threads of warps 2 and 3
   RingBarriers<1> states;            // K and V. Warp 0's copies / consumers
   RingBarriers<C::kStages> q_tiles;  // warp 0's copies / consumers
-  RingBarriers<C::kStages> dout_tiles;  // do, lse and Delta. Warp 0's copies and the lanes of warp 1 / consumers
+  RingBarriers<C::kStages> dout_tiles;  // dO, lse and Delta. Warp 0's copies and the lanes of warp 1 / consumers
   RingBarriers<2> dq_tiles;             // consumers / the thread of warp 2 (slot 0) or warp 3 (slot 1)
 
   __device__ __forceinline__ void init_barriers() {
@@ -127,7 +127,7 @@ struct Shared {
 // Of the hardware: 0 is that of __syncthreads(). All threads of both consumers wait at them.
 enum NamedBarrier {
   kScoresWritten = 1,  // each consumer has written its half of dS: both read all of it
-  kRowsCleared = 2,    // rows past the end of K, V, q or do are zeros: both multiply them
+  kRowsCleared = 2,    // rows past the end of K, V, q or dO are zeros: both multiply them
 };
 
 // Items in order: key tiles first to last, as early ones are seen by the most queries; in each the (sequence, head) pairs, and
@@ -211,7 +211,7 @@ __device__ __forceinline__ bool describe_item(const Arguments& a, uint32_t index
   return true;
 }
 
-// ---- warp 0: items, K, V, q, do ---------------------------------------------------------------------------------------
+// ---- warp 0: items, K, V, q, dO ---------------------------------------------------------------------------------------
 
 template <class C>
 struct Feeder {
@@ -388,7 +388,7 @@ struct Consumer {
   Shared<C>& shared;
   int warpgroup, thread, lane, quad;
   int key;  // of this thread, in the item; it also has key + 8
-  // Descriptors; those of q, do and dS are of the first place.
+  // Descriptors; those of q, dO and dS are of the first place.
   uint64_t k_left, v_left;           // this consumer's keys
   uint64_t q_columns, dout_columns;  // as S^T = K Q^T reads them
   uint64_t q_rows, dout_rows;        // as dK += dS^T Q reads them

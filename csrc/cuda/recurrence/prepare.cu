@@ -1,9 +1,9 @@
 // Backward phase 1: what the gradient of attention and the reverse scan need of a token, by family (choose.cu).
 //
-//   chunk_prepare_short_bwd_kernel   short: do, d(out_gate), Delta. Elementwise, and a sum over each row
+//   chunk_prepare_short_bwd_kernel   short: dO, d(out_gate), Delta. Elementwise, and a sum over each row
 //   chunk_prepare_bwd_kernel         scan: the same and p_tt, ds_tt, which need k~ and v~: it works as the forward does
 //
-// Bytes per token, elements of two bytes. Short: reads dy, y, out_gate and writes do, dout_gate, 10 H D (without out_gate it
+// Bytes per token, elements of two bytes. Short: reads dy, y, out_gate and writes dO, dout_gate, 10 H D (without out_gate it
 // reads 4 H D). Scan: 14 H D.
 #include <type_traits>
 
@@ -14,10 +14,10 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// ---- do, d(out_gate), Delta -------------------------------------------------------------------------------------------
+// ---- dO, d(out_gate), Delta -------------------------------------------------------------------------------------------
 
 struct OutputGrad {
-  Rows dy, y, out_gate;  // out_gate null: do is dy
+  Rows dy, y, out_gate;  // out_gate null: dO is dy
   Rows dout, dout_gate;  // outputs, with out_gate
   float* delta;          // (B, H, T)
 };
@@ -38,7 +38,7 @@ struct OutputRows {
     dout_gate = gated ? out_row_of<T>(p.dout_gate, row, token, h, lane.d) : nullptr;
   }
 
-  // With an output gate: dy becomes do, y becomes the gradient of the gate; both are stored.
+  // With an output gate: dy becomes dO, y becomes the gradient of the gate; both are stored.
   __device__ __forceinline__ void through_gate(const OutputGrad& p, const Raw8<T>& out_gate_raw, const Lane& lane,
                                                float (&dy_to_do)[8], float (&y_to_dgate)[8]) {
     float z[8];

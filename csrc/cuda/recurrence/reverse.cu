@@ -13,7 +13,7 @@
 //      sums in shared memory (contribute), where its own states of the same token were, so that no barrier is needed on the way.
 //   3. barrier; add_up the parts of all warps, for all tokens of the sub-block; barrier.
 //
-// It reads v, gate twice (the second time from L2), do once, writes dv, dgate: 10 H D bytes per token of elements of two bytes, and
+// It reads v, gate twice (the second time from L2), dO once, writes dv, dgate: 10 H D bytes per token of elements of two bytes, and
 // small change.
 #include "reverse.cuh"
 

@@ -7,17 +7,17 @@
 // elements of D and takes the heads one after the other:
 //
 //   0. request_group, once per tile: q, k and attention's part of dq, into shared memory, each thread its own elements
-//   1. scan_forward: k~ and v~ before each token stay in registers, in T; the dot products q.k~ and do.v~ of a token are
+//   1. scan_forward: k~ and v~ before each token stay in registers, in T; the dot products q.k~ and dO.v~ of a token are
 //      summed over a warp by shuffles, four tokens at a time
 //   2. barrier: the parts of all warps are there. own_weights: each warp adds them up and makes p_tt and ds_tt, one lane per token
 //   3. walk_back: gradients of k~ and v~, then dv and dgate, which are stored, and what the head adds to dq and dk, in shared
-//      memory. v, gate and do of a token, once used, make room for those of the next head: the loads have the rest of the walk
+//      memory. v, gate and dO of a token, once used, make room for those of the next head: the loads have the rest of the walk
 //      and the next head's beginning to arrive
 //   4. store_group, after the last head: dq and dk
 //
 // So nothing is read twice, threads wait for each other only at 2 and between tiles, and each has up to 48 loads in flight. All
 // loops over tokens are unrolled, since registers cannot be indexed: 168 of them, 12 warps per SM. About 140 SASS instructions per
-// token and warp (64 elements). It reads v, gate, do and writes dv, dgate: 10 H D bytes per token, and small change.
+// token and warp (64 elements). It reads v, gate, dO and writes dv, dgate: 10 H D bytes per token, and small change.
 #include <algorithm>
 #include <cfloat>
 #include <type_traits>
@@ -44,7 +44,7 @@ struct Walk {
 struct ScanShort {
   ScanInput in;         // q, k; v and gate are below
   Walk v, gate, dout;   // (B, T, H, D)
-  Walk dv, dgate;       // outputs; dv may be do's memory
+  Walk dv, dgate;       // outputs; dv may be dO's memory
   Rows dq, dk;          // outputs, (B, T, G, D)
   const float* dq_sum;  // (B, T, G, D): attention's part
   const float* lse;     // (B, H, T)
@@ -167,7 +167,7 @@ struct Place {
     shared = reinterpret_cast<WarpShared*>(memory) + warp;
     dots = reinterpret_cast<float*>(memory + warps * sizeof(WarpShared));
   }
-  // Dots of a warp for a head: (2, kTokens), q.k~ and do.v~.
+  // Dots of a warp for a head: (2, kTokens), q.k~ and dO.v~.
   __device__ __forceinline__ float* dots_of(int h, int w) const { return dots + (h % 2 * warps + w) * 32; }
 };
 
@@ -228,7 +228,7 @@ struct Edges {
   __device__ __forceinline__ int keys_before(int t) const { return __popc(bits >> 16 & ((1u << t) - 1)); }
 };
 
-// v, gate and do of all tokens of a head, in registers; where they are, and where dv and dgate go. The inputs are asked for at the
+// v, gate and dO of all tokens of a head, in registers; where they are, and where dv and dgate go. The inputs are asked for at the
 // first token, and again where they were used; the outputs are stored from the last on.
 template <class T>
 struct HeadRows {
@@ -313,7 +313,7 @@ __device__ __forceinline__ void scan_forward(const Place<kWhole>& place, const H
                                              const float (&bias)[2], int h, float (&k_state)[2], float (&v_state)[2],
                                              uint32_t (&k_before)[kTokens], uint32_t (&v_before)[kTokens]) {
   const int lane = place.lane;
-  float part[8];  // of q.k~ of four tokens and of do.v~
+  float part[8];  // of q.k~ of four tokens and of dO.v~
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
     if (kWhole ? t == 0 : edges.resets(t)) k_state[0] = k_state[1] = v_state[0] = v_state[1] = 0.0f;

@@ -76,7 +76,7 @@ struct ChunkGrads {
 // What a reverse scan receives, besides the inputs that it scans again.
 struct ReverseInput {
   ScanInput in;
-  Rows dout;            // do; dy of chunk_recurrence
+  Rows dout;            // dO; dy of chunk_recurrence
   const float* p_self;  // (B, H, T)
   const float* ds_self;
   ChunkGrads chunk;
