@@ -142,7 +142,9 @@ class Job:
         self.missing: dict[str, str] = {}
 
     def run(self, devices: str, options: argparse.Namespace) -> Job:
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": devices}
+        # Threads of several processes on one core, which spin while they wait, would take many times as long.
+        threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
+        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"CUDA_VISIBLE_DEVICES": devices}
         if self.family != "auto":
             environment["RAT_EXT_KERNELS"] = self.family
         with tempfile.TemporaryDirectory() as folder:
