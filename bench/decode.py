@@ -69,7 +69,7 @@ def main() -> int:
         free()
         counts = (GROUPS, GROUPS, HEADS, HEADS, HEADS)
         token = [torch.randn(batch, h, dim, device=device, dtype=dtype) for h in counts]
-        room = tokens + 1024  # the sequences grow by a token a call
+        room = tokens + 1024  # the sequences grow by one token per call
         cos, sin = rat_ext.rotary_tables(room // chunk_size + 1, dim, device=device)
         fixed = {"out_gate": token[4], "rotary_cos": cos, "rotary_sin": sin}
         cache = rat_ext.RATCache.empty(batch, HEADS, dim, chunk_size, room, dtype=dtype, device=device)

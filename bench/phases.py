@@ -1,6 +1,6 @@
 """Where a forward + backward spends its time: the kernels by name, from torch.profiler.
 
-On a GPU each kernel's device time a call and its share; --kernels narrows by a regular expression (kernels are named
+On a GPU each kernel's device time per call and its share; --kernels narrows by a regular expression (kernels are named
 <op>_<phase>_<fwd|bwd>_kernel, so 'bwd' selects the backward). On a CPU the ops' times.
 """
 

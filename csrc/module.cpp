@@ -1,4 +1,4 @@
-// The Python module rat_ext._C. Importing it loads this library, whereby ops/ops.cpp registers the torch ops; the module
+// The Python module rat_ext._C. Importing it loads this library, whereby ops/library.cpp registers the ops; the module
 // itself only tells what was compiled. pybind11 is pip's own: torch's copy is not for code of the stable ABI, and no
 // torch header is included here.
 #include <pybind11/pybind11.h>

@@ -5,85 +5,130 @@
     compute-sanitizer --tool racecheck python tests/sanitize.py
     RAT_EXT_KERNELS=sm80 compute-sanitizer ... runs the portable family where another one would be chosen
 
+    python tests/sanitize.py --list                                     # the names of the cases
+    compute-sanitizer --kernel-name kns=chunk_attention_fwd_sm90 \
+        python tests/sanitize.py --only '^rat_attention bfloat16 .*tokens=4200 .*dim=128'   # one kernel in one case
+
 Every allocation is its own (no caching allocator), so that an access past its end is seen. Results must be finite; that
 they are right is the matter of the other tests.
 """
 
-import os
-import sys
+from __future__ import annotations
 
-os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
 
 import rat_ext
-from rat_ext.testing import Random, attention_case, evaluate, make_state, recurrence_case
+from rat_ext.testing import Random, attention_case, evaluate, make_state, name, recurrence_case
 
-DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PADDED_HEAD_SIZES = (24, 64, 96, 128, 192, 256)
 # Chunk states of 16 tokens, enough for the kernels that serve many; and heads to fill more than a few blocks.
 MANY = {"heads": 16, "groups": 2}
 
-
-def cases():
-    for dtype in DTYPES:
-        small = {"batch": 1, "heads": 2, "groups": 1}
-        for dim in PADDED_HEAD_SIZES:
-            yield attention_case(DEVICE, dtype, tokens=45, dim=dim, chunk_size=4, **small)
-            yield recurrence_case(DEVICE, dtype, tokens=45, dim=dim, chunk_size=4, **small)
-        bare = {"gate_bias": False, "out_gate": False, "rotary": False}
-        yield attention_case(DEVICE, dtype, tokens=33, chunk_size=1, dim=40, layout="odd", **bare, **small)
-        yield attention_case(DEVICE, dtype, tokens=150, chunk_size=2, dim=64, batch=2, heads=4, groups=2)
-        yield attention_case(DEVICE, dtype, batch=2, tokens=30, lengths=[5, 37], return_state=True, dim=64)
-        yield attention_case(DEVICE, dtype, sequences=[10, 0, 35, 1], dim=64)
-        yield attention_case(DEVICE, dtype, sequences=[10, 0, 35, 1], lengths=[3, 16, 0, 31], return_state=True, dim=64)
-        yield attention_case(DEVICE, dtype, op="chunk_attention", tokens=45, chunk_size=4, dim=64, **small)
-        yield attention_case(DEVICE, dtype, tokens=600, chunk_size=2**40, dim=64, **small)
-        for chunk_size in (33, 100, 150):  # walked alone both ways, in segments backward, in segments both ways
-            yield attention_case(DEVICE, dtype, tokens=330, chunk_size=chunk_size, dim=64, **small)
-            yield recurrence_case(DEVICE, dtype, tokens=330, chunk_size=chunk_size, dim=64, layout="odd", **small)
-        if dtype != torch.float32:
-            for dim in (64, 128):
-                yield attention_case(DEVICE, dtype, batch=1, tokens=4200, dim=dim, **MANY)
-                yield attention_case(DEVICE, dtype, sequences=[2100, 0, 16, 1, 2083], dim=dim, **MANY)
-        yield recurrence_case(DEVICE, dtype, tokens=3000, chunk_size=2**40, dim=16, **small)
-        yield recurrence_case(DEVICE, dtype, sequences=[10, 0, 35], lengths=[3, 16, 0], return_state=True, dim=64)
+Case = tuple[str, Callable[[torch.device], None]]  # what --only matches, and what runs it
 
 
-def decode(dtype, dim, lengths, rows, slots):
-    random = Random(0, DEVICE, dtype)
-    cache = make_state(random, lengths, 4, dim, 4, rows=rows)
-    batch = len(slots)
-    q, k = (random.normal(batch, 2, dim) for _ in range(2))
-    v, gate, out_gate = (random.normal(batch, 4, dim) for _ in range(3))
-    cos, sin = rat_ext.rotary_tables(rows + 1, dim, device=DEVICE)
-    tables = {"rotary_cos": cos, "rotary_sin": sin}
-    for _ in range(2):
-        slot = torch.tensor(slots, device=DEVICE)
-        y = rat_ext.rat_decode_step(q, k, v, gate, cache, out_gate=out_gate, slots=slot, **tables)
-    return y
+def title(op: str, dtype: torch.dtype, arguments: dict[str, Any]) -> str:
+    words = [f"{key}={value}".replace(" ", "") for key, value in arguments.items() if key != "op"]
+    return " ".join([op, str(name(dtype)), *words])
 
 
-def main():
-    count = 0
-    for case in cases():
-        values, _ = evaluate(getattr(rat_ext, case.op), case)
+def differentiable(make: Callable, op: str, dtype: torch.dtype, arguments: dict[str, Any]) -> Case:
+    def run(device: torch.device) -> None:
+        values, _ = evaluate(getattr(rat_ext, op), make(device, dtype, **arguments))
         for key, x in values.items():
             # States that no token wrote are passed on: those of an empty sequence at a reset are NaN.
             if not any(word in key for word in ("initial", "running", "final")):
-                assert x.isfinite().all(), (case.op, case.dtype, key)
-        count += 1
+                assert x.isfinite().all(), key
+
+    return title(op, dtype, arguments), run
+
+
+def attention(dtype: torch.dtype, **arguments: Any) -> Case:
+    return differentiable(attention_case, arguments.get("op", "rat_attention"), dtype, arguments)
+
+
+def recurrence(dtype: torch.dtype, **arguments: Any) -> Case:
+    return differentiable(recurrence_case, "chunk_recurrence", dtype, arguments)
+
+
+def decode(dtype: torch.dtype, dim: int, lengths: list[int], rows: int, slots: list[int]) -> Case:
+    def run(device: torch.device) -> None:
+        random = Random(0, device, dtype)
+        cache = make_state(random, lengths, 4, dim, 4, rows=rows)
+        batch = len(slots)
+        q, k = (random.normal(batch, 2, dim) for _ in range(2))
+        v, gate, out_gate = (random.normal(batch, 4, dim) for _ in range(3))
+        cos, sin = rat_ext.rotary_tables(rows + 1, dim, device=device)
+        tables = {"rotary_cos": cos, "rotary_sin": sin}
+        slot = torch.tensor(slots, device=device)
+        for _ in range(2):
+            y = rat_ext.rat_decode_step(q, k, v, gate, cache, out_gate=out_gate, slots=slot, **tables)
+        assert y.isfinite().all()
+
+    return title("rat_decode_step", dtype, {"dim": dim, "lengths": lengths, "slots": slots}), run
+
+
+def cases() -> Iterator[Case]:
     for dtype in DTYPES:
+        small = {"batch": 1, "heads": 2, "groups": 1}
         for dim in PADDED_HEAD_SIZES:
-            assert decode(dtype, dim, [0, 3, 7], 4, [2, -1, 0]).isfinite().all()
-            count += 1
-        assert decode(dtype, 64, [2000, 5], 502, [0, 1]).isfinite().all()
-        count += 1
-    if DEVICE.type == "cuda":
+            yield attention(dtype, tokens=45, dim=dim, chunk_size=4, **small)
+            yield recurrence(dtype, tokens=45, dim=dim, chunk_size=4, **small)
+        bare = {"gate_bias": False, "out_gate": False, "rotary": False}
+        yield attention(dtype, tokens=33, chunk_size=1, dim=40, layout="odd", **bare, **small)
+        yield attention(dtype, tokens=150, chunk_size=2, dim=64, batch=2, heads=4, groups=2)
+        yield attention(dtype, batch=2, tokens=30, lengths=[5, 37], return_state=True, dim=64)
+        yield attention(dtype, sequences=[10, 0, 35, 1], dim=64)
+        yield attention(dtype, sequences=[10, 0, 35, 1], lengths=[3, 16, 0, 31], return_state=True, dim=64)
+        yield attention(dtype, op="chunk_attention", tokens=45, chunk_size=4, dim=64, **small)
+        yield attention(dtype, tokens=600, chunk_size=2**40, dim=64, **small)
+        for chunk_size in (33, 100, 150):  # walked alone both ways, in segments backward, in segments both ways
+            yield attention(dtype, tokens=330, chunk_size=chunk_size, dim=64, **small)
+            yield recurrence(dtype, tokens=330, chunk_size=chunk_size, dim=64, layout="odd", **small)
+        if dtype != torch.float32:
+            for dim in (64, 128):
+                yield attention(dtype, batch=1, tokens=4200, dim=dim, **MANY)
+                yield attention(dtype, sequences=[2100, 0, 16, 1, 2083], dim=dim, **MANY)
+        yield recurrence(dtype, tokens=3000, chunk_size=2**40, dim=16, **small)
+        yield recurrence(dtype, sequences=[10, 0, 35], lengths=[3, 16, 0], return_state=True, dim=64)
+        for dim in PADDED_HEAD_SIZES:
+            yield decode(dtype, dim, [0, 3, 7], 4, [2, -1, 0])
+        yield decode(dtype, 64, [2000, 5], 502, [0, 1])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("device", nargs="?", default="cuda")
+    p.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
+    p.add_argument("--list", action="store_true", help="print the names of the cases and run none")
+    options = p.parse_args(arguments)
+    chosen = [case for case in cases() if re.search(options.only, case[0])]
+    if not chosen:
+        p.error(f"--only: no case matches {options.only!r}; --list names them")
+    if options.list:
+        print("\n".join(name for name, _ in chosen))
+        return
+    device = torch.device(options.device)
+    for case, run in chosen:
+        try:
+            run(device)
+        except Exception:
+            print(f"in {case}", file=sys.stderr)
+            raise
+    if device.type == "cuda":
         torch.cuda.synchronize()
-    print(f"{count} cases ran on {DEVICE}")
+    print(f"{len(chosen)} cases ran on {device}")
 
 
 if __name__ == "__main__":

@@ -325,7 +325,7 @@ def test_an_unknown_family():
 
 
 def test_peak_memory_of_a_training_step(device, plain_memory):
-    """T = 65,536: beside inputs, output and gradients, only chunk states, dq in float32 and scalars a head and
+    """T = 65,536: beside inputs, output and gradients, only chunk states, dq in float32 and scalars per head and
     token.
     """
     tokens, heads, groups, dim, chunk_size = 65536, 16, 2, 128, 16

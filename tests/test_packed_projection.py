@@ -125,7 +125,7 @@ def test_peak_memory(device):
     torch.autograd.grad(y, projection, dy)
     peak = torch.cuda.max_memory_allocated() - before
     y_bytes, gradient = y.numel() * 2, projection.numel() * 2
-    # Beside y and the gradient: chunk states, their float32 gradients, dq in float32 and three scalars a head
+    # Beside y and the gradient: chunk states, their float32 gradients, dq in float32 and three scalars per head
     # and token.
     chunk_bytes = 2 * (2 + 4) * tokens // 16 * heads * dim
     scratch = 4 * tokens * (groups * dim + 5 * heads)

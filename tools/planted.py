@@ -606,8 +606,8 @@ CUDA = [
     Mutant(
         "sm80: mask by one",
         "csrc/cuda/attention/sm80_fwd.cu",
-        r"n \* 8 >= visible\)",
-        "n * 8 > visible)",
+        r"lane_ / 4\) - column, -INFINITY\)",
+        "lane_ / 4) - column + 1, -INFINITY)",
         "RAT_EXT_KERNELS=sm80 tests/test_many_chunks.py::test_chunk_states",
     ),
     Mutant(
@@ -620,7 +620,7 @@ CUDA = [
     Mutant(
         "sm80: sum not rescaled",
         "csrc/cuda/attention/sm80_fwd.cu",
-        r"sum\[m\]\[r\] \*= factor\[m\]\[r\];",
+        r"sum\[m\]\[r\] \*= shrink\[m\]\[r\];",
         "",
         "RAT_EXT_KERNELS=sm80 tests/test_laws.py::test_a_key_that_outweighs_the_others",
     ),
@@ -648,8 +648,8 @@ CUDA = [
     Mutant(
         "f32: mask by one",
         "csrc/cuda/attention/f32.cu",
-        r"< visible\[i\] \? expf",
-        "<= visible[i] ? expf",
+        r"< end\[i\] \? expf",
+        "<= end[i] ? expf",
         "tests/test_attention.py::test_chunk_size",
     ),
     Mutant(

@@ -1,7 +1,7 @@
 // What the kernels share that depends on no instruction set: the tiling of sequences, workspace layouts, the task
 // runner and the table of kernels that each instruction set fills.
 //
-// The kernels are compiled once an instruction set (kernels_*.cpp). A function with external linkage that is inline
+// The kernels are compiled once per instruction set (kernels_*.cpp). A function with external linkage that is inline
 // here could be emitted by the AVX-512 file and picked by the linker for everybody, so everything below is either plain
 // data or defined in a .cpp file that is compiled for the baseline.
 #pragma once
@@ -64,7 +64,7 @@ class Plan {
   int64_t tile_begin(int64_t number) const;  // position where tile `number` of an infinite sequence begins
   int64_t tile_number(int64_t position) const;
 
-  int64_t segments_ = 1;  // tiles a chunk, where chunks are longer than tiles
+  int64_t segments_ = 1;  // tiles per chunk, where chunks are longer than tiles
   int64_t unit_ = 1;      // tokens of a whole tile
   std::vector<int64_t> begin_, length_, start_, first_tile_, key_row_;
   bool packed_ = false;

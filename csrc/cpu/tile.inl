@@ -4,7 +4,7 @@
 
 template <class A>
 struct Scratch {
-  // (kTile, ld), a row a token
+  // (kTile, ld), one row per token
   A *f, *g;  // forget gate and one minus it
   A* input;  // rows just loaded
   A *state_k, *state_v;
@@ -12,7 +12,7 @@ struct Scratch {
   A* rotated;  // scale * R q
   A* dout;     // do
   A *row0, *row1, *row2;
-  // (ld, kTile), a column a token
+  // (ld, kTile), one column per token
   A *query_t, *dout_t, *sum_t;
   // (kKeys, kTile)
   A *score, *dscore;

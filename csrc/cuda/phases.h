@@ -35,7 +35,7 @@ void check_sequences(const Sizes&, int64_t chunk_rows, int64_t rotary_rows, int6
 // states; copies the initial chunk states to the front.
 Launch chunk_prepare_fwd(const AttentionFwdParams&, const FwdScratch&, Arena&);
 
-// Forward phase 2 (attention/*_fwd.cu): softmax over earlier chunks and self; overwrites v~ in y by y, writes lse.
+// Forward phase 2 (attention/*_fwd.cu, f32.cu): softmax over earlier chunks and self; overwrites v~ in y by y, writes lse.
 Launch chunk_attention_fwd(const AttentionFwdParams&, const FwdScratch&, Arena&);
 
 // Do phases 1 and 3 come from the family for short chunks (recurrence/choose.cu)? Phase 3 then makes p_tt and ds_tt itself.
@@ -44,7 +44,7 @@ bool short_chunks(const AttentionBwdParams&);
 // Backward phase 1 (recurrence/prepare.cu): do, dout_gate, Delta; p_self, ds_self unless short_chunks().
 Launch chunk_prepare_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
 
-// Backward phase 2 (attention/*_bwd.cu): scratch.dq, scratch.dchunk_k, scratch.dchunk_v; every element of dq and
+// Backward phase 2 (attention/*_bwd.cu, f32.cu): scratch.dq, scratch.dchunk_k, scratch.dchunk_v; every element of dq and
 // every valid chunk row is written (zeros where nothing attends).
 Launch chunk_attention_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
 

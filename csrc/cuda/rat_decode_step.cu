@@ -2,7 +2,7 @@
 //
 // A block takes a slice of the chunk states of one (row, head). Its lane groups (scan.cuh) take keys in turn, four at a
 // time, each with a running softmax in registers; groups are merged by shuffles and through shared memory. Bytes: the chunk
-// states, 2 C D a (row, head), read once 16 bytes a lane; the rest is small.
+// states, 2 C D per (row, head), read once, 16 bytes per lane; the rest is small.
 //
 //   slice 0          advances the running state, starts its softmax from the own state, appends the chunk state that closes.
 //                    No one else reads what it writes: the keys of this token are the chunks closed before it.

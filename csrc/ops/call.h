@@ -3,8 +3,8 @@
 //   lead<"x">(call);                                      // every other tensor is held against its device and dtype
 //   const int64_t heads = size<"gate">(call, 2);
 //   p.x = rows<"x">(call, {batch, tokens, groups, dim});
-//   p.y = new_rows<"y">(call, {batch, tokens, heads, dim});
-//   launch(call, p, cpu::..., cuda::...);
+//   p.y = make_rows<"y">(call, {batch, tokens, heads, dim});
+//   launch(call, p, RAT_LAUNCHERS(recurrence_fwd));
 //
 // Names are looked up in the op's schema (schemas.h) when this is compiled; one that is not there does not compile.
 //

@@ -1,5 +1,5 @@
 // The operators of rat_ext: every argument and result, once. call.h reads these texts when compiling, rat_ext/_autograd.py when
-// importing, so that a new argument is added here, read by name where it is used, and documented in rat_ext/ops.py.
+// importing, so that a new argument is added here and read by name where it is used. CONTRIBUTING.md has all of its places.
 //
 // Names carry meaning. In `<op>_backward`, an argument that is called like an argument or a result of <op> is that, saved;
 // `d` + a result of <op> is the gradient that comes in, and the result `d` + an argument of <op> the one that goes out, of the

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(256)
   *reinterpret_cast<FourOf<T>*>(to + half) = b;
 }
 
-// Adds the shares of the queries, in order, four elements a thread. Rows that are not valid hold anything before and after.
+// Adds the shares of the queries, in order, four elements per thread. Rows that are not valid hold anything before and after.
 __global__ void __launch_bounds__(256)
     chunk_attention_reduce_bwd_kernel(const float* shares_k, const float* shares_v, int shares, int64_t share_stride,
                                       int64_t count, float* dchunk_k, float* dchunk_v) {

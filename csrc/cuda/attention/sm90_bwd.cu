@@ -3,7 +3,7 @@
 //
 // With P_tj = exp(scale (R q)_t . K_j - lse_t) and dS_tj = P_tj (do_t . V_j - Delta_t), three steps:
 //  0. rotate (rotate_reduce.cu): R q in T to the workspace.
-//  1. dqkv: everything in five products, each 2 D FLOP a query and visible key. A block owns the dK, dV of (128 chunk states,
+//  1. dqkv: everything in five products, each 2 D FLOP per query and visible key. A block owns the dK, dV of (128 chunk states,
 //     head) in registers and walks the query tiles that see them, from the last token of the sequence backwards:
 //       S^T = K Q^T,  dP^T = V dO^T,  dV += P^T dO,  dK += dS^T Q,  and  dQ = dS K,  which it adds to a sum in global memory.
 //     The transposed scores are, rounded, left operands in registers: P never passes through shared memory, dS once.
@@ -16,16 +16,16 @@
 // ever stands at the item counter, Arguments::next. Blocks of one query tile start together and fall in step one tile behind each
 // other; the waiting lies in warps of its own, two tiles deep.
 //
-// One block a multiprocessor:
-//   warp 0           one thread takes items, tells the others, and feeds K, V (once an item) and the ring of q, do.
+// One block per multiprocessor:
+//   warp 0           one thread takes items, tells the others, and feeds K, V (once per item) and the ring of q, do.
 //   warp 1           lse and Delta of the query tiles, beside do in the ring.
 //   warps 2, 3       one thread each waits for the turn of a query tile and adds dQ to it through the copy engine.
 //   warpgroups 1, 2  consumers, 64 keys each. dS of both meets in shared memory; each computes its half of dQ.
 // The products of a tile are queued so that the tensor cores have work meanwhile: dP^T during the exponentials, dV during dS,
 // dK while dQ leaves.
 //
-// Shared memory: K, V; two stages of q, do, lse, Delta; two of dS (one barrier a tile suffices then); dQ on its way out. Tiles
-// lie in panels of 64 columns, 128 bytes a row, 16-byte pieces swizzled. dQ lies as the registers do, 16 bytes a thread: so it
+// Shared memory: K, V; two stages of q, do, lse, Delta; two of dS (one barrier per tile suffices then); dQ on its way out. Tiles
+// lie in panels of 64 columns, 128 bytes per row, 16-byte pieces swizzled. dQ lies as the registers do, 16 bytes per thread: so it
 // stays in global memory until `finish` puts it in order.
 //
 // Chunk rows past the closed ones and tokens past the end of a packed sequence may hold anything, NaN too: both are set to
@@ -59,8 +59,8 @@ struct Traits {
   using T = T_;
   static constexpr int kDim = DIM;  // head size, padded
   static constexpr int kPanels = DIM / 64;
-  static constexpr int kKeys = 128;                       // chunk states an item
-  static constexpr int kQueries = DIM == 128 ? 64 : 128;  // a tile. A consumer's part of dQ is 64 x 64 either way
+  static constexpr int kKeys = 128;                       // chunk states per item
+  static constexpr int kQueries = DIM == 128 ? 64 : 128;  // per tile. A consumer's part of dQ is 64 x 64 either way
   static constexpr int kConsumers = 2;                    // warpgroups
   static constexpr int kConsumerThreads = 128 * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
@@ -678,7 +678,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
 // ---- finish -----------------------------------------------------------------------------------------------------------
 //
-// A block a (query tile, group): thread 128 w + t of consumer w left 8 x 4 floats at [w][i][t], the C tiles of a wgmma.
+// A block per (query tile, group): thread 128 w + t of consumer w left 8 x 4 floats at [w][i][t], the C tiles of a wgmma.
 template <class C>
 __global__ void __launch_bounds__(256)
     chunk_attention_finish_bwd_sm90_kernel(const __grid_constant__ Sizes s, const float* tiles, const uint32_t* turns,

@@ -1,21 +1,21 @@
 // Forward phase 2 on Hopper (sm_90a): softmax of every query over the states of earlier chunks and its own state.
 //
-// Reads per token and head, in elements of T: v~ (from y) and out_gate, D each; q, D a group; s_self, 4 bytes. Writes y over
+// Reads per token and head, in elements of T: v~ (from y) and out_gate, D each; q, D per group; s_self, 4 bytes. Writes y over
 // v~, D, and lse, 4 bytes. Keys and values are re-read from L2 once for each query tile. 4 D FLOP per query and visible key.
 //
-// A persistent grid, one block a multiprocessor. A tile is kRows queries of one head; it walks blocks of kKeys chunk states
+// A persistent grid, one block per multiprocessor. A tile is kRows queries of one head; it walks blocks of kKeys chunk states
 // from the last visible one to the first, so that only its first blocks need a mask.
 //   warp 0           one thread decides which tile is next, tells the others, and feeds its K and V blocks through the copy
 //                    engine into two rings.
 //   warps 1 ... 3    load q and s_self of the next tile, rotate q by chunk index, store it as wgmma reads it; and start
 //                    fetching v~ and out_gate of the tile that the consumers begin into L2.
 //   warpgroup 1 ...  consumers: 64 queries each. S = Q K^T of a block is issued before P V of the block before, and the
-//                    softmax of one warpgroup runs while another one's products do: a token passed by named barriers keeps
-//                    them in turn. v~ and out_gate are loaded while the last product runs.
+//                    softmax of one warpgroup runs while another one's products do: a turn that named barriers pass on
+//                    keeps them so. v~ and out_gate are loaded while the last product runs.
 // The running softmax is that of softmax.cuh: it starts from the self term s_self, and exp(s_self - m) v~ joins at the end.
 //
 // Shared memory: q (2 tiles), K and V rings (kStages blocks each), descriptions of tiles, barriers. Every tile lies in panels
-// of 64 columns, 128 bytes a row, 16-byte pieces swizzled: the layout that the copy engine writes and wgmma reads.
+// of 64 columns, 128 bytes per row, 16-byte pieces swizzled: the layout that the copy engine writes and wgmma reads.
 //
 // Rings (mbarrier.cuh), who fills and who leaves a slot:
 //   tiles   warp 0 fills, one arrival;      each loader thread and each consumer warp leaves
@@ -54,12 +54,12 @@ struct Traits {
   static constexpr int kDim = DIM;  // head size, padded
   static constexpr int kPanels = DIM / 64;
   static constexpr int kConsumers = CONSUMERS;  // warpgroups
-  static constexpr int kRows = 64 * CONSUMERS;  // queries a tile
-  static constexpr int kKeys = KEYS;            // chunk states a block
+  static constexpr int kRows = 64 * CONSUMERS;  // queries per tile
+  static constexpr int kKeys = KEYS;            // chunk states per block
   static constexpr int kStages = DIM == 64 ? 3 : 2;
   static constexpr int kThreads = 128 * (CONSUMERS + 1);
   static constexpr int kLoaders = 96;  // warps 1 ... 3
-  // Registers a thread: the roles share what the block was launched with, a multiple of 8 for each.
+  // Registers per thread: the roles share what the block was launched with, a multiple of 8 for each.
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kProducerRegisters = KEYS + DIM > 128 ? 56 : 80;
   static constexpr int kConsumerRegisters =
@@ -495,7 +495,7 @@ struct Consumer {
     return Ring<C::kStages>(shared.k_ring, v_ring.count + ahead);
   }
 
-  // One arrival a warp. A warp's products are done when its wait returns.
+  // One arrival per warp. A warp's products are done when its wait returns.
   __device__ __forceinline__ void leave(uint32_t barrier) const {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(barrier);
@@ -813,7 +813,7 @@ template <class T>
 using Narrow = Traits<T, 64, 3, 112>;
 template <class T>
 using NarrowShort = Traits<T, 64, 3, 64>;
-constexpr int64_t kShortRows = 4096;        // chunk states a head, of 128 elements
+constexpr int64_t kShortRows = 4096;        // chunk states per head, of 128 elements
 constexpr int64_t kShortNarrowRows = 1024;  // of 64
 constexpr int64_t kRowsForScalarQueries = 4096;
 

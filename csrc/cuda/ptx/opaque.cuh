@@ -34,7 +34,7 @@ __device__ __forceinline__ void hold_registers(R (&r)[COUNT]) {
   }
 }
 
-// The same of A operands, four registers a step.
+// The same of A operands, four registers per step.
 template <int STEPS>
 __device__ __forceinline__ void hold_registers(uint32_t (&a)[STEPS][4]) {
 #pragma unroll

@@ -9,7 +9,7 @@
 //   0. request_group, once per tile: q, k and attention's part of dq, into shared memory, each thread its own elements
 //   1. scan_forward: k~ and v~ before each token stay in registers, in T; the dot products q.k~ and do.v~ of a token are
 //      summed over a warp by shuffles, four tokens at a time
-//   2. barrier: the parts of all warps are there. own_weights: each warp adds them up and makes p_tt and ds_tt, a lane a token
+//   2. barrier: the parts of all warps are there. own_weights: each warp adds them up and makes p_tt and ds_tt, one lane per token
 //   3. walk_back: gradients of k~ and v~, then dv and dgate, which are stored, and what the head adds to dq and dk, in shared
 //      memory. v, gate and do of a token, once used, make room for those of the next head: the loads have the rest of the walk
 //      and the next head's beginning to arrive
@@ -343,7 +343,7 @@ __device__ __forceinline__ void scan_forward(const Place<kWhole>& place, const H
 // rounded.
 enum SelfKind : int { kNone, kAlone, kAttends };
 
-// Step 2. p_tt and scale * ds_tt, a lane a token. `scalar`: lse of the token of lanes 0 ... 15, Delta of that of lanes 16 ... 31.
+// Step 2. p_tt and scale * ds_tt, one lane per token. `scalar`: lse of the token of lanes 0 ... 15, Delta of that of lanes 16 ... 31.
 template <bool kWhole>
 __device__ __forceinline__ void own_weights(const ScanShort& p, const Place<kWhole>& place, int h, int self_kind,
                                             float scalar) {
