@@ -25,6 +25,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the tensors of the tests live")
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption(
+        "--shard", metavar="K/N", help="every N-th test alone, from number K on: to share the tests among processes"
+    )
 
 
 def pytest_configure(config):
@@ -40,6 +43,10 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    if shard := config.getoption("--shard"):
+        first, step = (int(n) for n in shard.split("/"))
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % step != first])
+        items[:] = items[first::step]
     reasons = {}
     if config.getoption("--device") != "cuda":
         reasons["gpu"] = "needs a GPU: run with --device cuda"

@@ -139,7 +139,11 @@ def test_a_run_is_recorded(tool, tmp_path, monkeypatch, capsys):
     (root / "csrc").mkdir()
     (root / "setup.py").write_text("")
     shutil.copytree(ROOT / "rat_ext", root / "rat_ext")
-    (root / "tests" / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--device')\n")
+    (root / "tests" / "conftest.py").write_text(
+        "def pytest_addoption(parser):\n    parser.addoption('--device')\n    parser.addoption('--shard', default='0/1')\n"
+        "def pytest_collection_modifyitems(config, items):\n"
+        "    k, n = config.getoption('--shard').split('/')\n    items[:] = items[int(k)::int(n)]\n"
+    )
     (root / "pytest.ini").write_text("[pytest]\nmarkers = alone\n")
     (root / "tests" / "test_a.py").write_text(
         "import pytest\ndef test_good(): pass\ndef test_bad(): assert 0\n"
@@ -150,11 +154,12 @@ def test_a_run_is_recorded(tool, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tool, "RECORD", root / "tests" / "gpu_record.json")
     monkeypatch.setattr(tool, "hash_of_sources", lambda: "hash")
     out = tmp_path / "record.json"
-    assert tool.main(["--device", "cpu", "--out", str(out)]) == 1
+    assert tool.main(["--device", "cpu", "--jobs", "2", "--logs", str(tmp_path), "--out", str(out)]) == 1
     record = json.loads(out.read_text())
     counts = record["families"]["auto"]["tests/test_a.py"]
     assert (counts["passed"], counts["skipped"], counts["failed"]) == (1, 2, 1)
     assert record["failed"] == ["tests/test_a.py::test_bad [auto]"]
     assert record["missing"] == {"tests/test_a.py::test_lacks [auto]": "needs 70 GiB of free GPU memory"}
     assert record["alone"]["tests/test_b.py"]["passed"] == 1
+    assert "1 passed" in (tmp_path / "alone-auto.log").read_text()
     assert "FAILED: tests/test_a.py::test_bad" in capsys.readouterr().out.splitlines()[-3]

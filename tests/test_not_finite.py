@@ -133,6 +133,28 @@ def test_forward(device, dtype, rotary, where):
 
 
 @dtypes
+@pytest.mark.parametrize("dim", [16, 128])
+@pytest.mark.parametrize("opened, first", [(slice(0, 1), 3), (slice(200, None), 803), (slice(0, 0), 1202)], ids=str)
+def test_forward_where_the_own_score_weighs_nothing(device, dtype, dim, opened, first):
+    """Own scores of -inf and whole blocks of keys with none but -inf, at either end of the keys: y is finite from ``first`` on,
+    the token that ends the first chunk of ``opened``.
+    """
+    if device.type == "cuda" and dtype == torch.float64:
+        pytest.skip("float64 is for the CPU")
+    tokens, chunk = 1202, 4
+    random = Random(22, device, dtype)
+    x = {key: random.normal(1, tokens, 2, dim) for key in ("q", "k_states", "v_states")}
+    x["q"].abs_()
+    ends = x["k_states"][:, chunk - 1 :: chunk]
+    keys = ends[:, opened].clone()
+    x["k_states"].fill_(-INF)
+    ends[:, opened] = keys
+    y = rat_ext.chunk_attention(**x, chunk_size=chunk)
+    check_kinds({"y": y}, {"y": reference.chunk_attention(**double(x), chunk_size=chunk)}, dtype)
+    assert y[:, :first].isnan().all() and y[:, first:].isfinite().all()
+
+
+@dtypes
 def test_the_forward_of_one_token(device, dtype):
     """No keys to see: the softmax of one score is 1 where the score is finite and NaN where it is not."""
     if device.type == "cuda" and dtype == torch.float64:

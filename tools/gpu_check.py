@@ -1,6 +1,6 @@
 """Runs all tests on a GPU and records it, so that CI, which has none, knows whether the kernels were run as they are.
 
-    python tools/gpu_check.py                            # every test file with --device cuda, six at a time on each GPU
+    python tools/gpu_check.py                            # every test with --device cuda, shared by several processes per GPU
     python tools/gpu_check.py --families auto sm80 scan  # again with each family of kernels forced
     python tools/gpu_check.py --sanitize                 # then tests/sanitize.py under memcheck and synccheck
     python tools/gpu_check.py --out record.json          # elsewhere than tests/gpu_record.json
@@ -133,75 +133,72 @@ def pend(path: Path, reason: str) -> int:
 
 
 class Job:
-    """One file of tests with one family of kernels."""
+    """Some of the tests, with one family of kernels: one process of pytest."""
 
-    def __init__(self, family: str, target: str, *words: str):
-        self.family, self.target, self.words = family, target, words
-        self.passed = self.skipped = self.failed = 0
-        self.seconds = 0.0
+    def __init__(self, name: str, family: str, words: list[str]):
+        self.name, self.family, self.words = name, family, words
+        self.files: dict[str, dict] = {}  # by test file: passed, skipped, failed, seconds
         self.failures: list[str] = []
         self.missing: dict[str, str] = {}
 
-    def run(self, devices: str, limit: float, device: str) -> Job:
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": devices}
+    def run(self, devices: str, options: argparse.Namespace) -> Job:
+        # Threads of several processes on one core, which spin while they wait, would take many times as long.
+        threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
+        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"CUDA_VISIBLE_DEVICES": devices}
         if self.family != "auto":
             environment["RAT_EXT_KERNELS"] = self.family
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "--device",
-                device,
-                "-p",
-                "no:cacheprovider",
-                f"--junitxml={report}",
-            ]
-            begin = time.perf_counter()
-            problem, said = "", ""
-            try:
-                done = subprocess.run(
-                    [*command, *self.words, self.target],
-                    cwd=ROOT,
-                    env=environment,
-                    capture_output=True,
-                    text=True,
-                    timeout=limit,
-                )
-                said = done.stdout + done.stderr
-                if done.returncode not in (0, 1, 5):  # 5: no test was chosen
-                    problem = f"pytest ended with {done.returncode}"
-            except subprocess.TimeoutExpired:
-                problem = f"over {limit:.0f} s"
-            self.seconds = round(time.perf_counter() - begin, 1)
-            if report.exists():
-                self.read(report)
-        if problem:
-            self.failed += 1
-            self.failures.append(f"{self.target} [{self.family}]: {problem}")
-        if self.failures and said:
-            print(said[-6000:], flush=True)
+            command = [sys.executable, "-m", "pytest", "-q", "--device", options.device, "-p", "no:cacheprovider"]
+            command += [f"--junitxml={report}", *(["--slow"] if options.slow else []), *self.words]
+            problem = ""
+            log = (options.logs or Path(folder)) / f"{self.name}-{re.sub(r'[^a-z0-9]+', '-', self.family)}.log"
+            with open(log, "w+") as said:
+                try:
+                    done = subprocess.run(
+                        command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT, timeout=options.limit
+                    )
+                    if done.returncode not in (0, 1, 5):  # 5: no test was chosen
+                        problem = f"pytest ended with {done.returncode}"
+                except subprocess.TimeoutExpired:
+                    problem = f"over {options.limit:.0f} s"
+                if report.exists():
+                    self.read(report)
+                if problem:
+                    self.failures.append(f"{self.name} [{self.family}]: {problem}")
+                if self.failures:
+                    said.seek(0)
+                    print(said.read()[-6000:], flush=True)
         return self
 
     def read(self, report: Path) -> None:
         for case in ElementTree.parse(report).iter("testcase"):
-            name = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+            file = f"{case.get('classname', '').replace('.', '/')}.py"
+            counts = self.files.setdefault(file, {"passed": 0, "skipped": 0, "failed": 0, "seconds": 0.0})
+            counts["seconds"] += float(case.get("time", 0))
+            name = f"{file}::{case.get('name')}"
             skip = case.find("skipped")
             if case.find("failure") is not None or case.find("error") is not None:
-                self.failed += 1
+                counts["failed"] += 1
                 self.failures.append(f"{name} [{self.family}]")
             elif skip is not None:
-                self.skipped += 1
+                counts["skipped"] += 1
                 reason = skip.get("message", "")
                 if MISSING.search(reason):
                     self.missing[f"{name} [{self.family}]"] = reason
             else:
-                self.passed += 1
+                counts["passed"] += 1
 
-    def counts(self) -> dict:
-        return {"passed": self.passed, "skipped": self.skipped, "failed": self.failed, "seconds": self.seconds}
+
+def by_file(jobs: list[Job]) -> dict[str, dict]:
+    """Counts of several processes added up."""
+    found: dict[str, dict] = {}
+    for job in jobs:
+        for file, counts in job.files.items():
+            sums = found.setdefault(file, dict.fromkeys(counts, 0))
+            for key, value in counts.items():
+                sums[key] = round(sums[key] + value, 1)
+    return dict(sorted(found.items()))
 
 
 def gpus() -> list[str]:
@@ -215,6 +212,7 @@ def gpus() -> list[str]:
 
 def run_side_by_side(jobs: list[Job], devices: list[str], options: argparse.Namespace) -> None:
     """options.jobs at a time on each GPU. A job sees all GPUs, its own first."""
+    begin = time.perf_counter()
     free: queue.Queue[int] = queue.Queue()
     for _ in range(options.jobs):
         for i in range(len(devices)):
@@ -223,14 +221,15 @@ def run_side_by_side(jobs: list[Job], devices: list[str], options: argparse.Name
     def run(job: Job) -> Job:
         own = free.get()
         try:
-            return job.run(",".join(devices[own:] + devices[:own]), options.limit, options.device)
+            return job.run(",".join(devices[own:] + devices[:own]), options)
         finally:
             free.put(own)
 
     with concurrent.futures.ThreadPoolExecutor(options.jobs * len(devices)) as pool:
         for done in concurrent.futures.as_completed([pool.submit(run, job) for job in jobs]):
             job = done.result()
-            print(f"{job.target} [{job.family}]: {job.counts()}", flush=True)
+            failed = f", failed: {len(job.failures)}" if job.failures else ""
+            print(f"{job.name} [{job.family}] is done after {time.perf_counter() - begin:.0f} s{failed}", flush=True)
 
 
 def sanitize(tools: list[str], family: str, limit: float) -> dict[str, str]:
@@ -285,28 +284,25 @@ def check(options: argparse.Namespace) -> int:
     begin = time.perf_counter()
     devices = gpus() if options.device == "cuda" else [""]
     record = {"sources": hash_of_sources(), "date": now()} | about_this_machine()
-    known = json.loads(RECORD.read_text()).get("families", {}).get("auto", {}) if RECORD.exists() else {}
-    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))
-    files = [name for name in files if re.search(options.files, name)]
-    files.sort(key=lambda name: -known.get(name, {"seconds": 1e9})["seconds"])  # the longest first
-    families = options.families
-    jobs = [Job(family, name, "-m", "not alone") for family in families for name in files]
+    files = [p.name for p in sorted((ROOT / "tests").glob("test_*.py")) if re.search(options.files, p.name)]
+    targets = [f"tests/{name}" for name in files]
+    shards = options.jobs * len(devices)
+    jobs = [
+        Job(f"share-{k + 1}-of-{shards}", family, ["-m", "not alone", "--shard", f"{k}/{shards}", *targets])
+        for family in options.families
+        for k in range(shards)
+    ]
     run_side_by_side(jobs, devices, options)
-    alone = []
-    if not options.no_alone:
-        alone = [Job(families[0], name, "-m", "alone") for name in files if "mark.alone" in (ROOT / name).read_text()]
-        for job in alone:
-            job.run(",".join(devices), options.limit, options.device)
-    record["families"] = {
-        family: {job.target: job.counts() for job in sorted(jobs, key=lambda job: job.target) if job.family == family}
-        for family in families
-    }
-    record["alone"] = {job.target: job.counts() for job in alone}
+    alone = [] if options.no_alone else [Job("alone", options.families[0], ["-m", "alone", *targets])]
+    for job in alone:
+        job.run(",".join(devices), options)
+    record["families"] = {family: by_file([job for job in jobs if job.family == family]) for family in options.families}
+    record["alone"] = by_file(alone)
     everything = [*jobs, *alone]
     record["failed"] = sorted(name for job in everything for name in job.failures)
     record["missing"] = dict(sorted((name, reason) for job in everything for name, reason in job.missing.items()))
     record["sanitizer"] = {}
-    for family in families if options.sanitize else []:
+    for family in options.families if options.sanitize else []:
         record["sanitizer"] |= sanitize(options.tools.split(","), family, options.sanitizer_limit)
     record["failed"] += [f"{tool}: {said}" for tool, said in record["sanitizer"].items() if said.startswith("FAILED")]
     record["seconds"] = round(time.perf_counter() - begin, 1)
@@ -350,8 +346,10 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--out", type=Path, default=RECORD, help="the record (default: tests/gpu_record.json)")
     p.add_argument("--files", default="", metavar="REGEX", help="only test files whose name matches; wants --out")
     p.add_argument("--no-alone", action="store_true", help="leave out the tests that want a GPU for themselves")
-    p.add_argument("--jobs", type=int, default=6, help="files at a time on each GPU (default: 6)")
-    p.add_argument("--limit", type=float, default=540.0, metavar="S", help="seconds for a file (default: 540)")
+    p.add_argument("--jobs", type=int, default=6, help="processes on each GPU, which share the tests (default: 6)")
+    p.add_argument("--limit", type=float, default=1800.0, metavar="S", help="seconds for a process (default: 1800)")
+    p.add_argument("--slow", action="store_true", help="also run the tests marked slow: before a release")
+    p.add_argument("--logs", type=Path, metavar="FOLDER", help="keep what each process said")
     p.add_argument("--sanitizer-limit", type=float, default=1800.0, metavar="S", help="seconds for a tool (default: 1800)")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)  # cpu: to try this program
     options = p.parse_args(arguments)

@@ -8,6 +8,7 @@
 #include "families.h"
 #include "plan.h"
 #include "rotate_reduce.h"
+#include "softmax.cuh"
 #include "tiles.cuh"
 #include "visible.cuh"
 
@@ -185,8 +186,9 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_fwd_f32_kernel(co
 #pragma unroll
   for (int i = 0; i < R; ++i) {
     const int row = y * R + i;
-    maximum[i] = row < rows ? p.s_self[scalar_base + row] : 0.0f;
-    sum[i] = x == 0 ? 1.0f : 0.0f;
+    const float own = row < rows ? p.s_self[scalar_base + row] : 0.0f;
+    maximum[i] = first_maximum(own);
+    sum[i] = x == 0 ? first_sum(own) : 0.0f;
     end[i] = visible.end(row);
   }
 

@@ -94,8 +94,9 @@ struct QueryTile {
     for (int m = 0; m < MT; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        maximum[m][r] = row(m, r) < rows ? self[row(m, r)] * kLog2e : 0.0f;
-        sum[m][r] = lane % 4 == 0 ? 1.0f : 0.0f;
+        const float own = row(m, r) < rows ? self[row(m, r)] * kLog2e : 0.0f;
+        maximum[m][r] = first_maximum(own);
+        sum[m][r] = lane % 4 == 0 ? first_sum(own) : 0.0f;
       }
 #pragma unroll
       for (int n = 0; n < OT; ++n) {

@@ -510,7 +510,7 @@ struct Consumer {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       own[h] = shared.own[q_ring.slot()][row + 8 * h] * kLog2e;
-      m[h] = own[h];
+      m[h] = first_maximum(own[h]);
       sum[h] = 0.0f;
       visible[h] = tile().visible.end(row + 8 * h);
     }

@@ -1,13 +1,19 @@
-// The running softmax of the tensor core families. Scores are in powers of two: exp(scale s) = 2^(s scale_log2). It starts from
-// the self term, so no row is empty and no -inf reaches the maximum.
+// The running softmax. It starts from the self term, so that the maximum is finite before the first key: a score of -inf then
+// weighs exp(-inf - m) = 0, and only a row of nothing but -inf divides 0 by 0. In the tensor core families scores are in powers
+// of two: exp(scale s) = 2^(s scale_log2).
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <limits>
 
 #include "../ptx/special.cuh"
 
 namespace rat::cuda {
+
+// What a row starts from, given the score of its self term: +inf and NaN are kept, and make the row NaN.
+__device__ __forceinline__ float first_maximum(float own) { return own == -INFINITY ? -FLT_MAX : own; }
+__device__ __forceinline__ float first_sum(float own) { return own == -INFINITY ? 0.0f : 1.0f; }
 
 // |scale| log2(e) as kernels use it, from the float that it rounds to. Masked scores are -inf, and -inf times 0 would be NaN:
 // so a scale of 0, and one that rounds to 0, is the smallest float above 0. The product of any score with it is below 5e-7,
