@@ -24,6 +24,7 @@ from typing import Any
 
 if __name__ == "__main__":
     os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for a build in place, not installed
 
 import torch
 
