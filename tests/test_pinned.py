@@ -1,4 +1,4 @@
-"""Calls that combine many options at once: what random search once needed luck to draw, now drawn every time.
+"""Calls that combine many options at once, drawn every time: random search comes upon them by luck alone.
 
 The table is fixed: it does not change with what else is collected. Each row goes through the three ops; what an op does not
 take is left out.
