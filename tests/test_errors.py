@@ -4,6 +4,7 @@ The table below is of every op, every argument and every kind of wrongness; each
 run), with and without gradients, on meta tensors and on those of tracing. Facts that depend on several arguments follow it.
 """
 
+import inspect
 import os
 import re
 import subprocess
@@ -62,6 +63,11 @@ def moved(arguments: dict, where) -> dict:
         return where(x) if isinstance(x, torch.Tensor) else x
 
     return {name: move(x) for name, x in arguments.items()}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_table_has_every_argument(op):
+    assert set(good(op)) == set(inspect.signature(getattr(rat_ext, op)).parameters)
 
 
 @pytest.mark.parametrize("op", OPS)
