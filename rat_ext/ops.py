@@ -53,7 +53,7 @@ def rat_attention(
         chunk_size: L, at least 1. T need not be a multiple.
         gate_bias: ``(H, D)``, added to ``gate``. Any floating dtype; used in float32.
         out_gate: ``(B, T, H, D)`` logits of the output gate. None: no gate.
-        rotary_cos, rotary_sin: ``(chunks, D / 2)`` tables by chunk index (:func:`rat_ext.rotary_tables`), at least one row a
+        rotary_cos, rotary_sin: ``(chunks, D / 2)`` tables by chunk index (:func:`rat_ext.rotary_tables`), at least one row per
             chunk, counting those of ``initial_state``. Queries and chunk keys are rotated by the index of their chunk. None: no
             positional encoding.
         scale: factor of the scores. Default ``D ** -0.5``.
