@@ -249,7 +249,7 @@ class RATCache:
         """Scratch of the decode kernel: zeros at first, which the kernel leaves zero. Empty on the CPU."""
         if self.workspace is not None:
             return self.workspace
-        on_gpu = self.chunk_k.is_cuda
+        on_gpu = self.chunk_k.is_cuda and self.chunk_k.dim() == 4  # another shape is the operator's to refuse
         size = _decode_workspace_bytes(*self.chunk_k.shape) if on_gpu else 0
         workspace = torch.zeros(size, dtype=torch.uint8, device=self.chunk_k.device)
         # Made in a CUDA graph, it belongs to the graph: zeroed by each replay, and by nothing before the first.

@@ -8,7 +8,7 @@ The method is Wei, Yadav, Pascanu, Gulcehre, "RAT: Bridging RNN Efficiency and A
 Modeling", arXiv 2507.04416.
 """
 
-# Every op hands `locals()` on, its arguments by name: a new one is written in the signature and nowhere else here.
+# Every op hands its arguments on by name. (Not as locals(): torch 2.11 cannot trace it.)
 
 from __future__ import annotations
 
@@ -86,7 +86,11 @@ def rat_attention(
         >>> tuple(y.shape)
         (2, 100, 4, 32)
     """
-    return call("rat_attention", locals())
+    return call("rat_attention", dict(
+        q=q, k=k, v=v, gate=gate, chunk_size=chunk_size, gate_bias=gate_bias, out_gate=out_gate, rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state,
+        deterministic=deterministic,
+    ))  # fmt: skip
 
 
 def chunk_attention(
@@ -117,7 +121,11 @@ def chunk_attention(
     The other arguments, the returned values and the errors are those of :func:`rat_attention`; the running state that it
     returns is that of the last token, and the initial one is not used.
     """
-    given = locals() | {"k": k_states, "v": v_states, "gate": None, "gate_bias": None}
+    given = dict(
+        q=q, chunk_size=chunk_size, out_gate=out_gate, rotary_cos=rotary_cos, rotary_sin=rotary_sin, scale=scale,
+        cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state, deterministic=deterministic,
+        k=k_states, v=v_states, gate=None, gate_bias=None,
+    )  # fmt: skip
     return call("rat_attention", given, op="chunk_attention")
 
 
@@ -159,7 +167,11 @@ def rat_attention_packed(
         >>> projection.grad.shape == projection.shape
         True
     """
-    return call("rat_attention_packed", locals())
+    return call("rat_attention_packed", dict(
+        projection=projection, num_heads=num_heads, num_groups=num_groups, chunk_size=chunk_size, has_out_gate=has_out_gate,
+        gate_bias=gate_bias, rotary_cos=rotary_cos, rotary_sin=rotary_sin, scale=scale, cu_seqlens=cu_seqlens,
+        initial_state=initial_state, return_state=return_state, deterministic=deterministic,
+    ))  # fmt: skip
 
 
 def chunk_recurrence(
@@ -193,7 +205,10 @@ def chunk_recurrence(
     Raises:
         ValueError, RuntimeError: as :func:`rat_attention`.
     """
-    return call("chunk_recurrence", locals())
+    return call("chunk_recurrence", dict(
+        x=x, gate=gate, chunk_size=chunk_size, gate_bias=gate_bias, cu_seqlens=cu_seqlens, initial_state=initial_state,
+        lengths=lengths, return_state=return_state,
+    ))  # fmt: skip
 
 
 def rat_decode_step(
@@ -241,7 +256,10 @@ def rat_decode_step(
         >>> int(cache.lengths[0])
         1
     """
-    return decode(locals())
+    return decode(dict(
+        q=q, k=k, v=v, gate=gate, cache=cache, gate_bias=gate_bias, out_gate=out_gate, rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin, scale=scale, slots=slots,
+    ))  # fmt: skip
 
 
 def explain(
@@ -275,4 +293,8 @@ def explain(
         >>> [row["phase"] for row in rat_ext.explain(x, x, x, x, 16)]
         ['attention_fwd', 'attention_bwd']
     """
-    return _autograd.explain("rat_attention", locals())
+    return _autograd.explain("rat_attention", dict(
+        q=q, k=k, v=v, gate=gate, chunk_size=chunk_size, gate_bias=gate_bias, out_gate=out_gate, rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state,
+        deterministic=deterministic,
+    ))  # fmt: skip

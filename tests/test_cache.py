@@ -30,12 +30,15 @@ def filled(device, batch: int, tokens: int) -> RATCache:
     return rat_ext.rat_attention(q, k, v, gate, L, return_state=True)[1]
 
 
-def decode(cache, batch=None, **options):
+def new_token(cache, batch=None):
     random = Random(7, cache.chunk_k.device, cache.chunk_k.dtype)
     batch = batch or cache.batch
     q, k = random.normal(batch, G, D), random.normal(batch, G, D)
-    v, gate = random.normal(batch, H, D), random.normal(batch, H, D)
-    return rat_ext.rat_decode_step(q, k, v, gate, cache, **options)
+    return q, k, random.normal(batch, H, D), random.normal(batch, H, D)
+
+
+def decode(cache, batch=None, **options):
+    return rat_ext.rat_decode_step(*new_token(cache, batch), cache, **options)
 
 
 def assert_equal(a: RATCache, b: RATCache) -> None:
@@ -324,9 +327,10 @@ def test_a_workspace_first_made_in_a_capture():
     """It belongs to the graph: a step outside does not use what only a replay zeroes."""
     device = torch.device("cuda", torch.cuda.current_device())
     caches = [filled(device, 2, 300).reserve(400) for _ in range(2)]
+    token = new_token(caches[0])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = decode(caches[0])
+        y = rat_ext.rat_decode_step(*token, caches[0])
     assert caches[0].workspace is None
     for _ in range(3):
         want = decode(caches[1])

@@ -78,8 +78,7 @@ __device__ __forceinline__ void gates(float x, float& f, float& g) {
     g = x < 0.0f ? high : low;
   } else {
     // f = 1 / (1 + e), 1 - f = e f. The limit keeps e finite and f normal, .NaN lets a NaN through.
-    asm("min.NaN.f32 %0, %0, 0f42FA0000;" : "+f"(x));  // 125
-    const float e = exp2_fast(x);
+    const float e = exp2_fast(min_or_nan(x, 125.0f));
     f = reciprocal_fast(1.0f + e);
     g = e * f;
   }

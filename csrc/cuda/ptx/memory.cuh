@@ -51,6 +51,18 @@ __device__ __forceinline__ void store_release(uint32_t* p, uint32_t x) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;\n" ::"l"(__cvta_generic_to_global(p)), "r"(x) : "memory");
 }
 
+// Four bytes, or what `raw` had where there is nothing to load; a predicate instead of a branch. Volatile keeps the order of
+// these loads and stores: rows written may be those that were read. PTX ISA 9.7.9.8, 9.7.9.11.
+__device__ __forceinline__ void load_pair_if(uint32_t& raw, uint64_t at, bool valid) {
+  asm volatile("{\n.reg .pred valid;\nsetp.ne.s32 valid, %2, 0;\n@valid ld.global.u32 %0, [%1];\n}\n"
+               : "+r"(raw)
+               : "l"(at), "r"(static_cast<int>(valid)));
+}
+__device__ __forceinline__ void store_pair_if(uint64_t at, uint32_t raw, bool valid) {
+  asm volatile("{\n.reg .pred valid;\nsetp.ne.s32 valid, %2, 0;\n@valid st.global.u32 [%0], %1;\n}\n" ::"l"(at),
+               "r"(raw), "r"(static_cast<int>(valid)));
+}
+
 // Starts fetching the 128-byte line of an address into L2; nothing waits for it. An ordinary prefetch: a bulk one for each
 // row would queue before the copies of K and V. PTX ISA 9.7.9.15.
 __device__ __forceinline__ void prefetch_l2(const void* source) {

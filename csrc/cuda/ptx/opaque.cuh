@@ -1,6 +1,7 @@
 // Values whose origin is hidden from the compiler. No instruction comes of it.
 #pragma once
 
+#include <cstdint>
 #include <type_traits>
 
 namespace rat::cuda {
@@ -18,6 +19,11 @@ __device__ __forceinline__ V opaque(V value) {
     asm volatile("" : "+l"(value));
   }
   return value;
+}
+
+// What was made from these registers before is made anew after: there are none to keep it in.
+__device__ __forceinline__ void forget(uint32_t& a, uint32_t& b, uint32_t& c) {
+  asm volatile("" : "+r"(a), "+r"(b), "+r"(c));
 }
 
 // Keeps ordinary uses of these registers from moving across: the compiler does not know that a wgmma in flight owns them until

@@ -23,6 +23,7 @@
 #include <type_traits>
 
 #include "../ptx/cp_async.cuh"
+#include "../ptx/memory.cuh"
 #include "../ptx/opaque.cuh"
 #include "families.h"
 
@@ -90,17 +91,6 @@ __device__ __forceinline__ void gates2(uint32_t raw, const float (&bias)[2], flo
 // Global addresses as integers that move by steps. Opaque: else all tokens' multiples of all steps would be kept over the loop
 // over heads, in registers that are not there.
 __device__ __forceinline__ void move(uint64_t& at, int64_t bytes) { at = opaque(at + bytes); }
-// Two elements, or what `raw` had where there is nothing to load. Volatile keeps the order of loads and stores: rows written may
-// be those that were read.
-__device__ __forceinline__ void load_pair(uint32_t& raw, uint64_t at, bool valid) {
-  asm volatile("{\n.reg .pred valid;\nsetp.ne.s32 valid, %2, 0;\n@valid ld.global.u32 %0, [%1];\n}\n"
-               : "+r"(raw)
-               : "l"(at), "r"(static_cast<int>(valid)));
-}
-__device__ __forceinline__ void store_pair(uint64_t at, uint32_t raw, bool valid) {
-  asm volatile("{\n.reg .pred valid;\nsetp.ne.s32 valid, %2, 0;\n@valid st.global.u32 [%0], %1;\n}\n" ::"l"(at),
-               "r"(raw), "r"(static_cast<int>(valid)));
-}
 
 // ---- gradients of chunk states ----------------------------------------------------------------------------------------
 
@@ -245,9 +235,9 @@ struct HeadRows {
     dv_at = start(p.dv, kLast), dgate_at = start(p.dgate, kLast);
   }
   __device__ __forceinline__ void request(int t, bool in) {
-    load_pair(v[t], v_at, in);
-    load_pair(gate[t], gate_at, in);
-    load_pair(dout[t], dout_at, in);
+    load_pair_if(v[t], v_at, in);
+    load_pair_if(gate[t], gate_at, in);
+    load_pair_if(dout[t], dout_at, in);
   }
   template <class Valid>
   __device__ __forceinline__ void request_all(const ScanShort& p, Valid&& valid) {
@@ -267,7 +257,7 @@ struct HeadRows {
   // The compiler is kept from keeping gates and unpacked rows of the forward walk: there are no registers for them.
   __device__ __forceinline__ void forget_unpacked() {
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) asm volatile("" : "+r"(v[t]), "+r"(gate[t]), "+r"(dout[t]));
+    for (int t = 0; t < kTokens; ++t) forget(v[t], gate[t], dout[t]);
   }
   __device__ __forceinline__ void inputs_to_next_head(const ScanShort& p) {
     v_at += p.v.head;
@@ -417,8 +407,8 @@ __device__ __forceinline__ void walk_back(const ScanShort& p, const Place<kWhole
     sum.w += dk[1];
     shared.sums[t][lane] = sum;
     if (!kWhole && edges.resets(t)) k_grad[0] = k_grad[1] = v_grad[0] = v_grad[1] = 0.0f;
-    store_pair(rows.dv_at, pack2<T>(dv[0], dv[1]), valid(t));
-    store_pair(rows.dgate_at, pack2<T>(dgate[0], dgate[1]), valid(t));
+    store_pair_if(rows.dv_at, pack2<T>(dv[0], dv[1]), valid(t));
+    store_pair_if(rows.dgate_at, pack2<T>(dgate[0], dgate[1]), valid(t));
     rows.request(t, more && valid(t));
     if (t > 0) rows.back(p);
   }
