@@ -437,7 +437,7 @@ def judge(
         error, allowed = (got - want).abs(), (mine - want).abs()
         unit = ULPS[dtype] * torch.finfo(dtype).eps
         extra = (floor or {}).get(key, 0.0)
-        # Where the truth is 0. A gate that is shut is 2^-125 in kernels of two-byte types, times what it multiplies, and summed.
+        # Where the truth is 0: a gate that is shut is 2^-125 in kernels of two-byte types, times what it multiplies, summed.
         least = 64 * torch.finfo(state_dtype(dtype)).tiny
         # The floor is for D roundings that all point one way. They are independent: their mean square is 1 / D of that.
         share = {"max": 1.0, "rms": want.shape[-1] ** -0.5}
