@@ -8,6 +8,7 @@ for all devices alike, tracing included (_autograd.py). Either way a wrong argum
 from __future__ import annotations
 
 import operator
+import reprlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -37,7 +38,11 @@ def wrong(op: str, argument: str, expected: str, got: object) -> NoReturn:
 
 
 def _kind(x: object) -> str:
-    return "None" if x is None else f"{type(x).__name__} {x!r}" if isinstance(x, (int, float, str)) else type(x).__name__
+    """In a few words on one line, whatever it is."""
+    if x is None:
+        return "None"
+    named = isinstance(x, (int, float, str))
+    return f"{type(x).__name__} {reprlib.repr(x)}".replace("\n", " ") if named else type(x).__name__
 
 
 def _integer(op: str, name: str, x: Any) -> Any:
@@ -47,9 +52,12 @@ def _integer(op: str, name: str, x: Any) -> Any:
     elif isinstance(x, (Tensor, bool)) or not hasattr(x, "__index__"):
         wrong(op, name, "an int", _kind(x))
     else:
-        value = operator.index(x)
+        try:
+            value = operator.index(x)
+        except Exception:  # a class, an array of several numbers
+            wrong(op, name, "an int", _kind(x))
     if type(value) is int and not -(2**63) <= value < 2**63:
-        wrong(op, name, "an int of 64 bits", value)
+        wrong(op, name, "an int of 64 bits", reprlib.repr(value))
     return value
 
 
@@ -60,7 +68,7 @@ def _real(op: str, name: str, x: Any) -> Any:
         wrong(op, name, "a float or None", _kind(x))
     try:
         return float(x)
-    except (TypeError, ValueError, OverflowError):  # an array of several numbers, an int past the largest float
+    except Exception:  # an array of several numbers, an int past the largest float
         wrong(op, name, "a float or None", _kind(x))
 
 
@@ -144,7 +152,10 @@ def _cast(spec: Operator, given: Given, device: str) -> None:
 _NO_STATE = dict.fromkeys(STATE)
 
 
-def take_tensors(given: Given, cache: RATCache) -> None:
+def take_tensors(op: str, argument: str, given: Given, cache: RATCache) -> None:
+    bound = cache.length_bound
+    if not isinstance(bound, torch.SymInt) and (type(bound) is not int or not 0 <= bound < 2**31):
+        wrong(op, f"{argument}.length_bound", "an int from 0 to 2147483647", _kind(bound))
     tensors = cache.tensors()
     given["chunk_k"], given["chunk_v"], given["running_k"], given["running_v"], given["lengths"] = tensors
 
@@ -166,7 +177,7 @@ def _take_state(op: str, given: Given, compiling: bool) -> None:
             wrong(op, "initial_state", "a RATCache or None", _kind(state))
         if state.chunk_size != chunk_size:
             wrong(op, "initial_state", f"a cache of chunk_size {chunk_size}", f"one of {state.chunk_size}")
-        take_tensors(given, state)
+        take_tensors(op, "initial_state", given, state)
         given["bound"] = state.length_bound + tokens
         rows = state.chunk_k.shape
         chunks = max(rows[2] if len(rows) > 2 else 0, given["bound"] // step)

@@ -322,7 +322,7 @@ def decode(given: Given) -> Tensor:
     op, spec, cache = "rat_decode_step", _OPERATORS["rat_decode_step"], given["cache"]
     if not isinstance(cache, RATCache):
         wrong(op, "cache", "a RATCache", type(cache).__name__)
-    take_tensors(given, cache)
+    take_tensors(op, "cache", given, cache)
     given["chunk_size"] = cache.chunk_size
     compiling = torch.compiler.is_compiling()
     try:
@@ -352,6 +352,8 @@ def decode(given: Given) -> Tensor:
 def explain(name: str, given: Given) -> list[dict[str, Any]]:
     """Which kernel families a call takes: one dict for each phase and family."""
     spec = _OPERATORS[name]
+    if given["gate"] is None:
+        wrong("explain", "gate", "a tensor", "None")
     try:
         return _log.choices(name, prepare("explain", spec, given))
     except (TypeError, AttributeError, RuntimeError, IndexError):

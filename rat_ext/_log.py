@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ._arguments import Operator
 
-ENABLED = os.environ.get("RAT_EXT_LOG", "") not in ("", "0")
+ENABLED = os.environ.get("RAT_EXT_LOG", "").lower() not in ("", "0", "false", "no", "off")
 
 
 def choices(name: str, args: tuple) -> list[dict[str, Any]]:

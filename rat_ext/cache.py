@@ -118,6 +118,8 @@ class RATCache:
         return self.chunk_k, self.chunk_v, self.running_k, self.running_v, self.lengths
 
     def __repr__(self) -> str:
+        if not isinstance(self.chunk_k, Tensor) or self.chunk_k.dim() != 4:  # a tree of something else, while it is mapped
+            return f"RATCache({self.chunk_k!r}, ...)"
         n, heads, rows, dim = self.chunk_k.shape
         dtype = str(self.chunk_k.dtype).removeprefix("torch.")
         return (

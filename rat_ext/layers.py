@@ -72,6 +72,10 @@ class RATLayer(nn.Module):
             raise ValueError(f"RATLayer: chunk_size: expected at least 1, got {chunk_size}")
         self.num_heads, self.num_groups, self.chunk_size = num_heads, num_groups, chunk_size
         self.head_dim = d_model // num_heads
+        if rotary_base is not None and not 0 < rotary_base < math.inf:
+            raise ValueError(f"RATLayer: rotary_base: expected a finite number above 0 or None, got {rotary_base}")
+        if max_length < 0:
+            raise ValueError(f"RATLayer: max_length: expected at least 0, got {max_length}")
         self.max_length, self.rotary_base = max_length, rotary_base
         # Widths of q, k, v, gate and out_gate in the projection, in heads.
         self.parts = (num_groups, num_groups, num_heads, num_heads, num_heads)

@@ -236,8 +236,8 @@ def rat_decode_step(
         cache: states of at least B sequences (:func:`rat_attention` with ``return_state``, :meth:`RATCache.empty`), with room
             for one more token (:meth:`RATCache.reserve`).
         gate_bias, out_gate, rotary_cos, rotary_sin, scale: as in :func:`rat_attention`; out_gate is ``(B, H, D)``.
-        slots: ``(B,)`` int64: which entry of the cache each row continues, all distinct; -1 skips the row, whose y is 0. None:
-            row b continues entry b.
+        slots: ``(B,)`` int64: which entry of the cache each row continues, all distinct. A negative one, say -1, skips the row,
+            whose y is 0. None: row b continues entry b.
 
     Returns:
         y ``(B, H, D)``.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,8 +30,12 @@ def rotary_tables(
     """
     if num_chunks < 0:
         raise ValueError(f"rotary_tables: num_chunks: expected at least 0, got {num_chunks}")
-    if head_dim % 2:
+    if head_dim % 2 or head_dim < 0:
         raise ValueError(f"rotary_tables: head_dim: expected an even number, got {head_dim}")
+    if isinstance(base, bool) or not isinstance(base, (int, float)) or not 0 < base < math.inf:
+        raise ValueError(f"rotary_tables: base: expected a finite number above 0, got {base!r}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"rotary_tables: dtype: expected a floating one, got {str(dtype).removeprefix('torch.')}")
     exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim
     angle = torch.arange(num_chunks, device=device, dtype=torch.float64)[:, None] * base**-exponent
     return angle.cos().to(dtype), angle.sin().to(dtype)

@@ -635,3 +635,26 @@ def test_names_of_the_states(device):
         rat_ext.chunk_attention(q, v[:, :-1], v, L)
     with raises("v_states", "dimensions"):
         rat_ext.chunk_attention(q, v, v[0], L)
+
+
+@pytest.mark.parametrize("bound", [-5, 1.5, "x", 2**31, 2**63])
+def test_a_wrong_bound_of_lengths(device, bound):
+    """Before anything is computed or written."""
+    cache = rat_ext.RATCache.empty(1, 2, 8, 4, 16, device=device)
+    cache.length_bound = bound
+    x = torch.randn(1, 3, 2, 8, device=device)
+    with pytest.raises(ValueError, match="initial_state.length_bound: expected an int from 0 to 2147483647"):
+        rat_ext.rat_attention(x, x, x, x, 4, initial_state=cache)
+    with pytest.raises(ValueError, match="cache.length_bound: expected an int from 0 to 2147483647"):
+        rat_ext.rat_decode_step(x[:, 0], x[:, 0], x[:, 0], x[:, 0], cache)
+    assert int(cache.lengths[0]) == 0
+
+
+@pytest.mark.parametrize("size", ["x" * 3000, "a\nb", 10**400, int])
+def test_a_message_is_one_short_line(size):
+    x = torch.randn(1, 3, 2, 8)
+    with pytest.raises(ValueError) as error:
+        rat_ext.rat_attention(x, x, x, x, size)
+    assert "chunk_size: expected an int" in str(error.value) and len(str(error.value)) < 200 and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="rat_ext.explain: gate: expected a tensor, got None"):
+        rat_ext.explain(x, x, x, None, 4)

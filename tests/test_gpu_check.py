@@ -163,3 +163,30 @@ def test_a_run_is_recorded(tool, tmp_path, monkeypatch, capsys):
     assert record["alone"]["tests/test_b.py"]["passed"] == 1
     assert "1 passed" in (tmp_path / "alone-auto.log").read_text()
     assert "FAILED: tests/test_a.py::test_bad" in capsys.readouterr().out.splitlines()[-3]
+
+
+def test_some_files_run_again(tool, tmp_path, capsys):
+    """They take the place of their old counts and failures; other sources are refused."""
+    counts = {"passed": 1, "skipped": 0, "failed": 1, "seconds": 1.0}
+    record = {
+        "sources": "a",
+        "device": "G",
+        "devices": 1,
+        "torch": "2",
+        "seconds": 1,
+        "alone": {},
+        "missing": {},
+        "sanitizer": {},
+    }
+    record |= {"families": {"auto": {"tests/test_a.py": counts}}, "failed": ["tests/test_a.py::test_x [auto]"], "date": "1"}
+    again = record | {"families": {"auto": {"tests/test_a.py": counts | {"passed": 2, "failed": 0}}}, "failed": [], "date": "2"}
+    path, later = tmp_path / "record.json", tmp_path / "again.json"
+    path.write_text(json.dumps(record))
+    later.write_text(json.dumps(again | {"sources": "b"}))
+    assert tool.main(["--out", str(path), "--merge", str(later)]) == 1 and json.loads(path.read_text()) == record
+    assert "expected a run of the same sources" in capsys.readouterr().out
+    later.write_text(json.dumps(again))
+    assert tool.main(["--out", str(path), "--merge", str(later)]) == 0
+    found = json.loads(path.read_text())
+    assert found["failed"] == [] and found["families"]["auto"]["tests/test_a.py"]["passed"] == 2
+    assert found["again"] == {"tests/test_a.py [auto]": "2"} and found["date"] == "1"

@@ -217,3 +217,13 @@ def test_cuda_graph():
             torch.testing.assert_close(layer(x), want)
             graph.replay()
             torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", [0.0, -3.0, float("nan"), float("inf"), "x", True])
+def test_a_base_that_is_none(base):
+    """No table of NaN comes of it."""
+    with pytest.raises(ValueError, match="rotary_tables: base: expected a finite number above 0"):
+        rat_ext.rotary_tables(4, 8, base=base)
+    if isinstance(base, float):
+        with pytest.raises(ValueError, match="RATLayer: rotary_base: expected a finite number above 0 or None"):
+            RATLayer(16, 2, 1, 4, rotary_base=base)

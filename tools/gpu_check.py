@@ -4,6 +4,8 @@
     python tools/gpu_check.py --families auto sm80 scan  # again with each family of kernels forced
     python tools/gpu_check.py --sanitize                 # then tests/sanitize.py under memcheck and synccheck
     python tools/gpu_check.py --out record.json          # elsewhere than tests/gpu_record.json
+    python tools/gpu_check.py --files test_x --out x.json    # some files again, say after a test was mended, and then
+    python tools/gpu_check.py --merge x.json             # into the record, if the sources are the same
     python tools/gpu_check.py --verify                   # what CI runs: are the kernels those of the record?
     python tools/gpu_check.py --pending "no GPU at hand: docs only"   # lets --verify pass, with a warning, for these sources
 
@@ -12,7 +14,8 @@ and run one after the other when the rest is done.
 
 The record (JSON): `sources`, a hash of csrc/ and setup.py without comments and blank lines; device, versions, date; `families`:
 for each, by file, passed, skipped, failed, seconds; `failed`, the names; `missing`, tests skipped for want of memory, GPUs,
-toolkits or kernels, by name with the reason; `sanitizer`; `pending`, a reason, where nothing was run.
+toolkits or kernels, by name with the reason; `again`, files that were run later than the rest; `sanitizer`; `pending`, why
+nothing was run.
 """
 
 from __future__ import annotations
@@ -274,6 +277,26 @@ def about_this_machine() -> dict:
     }
 
 
+def merge(path: Path, later: Path) -> int:
+    """Puts the files of a later run, of the same sources on the same kind of GPU, in the place of theirs in a record."""
+    record, again = json.loads(path.read_text()), json.loads(later.read_text())
+    for key in ("sources", "device", "torch"):
+        if record[key] != again[key]:
+            print(f"gpu_check: --merge: expected a run of the same {key}, {record[key]}, got {again[key]}")
+            return 1
+    for family, files in again["families"].items():
+        for file, counts in files.items():
+            record["families"][family][file] = counts
+            record["failed"] = [
+                name for name in record["failed"] if not (name.startswith(file) and name.endswith(f"[{family}]"))
+            ]
+            record.setdefault("again", {})[f"{file} [{family}]"] = again["date"]
+    record["failed"] += again["failed"]
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    table(record)
+    return 1 if record["failed"] else 0
+
+
 def check(options: argparse.Namespace) -> int:
     sys.path.insert(0, str(ROOT))
     import torch
@@ -340,6 +363,7 @@ def main(arguments: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--verify", action="store_true", help="compare the record with the sources and run nothing")
     p.add_argument("--pending", metavar="REASON", help="write a record that says why nothing was run")
+    p.add_argument("--merge", type=Path, metavar="JSON", help="take the test files of this later run into the record")
     p.add_argument("--families", nargs="+", default=["auto"], metavar="F", help="auto, or what RAT_EXT_KERNELS forces")
     p.add_argument("--sanitize", action="store_true", help="also run tests/sanitize.py under compute-sanitizer")
     p.add_argument("--tools", default="memcheck,synccheck", help="tools of compute-sanitizer (default: memcheck,synccheck)")
@@ -357,6 +381,8 @@ def main(arguments: list[str] | None = None) -> int:
         return verify(options.out)
     if options.pending is not None:
         return pend(options.out, options.pending)
+    if options.merge:
+        return merge(options.out, options.merge)
     if (options.files or options.device == "cpu") and options.out == RECORD:
         p.error("a part of the tests is no record: name another file with --out")
     return check(options)
