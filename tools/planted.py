@@ -41,11 +41,11 @@ PYTHON = [
         "tests/test_laws.py::test_scale_moves_between_q_and_scale",
     ),
     Mutant(
-        "scale of the packed entry",
+        "default scale",
         "rat_ext/_arguments.py",
         r"// max\(parts, 1\), 1\) \*\* -0\.5",
         "// max(parts, 1), 1) ** -0.25",
-        "tests/test_packed_projection.py::test_equals_views",
+        "tests/test_attention.py::test_optional_arguments",
     ),
     Mutant(
         "autocast leaves a state's out_gate",
