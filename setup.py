@@ -29,7 +29,7 @@ except ImportError as error:
 if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 11):
     sys.exit(f"rat_ext: building needs torch >= 2.11, the environment has {torch.__version__}")
 
-OLDEST_CUDA = (13, 0)  # of the toolkits that were tried: 13.0 and 13.5
+OLDEST_CUDA = (13, 0)  # what whole builds were made with; nvcc 13.5 compiled some of the files
 MEMORY_PER_JOB = 2 << 30  # bytes that one compiler may need
 
 
