@@ -138,12 +138,14 @@ class RATLayer(nn.Module):
                     "RATLayer: cache: expected no initial_state, return_state or cu_seqlens beside it (it is updated in "
                     "place), got one of them"
                 )
+            self._check(x, initial_state, cache, rotary)
             return self._decode(x, cache, slots, rotary)
         if slots is not None:
             raise ValueError("RATLayer: slots: expected a cache that they index, got cache=None")
+        self._check(x, initial_state, cache, rotary)
         projection = self.in_proj(x)
         past = 0 if initial_state is None else initial_state.length_bound
-        cos, sin = rotary or self._rotary(past + x.shape[1], projection)
+        cos, sin = self._rotary(past + x.shape[1], projection) if rotary is None else rotary
         result = rat_attention_packed(
             projection, self.num_heads, self.num_groups, self.chunk_size, gate_bias=self.gate_bias, rotary_cos=cos,
             rotary_sin=sin, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state,
@@ -153,16 +155,32 @@ class RATLayer(nn.Module):
         y, state = result
         return self.out_proj(y.flatten(2)), state
 
+    @staticmethod
+    def _check(x: Tensor, initial_state: object, cache: object, rotary: object) -> None:
+        """What would end in an error of something else's; the op checks the rest."""
+        for name, state in (("initial_state", initial_state), ("cache", cache)):
+            if state is not None and not isinstance(state, RATCache):
+                raise ValueError(f"RATLayer: {name}: expected a RATCache or None, got {type(state).__name__}")
+        dims, form = (3, "(B, T, d_model)") if cache is None else (2, "(B, d_model) beside a cache")
+        if not isinstance(x, Tensor) or x.dim() != dims:
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"RATLayer: x: expected a tensor {form}, got {got}")
+        if rotary is not None and not (isinstance(rotary, (tuple, list)) and len(rotary) == 2):
+            raise ValueError(f"RATLayer: rotary: expected a pair (cos, sin) or None, got {type(rotary).__name__}")
+
     @torch.no_grad()
     def step(self, x: Tensor, cache: RATCache, slots: Tensor | None = None) -> Tensor:
         """One new token for every sequence of a batch: :meth:`forward` with ``cache``, by way of the layer's hooks."""
+        if not isinstance(cache, RATCache):
+            raise ValueError(f"RATLayer: cache: expected a RATCache, got {type(cache).__name__}")
         return self(x, cache=cache, slots=slots)
 
     @torch.no_grad()
     def _decode(self, x: Tensor, cache: RATCache, slots: Tensor | None, rotary: Rotary | None) -> Tensor:
         projection = self.in_proj(x)
         # A full cache has a chunk more: the open one, whose state has no row.
-        cos, sin = rotary or self._rotary((cache.chunk_k.shape[2] + 1) * self.chunk_size, projection)
+        tokens = (cache.chunk_k.shape[2] + 1) * self.chunk_size
+        cos, sin = self._rotary(tokens, projection) if rotary is None else rotary
         q, k, v, gate, out_gate = projection.unflatten(-1, (-1, self.head_dim)).split(self.parts, dim=-2)
         y = rat_decode_step(
             q, k, v, gate, cache, gate_bias=self.gate_bias, out_gate=out_gate, rotary_cos=cos, rotary_sin=sin, slots=slots

@@ -262,3 +262,22 @@ def test_autocast_leaves_float64_alone():
         assert cache.chunk_k.dtype == torch.float64
         steps = [layer.step(x[:, t], cache) for t in range(20)]
     torch.testing.assert_close(torch.stack(steps, dim=1), layer(x).detach())
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda layer, x, cache: layer(x, 3), "initial_state: expected a RATCache or None, got int"),
+        (lambda layer, x, cache: layer(x[:, 0], cache=(cache,)), "cache: expected a RATCache or None, got tuple"),
+        (lambda layer, x, cache: layer.step(x[:, 0], None), "cache: expected a RATCache, got NoneType"),
+        (lambda layer, x, cache: layer(x[0, 0]), r"x: expected a tensor \(B, T, d_model\), got shape \(16,\)"),
+        (lambda layer, x, cache: layer.step(x, cache), r"x: expected a tensor \(B, d_model\) beside a cache, got shape"),
+        (lambda layer, x, cache: layer(None), "x: expected a tensor .*, got NoneType"),
+        (lambda layer, x, cache: layer(x, rotary=()), r"rotary: expected a pair \(cos, sin\) or None, got tuple"),
+        (lambda layer, x, cache: layer(x, rotary=x), r"rotary: expected a pair \(cos, sin\) or None, got Tensor"),
+    ],
+)
+def test_a_wrong_argument_of_the_layer(device, call, words):
+    layer = RATLayer(16, 2, 1, 4, device=device)
+    with pytest.raises(ValueError, match=f"RATLayer: {words}"):
+        call(layer, torch.randn(2, 5, 16, device=device), layer.new_cache(2, 8))
