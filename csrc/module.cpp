@@ -5,13 +5,16 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <iterator>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "capability.h"
 #ifdef RAT_EXT_CUDA
+#include "cuda/explain.h"
 #include "cuda/host/kernel_resources.h"
 #endif
 
@@ -73,7 +76,23 @@ void describe_device(py::dict& info) {
 }
 #endif
 
+void check_forced_kernels() {
+#ifdef RAT_EXT_CUDA
+  rat::cuda::check_forced();
+#else
+  const char* variable = std::getenv("RAT_EXT_KERNELS");
+  const std::string forced = variable ? variable : "auto";
+  if (!forced.empty() && forced != "auto") {
+    throw std::invalid_argument(
+        "rat_ext: RAT_EXT_KERNELS: expected auto or nothing (this build is for the CPU, whose one family "
+        "RAT_EXT_CPU_ISA steers), got '" +
+        forced + "'");
+  }
+#endif
+}
+
 py::dict build_info(bool kernels) {
+  check_forced_kernels();  // Python asks when it imports the package
   py::dict info;
   info["version"] = RAT_EXT_VERSION;
   info["build"] = RAT_EXT_BUILD_NOTE;

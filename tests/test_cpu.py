@@ -137,6 +137,21 @@ def test_an_unknown_instruction_set(word):
     assert "RAT_EXT_CPU_ISA" in done.stderr and word in done.stderr and "baseline, avx2 or avx512" in done.stderr
 
 
+@pytest.mark.parametrize("word", ["sm20", "attention_fwd=sm20", "sm80x,auto"])
+def test_an_unknown_kernel_family(word):
+    """Refused by every build, when the package is imported."""
+    done = run_python("import rat_ext", RAT_EXT_KERNELS=word)
+    assert done.returncode != 0
+    found = done.stderr.splitlines()[-1]
+    got = word.split(",")[0] if rat_ext.build_info(kernels=False)["cuda"] else word
+    assert found.startswith("ValueError: rat_ext: RAT_EXT_KERNELS: expected auto") and found.endswith(f"got '{got}'"), found
+
+
+@pytest.mark.parametrize("word", ["", "auto"])
+def test_no_kernel_family(word):
+    assert run_python("import rat_ext", RAT_EXT_KERNELS=word).returncode == 0
+
+
 def test_an_infinite_value_that_weighs_nothing():
     """Its weight underflows to 0, and what 0 times infinity would be stays out of the gradient of the score."""
     ones = torch.ones(1, 3, 1, 8)

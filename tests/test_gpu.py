@@ -315,15 +315,6 @@ def test_many_chunks_take_the_kernels_of_this_gpu(device, dtype, options, phase)
     assert any(re.search(rf"chunk_attention_\w*{phase}_sm90_kernel", kernel) for kernel in ran), ran
 
 
-def test_an_unknown_family():
-    code = (
-        "import torch, rat_ext; x = torch.zeros(1, 64, 1, 64, device='cuda', dtype=torch.float16); "
-        "rat_ext.rat_attention(x, x, x, x, 4); torch.cuda.synchronize()"
-    )
-    done = run_python(code, RAT_EXT_KERNELS="sm20")
-    assert done.returncode != 0 and "RAT_EXT_KERNELS" in done.stderr and "sm20" in done.stderr, done.stderr
-
-
 def test_peak_memory_of_a_training_step(device, plain_memory):
     """T = 65,536: beside inputs, output and gradients, only chunk states, dq in float32 and scalars per head and
     token.

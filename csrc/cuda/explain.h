@@ -20,4 +20,7 @@ std::vector<Choice> explain_attention_fwd(const AttentionFwdParams&);
 std::vector<Choice> explain_attention_bwd(const AttentionBwdParams&);
 std::vector<Choice> explain_recurrence_bwd(const AttentionBwdParams&);
 
+// Throws std::invalid_argument where RAT_EXT_KERNELS names a family that no phase has.
+void check_forced();
+
 }  // namespace rat::cuda

@@ -38,8 +38,8 @@ std::vector<Name> read_forced() {
       std::sort(sorted.begin(), sorted.end());
       std::string known = "auto";
       for (const Name& name : sorted) known += ", " + name.first + "=" + name.second;
-      throw std::runtime_error("rat_ext: RAT_EXT_KERNELS: expected " + known + " or a family's name alone, got '" +
-                               item + "'");
+      throw std::invalid_argument("rat_ext: RAT_EXT_KERNELS: expected " + known + " or a family's name alone, got '" +
+                                  item + "'");
     }
     forced.push_back(one);
   }
@@ -54,5 +54,7 @@ bool is_forced(const char* phase, const char* family) {
   static const std::vector<Name> forced = read_forced();
   return std::any_of(forced.begin(), forced.end(), [&](const Name& one) { return matches(one, phase, family); });
 }
+
+void check_forced() { is_forced("", ""); }
 
 }  // namespace rat::cuda

@@ -34,7 +34,7 @@ struct Family {
 // A name that RAT_EXT_KERNELS may give. Tables call it when the library is loaded.
 void register_family(const char* phase, const char* family);
 
-// Does RAT_EXT_KERNELS name this family of this phase? Throws std::runtime_error where it names one that no table has.
+// Does RAT_EXT_KERNELS name this family of this phase? Throws std::invalid_argument where it names one that no table has.
 bool is_forced(const char* phase, const char* family);
 
 // The families of a phase. Row is a Family, or anything else with a name and refuses(). Tables are constants of a namespace.
