@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import os
 import sys
@@ -135,5 +137,35 @@ def _refuse(why: str) -> int:
     return 2
 
 
+OUTPUT_FAILS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+
+
+def command() -> int:
+    """:func:`main`; where what it prints cannot be written, a full disk or a closed pipe, one line instead of a traceback."""
+    if sys.stdout is None or sys.stderr is None:  # closed before Python began
+        return _refuse("stdout and stderr: expected both open, got one closed")
+    try:
+        try:
+            code = main()
+        except SystemExit as stop:  # argparse has printed
+            code = int(stop.code or 0)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return code
+    except OSError as error:
+        if error.errno not in OUTPUT_FAILS:
+            raise
+        why = os.strerror(error.errno)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # what is left would be flushed at Python's end, and fail again
+            os.dup2(nothing, stream.fileno())
+    with contextlib.suppress(OSError):
+        _refuse(f"cannot write what it prints: {why}")
+    return 2
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -73,6 +73,52 @@ def test_a_disk_that_fills_up(capsys):
     assert capsys.readouterr().err == "python -m rat_ext: argument --json: cannot write '/dev/full': No space left on device\n"
 
 
+def piped(words: str, **options) -> subprocess.CompletedProcess:
+    """``python -m rat_ext`` by a shell; what it prints on the two streams, as far as it reaches us."""
+    environment = os.environ | {"PYTHONPATH": str(Path(rat_ext.__file__).parents[1]), "PYTHON": sys.executable}
+    environment.pop("PYTHONUNBUFFERED", None)  # argparse passes over what fails at once
+    line = words.replace("rat_ext", '"$PYTHON" -m rat_ext', 1)
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, text=True, env=environment, timeout=300
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("rat_ext doctor > /dev/full", "No space left on device"),
+        ("rat_ext info --device cpu > /dev/full", "No space left on device"),
+        ("rat_ext info --device cpu --json - > /dev/full", "No space left on device"),
+        ("rat_ext --help > /dev/full", "No space left on device"),
+        ("rat_ext doctor | true", "Broken pipe"),
+        ("rat_ext info --device cpu --json - | true", "Broken pipe"),
+    ],
+)
+def test_an_output_that_cannot_be_written(words, why):
+    """One line and an exit status; no traceback, nothing that Python adds at its end."""
+    if "/dev/full" in words and not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    done = piped(words)
+    assert done.returncode == 2
+    said = done.stderr.splitlines()
+    assert said[-1] == f"python -m rat_ext: cannot write what it prints: {why}"
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("stream", ["1>&-", "2>&-"])
+def test_a_closed_stream(stream):
+    done = piped(f"rat_ext info --device cpu {stream}")
+    assert done.returncode == 2
+    # Where stderr is closed, the line goes to what print() takes without a file.
+    assert (done.stderr + done.stdout).strip() == "python -m rat_ext: stdout and stderr: expected both open, got one closed"
+
+
+def test_a_full_stderr():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    assert piped("rat_ext info --device cpu --json - 2> /dev/full").returncode == 2
+
+
 def test_info_for_machines(capsys):
     assert command.main(["info", "--json", "-", "--device", "cpu"]) == 0
     captured = capsys.readouterr()
