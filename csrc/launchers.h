@@ -86,7 +86,7 @@ struct Rotary {
 
 // Forward. gate.ptr == null means chunk_attention: k and v already are per-token states k~, v~ (k_groups == H then), which
 // is the same as f = 0 everywhere. The caller has checked shapes; device-resident facts (cu_seqlens, lengths, capacity,
-// rotary rows) are checked by the launcher: CPU throws std::invalid_argument, CUDA prints the argument and traps.
+// rotary rows) are checked by the launcher: CPU throws WrongValue, CUDA prints the argument and traps.
 struct AttentionFwdParams {
   Sizes size;
   Rows q;                           // (B, T, q_groups, D)

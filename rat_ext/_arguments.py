@@ -28,6 +28,8 @@ TABLES = ("gate_bias", "rotary_cos", "rotary_sin")
 WITHOUT_GRADIENT = ("rotary_cos", "rotary_sin")
 # What a cache brings, in the order of the operators' arguments.
 STATE = ("chunk_k", "chunk_v", "running_k", "running_v", "lengths")
+# What an operator takes and no public op: it is made here.
+MADE = ("chunk_rows",)
 
 
 def wrong(op: str, argument: str, expected: str, got: object) -> NoReturn:
@@ -79,15 +81,11 @@ def _flag(op: str, name: str, x: Any) -> bool:
     return bool(x)
 
 
-# Every public argument that is a number, with its type and what makes it of others.
+# Of each type of number that a schema may name: Python's, and what makes it of others.
 _NUMBERS: dict[str, tuple[type, Callable[[str, str, Any], Any]]] = {
-    "chunk_size": (int, _integer),
-    "num_heads": (int, _integer),
-    "num_groups": (int, _integer),
-    "scale": (float, _real),
-    "has_out_gate": (bool, _flag),
-    "return_state": (bool, _flag),
-    "deterministic": (bool, _flag),
+    "int": (int, _integer),  # as SymInt appears too
+    "float": (float, _real),
+    "bool": (bool, _flag),
 }
 
 
@@ -106,7 +104,7 @@ class Operator:
         self.lead = self.rows[0]
         self.tables = tuple(n for n in TABLES if n in self.types)
         self.has_state = "chunk_rows" in self.types  # takes the tensors of a RATCache, and returns them
-        self.numbers = tuple((n, exact, convert) for n, (exact, convert) in _NUMBERS.items() if n in self.types)
+        self.numbers = tuple((n, *_NUMBERS[t]) for n, t in self.types.items() if t in _NUMBERS and n not in MADE)
 
 
 def check_types(op: str, spec: Operator, given: Given, names: dict[str, str]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -143,8 +144,16 @@ class Differentiable:
 
         def backward(ctx: Any, *grads: Tensor | None) -> tuple:
             incoming = tuple(grads[i] if i is not None and i < len(grads) else None for i in self._incoming)
-            # Gradients past the last input (of a state that was not given) are None, which autograd takes.
-            return None, *self._gradients(ctx, self.backward_kernel, incoming)
+            try:
+                # Gradients past the last input (of a state that was not given) are None, which autograd takes.
+                return None, *self._gradients(ctx, self.backward_kernel, incoming)
+            except RuntimeError:
+                if not any(map(_is_batched, grads)):
+                    raise
+            raise RuntimeError(
+                f"rat_ext.{name}: a backward of several gradients at once (is_grads_batched=True, vectorize=True, vmap over a "
+                "backward) is not supported; call it once for each"
+            )
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         function = type(name, (torch.autograd.Function,), methods)
@@ -152,8 +161,20 @@ class Differentiable:
         return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
+def _is_batched(x: Tensor | None) -> bool:
+    """Does vmap stand for several tensors by this one?"""
+    known = torch._C._functorch
+    return x is not None and (known.is_batchedtensor(x) or known.is_legacy_batchedtensor(x))
+
+
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
     raise RuntimeError("rat_ext: the ops have first derivatives only; this needs a second one (create_graph=True?)")
+
+
+def _refuse_jit(op: str) -> None:
+    """Shapes would be constants of the graph, without a word."""
+    if torch._C._is_tracing():
+        raise RuntimeError(f"rat_ext.{op}: torch.jit.trace is not supported; use torch.compile or torch.export")
 
 
 def _refuse_transforms(op: str, args: tuple) -> None:
@@ -299,6 +320,8 @@ def call(name: str, given: Given, op: str | None = None) -> Any:
     compiling = torch.compiler.is_compiling()
     if op == "rat_attention" and given["gate"] is None:  # the operator would take k and v for states
         wrong(op, "gate", "a tensor", "None")
+    if not compiling:
+        _refuse_jit(op)
     try:
         if compiling:
             check_types(op, spec, given, _SHOWN[op])
@@ -322,9 +345,11 @@ def decode(given: Given) -> Tensor:
     op, spec, cache = "rat_decode_step", _OPERATORS["rat_decode_step"], given["cache"]
     if not isinstance(cache, RATCache):
         wrong(op, "cache", "a RATCache", type(cache).__name__)
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        _refuse_jit(op)
     take_tensors(op, "cache", given, cache)
     given["chunk_size"] = cache.chunk_size
-    compiling = torch.compiler.is_compiling()
     try:
         if torch.is_grad_enabled():
             for name in spec.arguments:
@@ -349,11 +374,17 @@ def decode(given: Given) -> Tensor:
     return y
 
 
+@torch._disable_dynamo  # torch.compile leaves its graph for it. (torch.compiler.disable would import all of dynamo here.)
 def explain(name: str, given: Given) -> list[dict[str, Any]]:
     """Which kernel families a call takes: one dict for each phase and family."""
     spec = _OPERATORS[name]
     if given["gate"] is None:
         wrong("explain", "gate", "a tensor", "None")
+    for argument in spec.rows:
+        x = given[argument]
+        if isinstance(x, FakeTensor) or (isinstance(x, Tensor) and x.is_meta):
+            expected = "a tensor with memory, whose place and alignment decide"
+            wrong("explain", argument, expected, "a fake one" if isinstance(x, FakeTensor) else "one on the meta device")
     try:
         return _log.choices(name, prepare("explain", spec, given))
     except (TypeError, AttributeError, RuntimeError, IndexError):

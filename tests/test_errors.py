@@ -230,8 +230,8 @@ def attention(device, **changes):
 
 
 def raises(argument: str, *words, error=ValueError):
-    """``error`` whose message names the argument, says "expected" and "got", and contains every word."""
-    pattern = rf"rat_ext[\w.]*: {re.escape(argument)}.*expected.*got" if argument else ""
+    """``error`` whose message names op and argument, says "expected" and "got", and contains every word."""
+    pattern = rf"rat_ext\.\w+: {re.escape(argument)}.*expected.*got" if argument else ""
     if words:
         pattern = "".join(rf"(?=.*{re.escape(str(word))})" for word in words) + ".*" + pattern
     return pytest.raises(error, match=re.compile(pattern, re.DOTALL))
@@ -438,15 +438,44 @@ def test_what_is_no_state(device):
 def test_a_state_with_less_than_its_lengths_say():
     state = state_of("cpu", [3, 9])
     state.lengths[0] = 40
-    with raises("lengths"):
+    with raises("initial_state.lengths[0]"):
         rat_ext.rat_attention(*good_tensors("cpu"), L, initial_state=state)
 
 
 def test_negative_lengths():
     state = state_of("cpu", [3, 9])
     state.lengths[0] = -1
-    with raises("lengths"):
+    with raises("initial_state.lengths[0]"):
         rat_ext.rat_attention(*good_tensors("cpu"), L, initial_state=state)
+
+
+def test_values_on_the_cpu_name_op_and_argument():
+    """As the caller knows both: each op that reads cu_seqlens or lengths, and its backward."""
+    q, k, v, gate = good_tensors("cpu")
+    state = state_of("cpu", [3, 9])
+    state.lengths[1] = -7
+    for argument, call in (
+        ("rat_attention: initial_state.lengths", lambda: rat_ext.rat_attention(q, k, v, gate, L, initial_state=state)),
+        ("chunk_attention: initial_state.lengths", lambda: rat_ext.chunk_attention(q, v, v, L, initial_state=state)),
+        (
+            "chunk_recurrence: lengths",
+            lambda: rat_ext.chunk_recurrence(k, gate, L, initial_state=state.running_k, lengths=state.lengths),
+        ),
+        ("rat_decode_step: cache.lengths", lambda: step("cpu", state)),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"rat_ext.{argument}[1]: expected 0 or more, got -7") + "$"):
+            call()
+    packed = torch.zeros(1, T, (2 * G + 3 * H) * D)
+    cuts = torch.tensor([0, 12, 5, T], dtype=torch.int32)
+    found = r"^rat_ext\.rat_attention_packed: cu_seqlens\[2\]: expected at least cu_seqlens\[1\] = 12, got 5$"
+    with pytest.raises(ValueError, match=found):
+        rat_ext.rat_attention_packed(packed, H, G, L, cu_seqlens=cuts)
+    lengths = torch.tensor([3, 9], dtype=torch.int32)
+    x = k.requires_grad_()
+    y = rat_ext.chunk_recurrence(x, gate, L, initial_state=torch.zeros(B, H, D), lengths=lengths)
+    lengths.data[0] = -1
+    with pytest.raises(ValueError, match=r"^rat_ext\.chunk_recurrence_backward: lengths\[0\]: expected 0 or more, got -1$"):
+        y.sum().backward()
 
 
 def test_a_state_past_the_rotary_tables():
@@ -647,6 +676,58 @@ def test_a_wrong_bound_of_lengths(device, bound):
         rat_ext.rat_attention(x, x, x, x, 4, initial_state=cache)
     with pytest.raises(ValueError, match="cache.length_bound: expected an int from 0 to 2147483647"):
         rat_ext.rat_decode_step(x[:, 0], x[:, 0], x[:, 0], x[:, 0], cache)
+    assert int(cache.lengths[0]) == 0
+
+
+# ---- memory, and what the ops cannot do ---------------------------------------------------------------------------------
+
+
+def huge(*shape, dtype=torch.float32):
+    """A tensor of 8 elements that claims many."""
+    return torch.zeros(1, 1, 1, shape[-1], dtype=dtype).expand(shape)
+
+
+@pytest.mark.parametrize("op", ["rat_attention", "chunk_attention", "chunk_recurrence"])
+def test_results_that_no_memory_holds(op):
+    def call(x):
+        rows = {"rat_attention": 4, "chunk_attention": 3, "chunk_recurrence": 2}[op]
+        return getattr(rat_ext, op)(*(x,) * rows, chunk_size=4)
+
+    shape = (2**31, 2**27, 1, 8)
+    sizes = re.escape(str(shape))
+    with pytest.raises(ValueError, match=rf"^rat_ext\.{op}: y: expected a tensor of less than 2\^63 bytes, got shape {sizes}$"):
+        call(huge(*shape, dtype=torch.float64))
+    found = rf"^rat_ext\.{op}: y: expected memory for shape .* float32, \d+ bytes, got none: .*can't allocate memory"
+    with pytest.raises(RuntimeError, match=found) as error:
+        call(huge(2**30, 2**27, 1, 8))
+    assert "\n" not in str(error.value)
+
+
+def test_a_batch_of_gradients(device):
+    x = torch.randn(1, 9, 2, 8, device=device, requires_grad=True)
+    found = r"rat_ext\.rat_attention: a backward of several gradients at once .* is not supported; call it once for each"
+    y = rat_ext.rat_attention(x, x, x, x, 4)
+    batch = torch.randn(3, *y.shape, device=device)
+    with pytest.raises(RuntimeError, match=found):
+        torch.autograd.grad(y, x, batch, is_grads_batched=True, retain_graph=True)
+    with pytest.raises(RuntimeError, match=found):
+        torch.func.vmap(lambda g: torch.autograd.grad(y, x, g, retain_graph=True)[0])(batch)
+    with pytest.raises(RuntimeError, match=r"rat_ext\.chunk_recurrence: a backward of several"):
+        torch.autograd.functional.jacobian(lambda x: rat_ext.chunk_recurrence(x, x, 4), x, vectorize=True)
+    torch.autograd.grad(y, x, batch[0])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_jit_trace():
+    x = torch.randn(1, 9, 2, 8)
+    cache = RATCache.empty(1, 2, 8, 4, 16)
+    for op, call in (
+        ("rat_attention", lambda x: rat_ext.rat_attention(x, x, x, x, 4, scale=0.5)),
+        ("chunk_recurrence", lambda x: rat_ext.chunk_recurrence(x, x, 4)),
+        ("rat_decode_step", lambda x: rat_ext.rat_decode_step(*(x[:, 0],) * 4, cache, scale=0.5)),
+    ):
+        with pytest.raises(RuntimeError, match=rf"rat_ext\.{op}: torch.jit.trace is not supported; use"):
+            torch.jit.trace(call, x)
     assert int(cache.lengths[0]) == 0
 
 

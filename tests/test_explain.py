@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rat_ext
 from rat_ext.testing import attention_case
@@ -55,6 +56,40 @@ def test_explain(device, dtype):
     assert all(row["family"] and row["why"] for row in rows)
     if device.type == "cpu":
         assert {row["family"] for row in rows} == {rat_ext.build_info()["cpu_isa"]}
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_explain_in_a_compiled_function(device, fullgraph):
+    """The graph is left for it; where that is forbidden, the error names it."""
+    x = torch.randn(1, 40, 2, 32, device=device)
+
+    def function(x):
+        y = rat_ext.rat_attention(x, x, x, x, 16)
+        return rat_ext.explain(x, x, x, x, 16), y + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=fullgraph)
+    if fullgraph:
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="explain"):
+            compiled(x)
+    else:
+        rows, y = compiled(x)
+        assert rows == rat_ext.explain(x, x, x, x, 16)
+        assert torch.equal(y, function(x)[1])
+
+
+def test_explain_of_what_has_no_memory(device):
+    """The kernels depend on where tensors are and how they are aligned."""
+    x = torch.zeros(1, 8, 2, 8, device=device)
+    expected = "rat_ext.explain: {}: expected a tensor with memory, whose place and alignment decide, got {}"
+    with pytest.raises(ValueError, match=expected.format("q", "one on the meta device")):
+        rat_ext.explain(*(x.to("meta"),) * 4, 4)
+    mode = FakeTensorMode()
+    fake = mode.from_tensor(x)
+    with mode, pytest.raises(ValueError, match=expected.format("q", "a fake one")):
+        rat_ext.explain(*(fake,) * 4, 4)
+    with pytest.raises(ValueError, match=expected.format("out_gate", "a fake one")):
+        rat_ext.explain(x, x, x, x, 4, out_gate=fake)
 
 
 def test_explain_checks_its_arguments(device):

@@ -7,14 +7,14 @@
 #include <stdexcept>
 #include <string>
 
+#include "../wrong_value.h"
 #include "plan.h"
 
 namespace rat::cpu {
 namespace {
 
-[[noreturn]] void fail(const std::string& what, const std::string& expected, const std::string& got,
-                       const std::string& op = "rat_ext") {
-  throw std::invalid_argument(op + ": " + what + ": expected " + expected + ", got " + got);
+[[noreturn]] void fail(const std::string& argument, const std::string& expected, const std::string& got) {
+  throw WrongValue(argument, expected, got);
 }
 
 std::string entry(const char* name, int64_t n) { return std::string(name) + "[" + std::to_string(n) + "]"; }
@@ -38,10 +38,10 @@ const Kernels& choose() {
   if (wanted == "avx2" && avx2_runs) return avx2::kernels;
 #endif
   if (wanted.empty() || wanted == "baseline") return baseline::kernels;
-  if (wanted == "avx2" || wanted == "avx512") {
-    fail("RAT_EXT_CPU_ISA", "an instruction set that this CPU has", "'" + wanted + "'");
-  }
-  fail("RAT_EXT_CPU_ISA", "baseline, avx2 or avx512", "'" + wanted + "'");
+  const bool known = wanted == "avx2" || wanted == "avx512";
+  throw std::invalid_argument("rat_ext: RAT_EXT_CPU_ISA: expected " +
+                              std::string(known ? "an instruction set that this CPU has" : "baseline, avx2 or avx512") +
+                              ", got '" + wanted + "'");
 }
 
 const Kernels& kernels() {
@@ -81,26 +81,25 @@ Plan attention_plan(const AttentionFwdParams& p) {
 }
 
 void check_decode(const DecodeParams& p) {
-  const char* const op = "rat_ext.rat_decode_step";
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t slot = p.slots ? p.slots[b] : b;
     if (slot < 0) continue;
     if (slot >= p.pool) {
-      fail(entry("slots", b), "less than the cache's " + std::to_string(p.pool) + " entries", std::to_string(slot), op);
+      fail(entry("slots", b), "less than the cache's " + std::to_string(p.pool) + " entries", std::to_string(slot));
     }
     const int64_t length = p.lengths[slot];
-    if (length < 0) fail(entry("cache.lengths", slot), "0 or more", std::to_string(length), op);
+    if (length < 0) fail(entry("lengths", slot), "0 or more", std::to_string(length));
     if ((length + 1) / p.chunk_size > p.rows || length == std::numeric_limits<int32_t>::max()) {
       // The chunk that comes after the last row may fill up but for its last token.
-      fail(entry("cache.lengths", slot),
+      fail(entry("lengths", slot),
            "room for one more token (cache full: " + std::to_string(p.rows) + " chunks of " +
                std::to_string(p.chunk_size) + ", capacity " + std::to_string(p.rows * p.chunk_size + p.chunk_size - 1) +
                " tokens)",
-           std::to_string(length) + " tokens", op);
+           std::to_string(length) + " tokens");
     }
     if (p.rotary.cos && length / p.chunk_size >= p.rotary.rows) {
       fail("rotary_cos", "at least " + std::to_string(length / p.chunk_size + 1) + " rows, one for each chunk",
-           std::to_string(p.rotary.rows), op);
+           std::to_string(p.rotary.rows));
     }
   }
 }

@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
-#include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "../arena.h"
+#include "../wrong_value.h"
 
 namespace rat::cpu {
 namespace {
@@ -74,7 +74,7 @@ Plan::Plan(const Sizes& size, bool has_gate)
     unit_ = kTile / chunk_size * chunk_size;
   }
   const auto fail = [](const std::string& what, const std::string& expected, int64_t got) {
-    throw std::invalid_argument("rat_ext: " + what + ": expected " + expected + ", got " + std::to_string(got));
+    throw WrongValue(what, expected, std::to_string(got));
   };
   const int32_t* cu = size.cu_seqlens;
   if (cu && cu[0] != 0) fail("cu_seqlens[0]", "0", cu[0]);

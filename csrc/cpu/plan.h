@@ -33,7 +33,7 @@ struct Tile {
   bool first, last;  // of the sequence
 };
 
-// How the sequences of a call are cut into tiles. Reads cu_seqlens and lengths, and throws std::invalid_argument if
+// How the sequences of a call are cut into tiles. Reads cu_seqlens and lengths, and throws WrongValue if
 // they are not what launchers.h says.
 class Plan {
  public:

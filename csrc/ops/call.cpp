@@ -10,6 +10,8 @@
 
 // Lives in libtorch_cuda: absent beside a CPU-only torch, where a CUDA build of rat_ext must still load.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream) __attribute__((weak));
+// Newer than the oldest torch that a build runs on.
+extern "C" const char* torch_exception_get_what_without_backtrace() __attribute__((weak));
 
 namespace rat {
 namespace {
@@ -67,6 +69,25 @@ int32_t shim_dtype(ScalarType type) {
   }
 }
 
+int64_t element_bytes(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return 8;
+    case ScalarType::Float:
+    case ScalarType::Int: return 4;
+    case ScalarType::Byte: return 1;
+    default: return 2;
+  }
+}
+
+// Why torch's last call failed, in its first line.
+std::string torch_reason(bool on_gpu) {
+  if (torch_exception_get_what_without_backtrace) {
+    const std::string all = torch_exception_get_what_without_backtrace();
+    return all.substr(0, all.find('\n'));
+  }
+  return on_gpu ? "the reason is on stderr" : "can't allocate memory";
+}
+
 bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
 }  // namespace
@@ -89,7 +110,8 @@ int64_t View::numel() const {
 
 std::string CallBase::shown(std::string_view argument) const {
   constexpr std::string_view kState[] = {"chunk_k", "chunk_v", "running_k", "running_v", "lengths", "workspace"};
-  if (!state_.empty() && std::ranges::find(kState, argument) != std::end(kState)) {
+  const std::string_view name = argument.substr(0, argument.find('['));  // "lengths[3]"
+  if (!state_.empty() && std::ranges::find(kState, name) != std::end(kState)) {
     return std::string(state_) + "." + std::string(argument);
   }
   if (states_given && (argument == "k" || argument == "v")) return std::string(argument) + "_states";
@@ -205,9 +227,32 @@ const void* CallBase::copied(std::string_view argument, const View& x, ScalarTyp
   return kept_.back().data_ptr();
 }
 
+int64_t CallBase::bytes_of(std::string_view name, Shape sizes, ScalarType type) const {
+  int64_t bytes = element_bytes(type);
+  for (const int64_t n : sizes) {
+    if (__builtin_mul_overflow(bytes, n, &bytes)) {
+      fail(name, "expected a tensor of less than 2^63 bytes, got shape ", text(sizes.begin(), sizes.end()));
+    }
+  }
+  return bytes;
+}
+
+// Its error names what the memory was for, and then torch's reason, by whose words programs know that memory is used up.
+Tensor CallBase::empty(std::string_view name, Shape sizes, ScalarType type) const {
+  const int64_t bytes = bytes_of(name, sizes, type);
+  try {
+    return torch_empty(sizes, type);
+  } catch (const std::exception&) {
+    std::ostringstream message;
+    message << "rat_ext." << op << ": " << name << ": expected memory for shape " << text(sizes.begin(), sizes.end())
+            << " " << name_of(type) << ", " << bytes << " bytes, got none: " << torch_reason(on_gpu());
+    throw std::runtime_error(message.str());
+  }
+}
+
 // On a GPU the plain call of the C interface, which spares the boxed dispatcher: a forward and backward allocate many
 // tensors. Elsewhere the operator, which fills fresh memory where torch is told to.
-Tensor CallBase::empty(Shape sizes, ScalarType type) const {
+Tensor CallBase::torch_empty(Shape sizes, ScalarType type) const {
   if (mode == Mode::check || !on_gpu()) return torch::stable::new_empty(lead_->tensor, sizes, type);
   int64_t strides[4], stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
@@ -222,7 +267,7 @@ Tensor CallBase::empty(Shape sizes, ScalarType type) const {
 
 // torch's caching allocator aligns to 512 bytes on CUDA and 64 on the CPU: 256 more make it sure.
 void* CallBase::scratch(size_t bytes) {
-  kept_.push_back(empty({static_cast<int64_t>(bytes) + 256}, ScalarType::Byte));
+  kept_.push_back(empty("scratch memory", {static_cast<int64_t>(bytes) + 256}, ScalarType::Byte));
   const uintptr_t address = reinterpret_cast<uintptr_t>(kept_.back().data_ptr());
   return reinterpret_cast<void*>((address + 255) / 256 * 256);
 }

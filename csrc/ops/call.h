@@ -34,6 +34,7 @@
 
 #include "../arena.h"
 #include "../launchers.h"
+#include "../wrong_value.h"
 #include "schemas.h"
 
 namespace rat {
@@ -172,7 +173,8 @@ class CallBase {
   Rows copied_rows(std::string_view argument, const View& x, Shape sizes);
   const void* copied(std::string_view argument, const View& x, ScalarType type, Shape sizes);
 
-  Tensor empty(Shape sizes, ScalarType type) const;
+  // Memory for the result `name`, uninitialised.
+  Tensor empty(std::string_view name, Shape sizes, ScalarType type) const;
   // Memory of a kernel, 256-byte aligned; lives as long as the call.
   void* scratch(size_t bytes);
   void* current_stream() const;
@@ -193,6 +195,8 @@ class CallBase {
 
  private:
   std::string shown(std::string_view argument) const;
+  int64_t bytes_of(std::string_view name, Shape sizes, ScalarType type) const;
+  Tensor torch_empty(Shape sizes, ScalarType type) const;
 
   std::string_view state_;
   const View* lead_ = nullptr;
@@ -337,7 +341,7 @@ Rows copied_rows(Call<Op>& call, Shape sizes) {
 // Allocates a result. Its memory is uninitialised.
 template <Name name, class Op>
 void* make(Call<Op>& call, Shape sizes, ScalarType type) {
-  return call.returned(Call<Op>::template result<name>()).emplace(call.empty(sizes, type)).data_ptr();
+  return call.returned(Call<Op>::template result<name>()).emplace(call.empty(name.view(), sizes, type)).data_ptr();
 }
 
 template <Name name, class Op>
@@ -426,7 +430,11 @@ void launch(CallBase& call, const Params& params,
     return on_gpu(params, allocator, call.current_stream());
   }
 #endif
-  on_cpu(params, allocator);
+  try {
+    on_cpu(params, allocator);
+  } catch (const WrongValue& error) {
+    call.fail(error.argument, error.what());
+  }
 }
 
 // Each op's body, in the file of its name.
