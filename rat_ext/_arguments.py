@@ -33,7 +33,9 @@ MADE = ("chunk_rows",)
 
 
 def wrong(op: str, argument: str, expected: str, got: object) -> NoReturn:
-    raise ValueError(f"rat_ext.{op}: {argument}: expected {expected}, got {got}")
+    """``op``: an op of the package, or a class, which is known by its name alone."""
+    subject = op if op[0].isupper() else f"rat_ext.{op}"
+    raise ValueError(f"{subject}: {argument}: expected {expected}, got {got}")
 
 
 # ---- types ------------------------------------------------------------------------------------------------------------
@@ -47,7 +49,7 @@ def _kind(x: object) -> str:
     return f"{type(x).__name__} {reprlib.repr(x)}".replace("\n", " ") if named else type(x).__name__
 
 
-def _integer(op: str, name: str, x: Any) -> Any:
+def integer(op: str, name: str, x: Any) -> Any:
     """``x`` as an int; anything that counts, NumPy's ints too, but no tensor: reading it would wait for its device."""
     if type(x) is int or isinstance(x, torch.SymInt):
         value = x
@@ -63,7 +65,7 @@ def _integer(op: str, name: str, x: Any) -> Any:
     return value
 
 
-def _real(op: str, name: str, x: Any) -> Any:
+def real(op: str, name: str, x: Any) -> Any:
     if isinstance(x, (torch.SymFloat, torch.SymInt)):
         return x
     if isinstance(x, (Tensor, bool, str)) or not hasattr(x, "__float__"):
@@ -81,10 +83,27 @@ def _flag(op: str, name: str, x: Any) -> bool:
     return bool(x)
 
 
+def floating(op: str, name: str, x: Any) -> torch.dtype | None:
+    """A dtype that the ops compute in, or None."""
+    expected = "bfloat16, float16, float32, float64 (of torch) or None"
+    if x is not None and not isinstance(x, torch.dtype):
+        wrong(op, name, expected, _kind(x))
+    if x not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        wrong(op, name, expected, str(x).removeprefix("torch."))
+    return x
+
+
+def device_of(op: str, name: str, x: Any) -> torch.device | None:
+    try:
+        return None if x is None else torch.device(x)
+    except (TypeError, RuntimeError, ValueError):
+        wrong(op, name, "a torch.device, a name of one or None", _kind(x))
+
+
 # Of each type of number that a schema may name: Python's, and what makes it of others.
 _NUMBERS: dict[str, tuple[type, Callable[[str, str, Any], Any]]] = {
-    "int": (int, _integer),  # as SymInt appears too
-    "float": (float, _real),
+    "int": (int, integer),  # as SymInt appears too
+    "float": (float, real),
     "bool": (bool, _flag),
 }
 

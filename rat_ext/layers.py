@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ._arguments import device_of, floating, integer, real, wrong
 from .cache import RATCache, state_dtype
 from .ops import rat_attention_packed, rat_decode_step
 from .rotary import layer_tables
@@ -56,26 +57,26 @@ class RATLayer(nn.Module):
     ):
         super().__init__()
         sizes = {"d_model": d_model, "num_heads": num_heads, "num_groups": num_groups, "chunk_size": chunk_size}
-        for name, size in (sizes | {"max_length": max_length}).items():
-            if not isinstance(size, int):
-                raise ValueError(f"RATLayer: {name}: expected an int, got {size!r}")
+        sizes = {name: integer("RATLayer", name, size) for name, size in (sizes | {"max_length": max_length}).items()}
+        d_model, num_heads, num_groups, chunk_size, max_length = sizes.values()
         if num_heads < 1 or d_model % num_heads:
-            raise ValueError(f"RATLayer: num_heads: expected a divisor of d_model = {d_model}, got {num_heads}")
+            wrong("RATLayer", "num_heads", f"a divisor of d_model = {d_model}", num_heads)
         if d_model // num_heads not in range(8, 257, 8):
-            raise ValueError(
-                "RATLayer: d_model: expected heads whose size d_model / num_heads is a multiple of 8 from 8 to 256, got "
-                f"{d_model} / {num_heads} = {d_model // num_heads}"
-            )
+            expected = "heads whose size d_model / num_heads is a multiple of 8 from 8 to 256"
+            wrong("RATLayer", "d_model", expected, f"{d_model} / {num_heads} = {d_model // num_heads}")
         if num_groups < 1 or num_heads % num_groups:
-            raise ValueError(f"RATLayer: num_groups: expected a divisor of num_heads = {num_heads}, got {num_groups}")
+            wrong("RATLayer", "num_groups", f"a divisor of num_heads = {num_heads}", num_groups)
         if chunk_size < 1:
-            raise ValueError(f"RATLayer: chunk_size: expected at least 1, got {chunk_size}")
+            wrong("RATLayer", "chunk_size", "at least 1", chunk_size)
+        if max_length < 0:
+            wrong("RATLayer", "max_length", "at least 0", max_length)
+        if rotary_base is not None:
+            rotary_base = real("RATLayer", "rotary_base", rotary_base)
+            if not 0 < rotary_base < math.inf:
+                wrong("RATLayer", "rotary_base", "a finite number above 0 or None", rotary_base)
+        dtype, device = floating("RATLayer", "dtype", dtype), device_of("RATLayer", "device", device)
         self.num_heads, self.num_groups, self.chunk_size = num_heads, num_groups, chunk_size
         self.head_dim = d_model // num_heads
-        if rotary_base is not None and not 0 < rotary_base < math.inf:
-            raise ValueError(f"RATLayer: rotary_base: expected a finite number above 0 or None, got {rotary_base}")
-        if max_length < 0:
-            raise ValueError(f"RATLayer: max_length: expected at least 0, got {max_length}")
         self.max_length, self.rotary_base = max_length, rotary_base
         # Widths of q, k, v, gate and out_gate in the projection, in heads.
         self.parts = (num_groups, num_groups, num_heads, num_heads, num_heads)
@@ -201,13 +202,18 @@ class RATLayer(nn.Module):
             batch: sequences.
             max_length: tokens of each.
             dtype: what the op computes in. None: the autocast dtype where autocast is on, else the projection's weights' or,
-                where those are not of a floating dtype (quantised), the gate bias's.
+                where those are not of a floating dtype (quantised), the gate bias's. Name it under FSDP's mixed precision: the
+                weights do not show what a wrapper casts them to.
             device: where the layer computes. None: where its weights are; name it where those are offloaded.
         """
+        batch, max_length = (
+            integer("RATLayer.new_cache", name, x) for name, x in (("batch", batch), ("max_length", max_length))
+        )
         weight = getattr(self.in_proj, "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             weight = self.gate_bias
-        device = weight.device if device is None else torch.device(device)
+        device = device_of("RATLayer.new_cache", "device", device) or weight.device
+        dtype = floating("RATLayer.new_cache", "dtype", dtype)
         if dtype is None:
             dtype = weight.dtype
             kind = device.type

@@ -6,6 +6,7 @@ Rotary tables are in test_rotary.py, torch's distributed wrappers in test_parall
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -47,13 +48,66 @@ def test_layer_packed(device):
         ((60, 4, 2, 4), "d_model: expected heads whose size .* is a multiple of 8 from 8 to 256, got 60 / 4 = 15"),
         ((2048, 4, 2, 4), "d_model: expected heads whose size .* got 2048 / 4 = 512"),
         ((64, 4, 2, 0), "chunk_size: expected at least 1, got 0"),
-        ((64, 4, 2, 8.0), "chunk_size: expected an int, got 8.0"),
-        (("x", 4, 2, 8), "d_model: expected an int, got 'x'"),
+        ((-64, 4, 2, 8), "d_model: expected heads whose size .* got -64 / 4 = -16"),
+        ((64, -4, 2, 8), "num_heads: expected a divisor of d_model = 64, got -4"),
+        ((64, 4, -2, 8), "num_groups: expected a divisor of num_heads = 4, got -2"),
     ],
 )
 def test_layer_errors(arguments, words):
-    with pytest.raises(ValueError, match=f"RATLayer: {words}"):
+    with pytest.raises(ValueError, match=f"^RATLayer: {words}$"):
         RATLayer(*arguments)
+
+
+class Mute:
+    """What has no length, no number and no short text."""
+
+    def __repr__(self):
+        return "a\nb" * 999
+
+
+OF_NO_TYPE = ["x" * 999, [8], (), Mute(), 1j, torch.tensor(8), torch.ones(2), np.ones(2), object, print]
+NO_DTYPE = ["float32", 3, float, torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        *((name, x) for name in ("d_model", "num_heads", "num_groups", "chunk_size") for x in (None, *OF_NO_TYPE)),
+        *((name, x) for name in ("d_model", "chunk_size", "max_length") for x in (8.0, True, 2**63, -(2**70))),
+        *(("rotary_base", x) for x in (*OF_NO_TYPE, True, 0, -1.0, float("nan"), float("inf"), 10**400)),
+        *(("dtype", x) for x in (*OF_NO_TYPE, *NO_DTYPE)),
+        *(("device", x) for x in (*OF_NO_TYPE[1:5], "nope", 3.5, "cuda:x")),
+        ("max_length", -1),
+    ],
+)
+def test_the_constructor_answers_in_one_line(argument, value):
+    arguments = {"d_model": 64, "num_heads": 4, "num_groups": 2, "chunk_size": 8} | {argument: value}
+    with pytest.raises(ValueError, match=rf"^RATLayer: {argument}: expected .+, got .+$") as error:
+        RATLayer(**arguments)
+    assert len(str(error.value)) < 200 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        *((name, x) for name in ("batch", "max_length") for x in (None, *OF_NO_TYPE, 8.0, True, 2**63)),
+        *(("dtype", x) for x in (*OF_NO_TYPE, *NO_DTYPE)),
+        *(("device", x) for x in (*OF_NO_TYPE[1:5], "nope", 3.5)),
+    ],
+)
+def test_new_cache_answers_in_one_line(argument, value):
+    arguments = {"batch": 2, "max_length": 20} | {argument: value}
+    with pytest.raises(ValueError, match=rf"^RATLayer\.new_cache: {argument}: expected .+, got .+$") as error:
+        RATLayer(64, 4, 2, 8).new_cache(**arguments)
+    assert len(str(error.value)) < 200 and "\n" not in str(error.value)
+
+
+def test_numbers_of_other_kinds():
+    """Anything that counts is an int: NumPy's too."""
+    layer = RATLayer(np.int64(64), np.int32(4), np.uint8(2), np.int64(8), max_length=np.int64(99), rotary_base=np.float32(100))
+    assert all(type(getattr(layer, name)) is int for name in ("num_heads", "num_groups", "chunk_size", "max_length"))
+    assert layer.rotary_base == 100.0 and layer.new_cache(np.int64(2), np.int64(20)).batch == 2
+    assert layer(torch.randn(1, 9, 64)).shape == (1, 9, 64)
 
 
 @pytest.mark.parametrize(
