@@ -415,6 +415,74 @@ __device__ __forceinline__ void walk_back(const ScanShort& p, const Place<kWhole
   rows.to_ends(p);
 }
 
+// ---- what a head and a sequence bring along -----------------------------------------------------------------------------
+
+template <class T>
+__device__ __forceinline__ void load_bias2(const ScanShort& p, int h, int d, float (&bias)[2]) {
+  bias[0] = bias[1] = 0.0f;
+  if (!p.in.gate_bias) return;
+  const float* at = p.in.gate_bias + static_cast<int64_t>(h) * p.in.size.head_dim + d;
+  bias[0] = kLogitUnit<T> * at[0];
+  bias[1] = kLogitUnit<T> * at[1];
+  // A token that does not exist has a gate of +inf, which a bias of -inf would make NaN: the largest float shuts gates as well.
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    if (bias[j] > FLT_MAX) bias[j] = FLT_MAX;
+  }
+}
+
+// Offset of (sequence, head, d) in a running state. `tile_again` makes the tile anew where it is rarely needed: kept, it costs
+// registers.
+__device__ __forceinline__ int64_t running_at(const Sizes& s, const ScanTile& tile, int h, int d) {
+  return (tile.sequence.index * s.heads + h) * s.head_dim + d;
+}
+
+// The states before the first token of the tile, but for chunks that start in it.
+template <bool kWhole, class TileAgain>
+__device__ __forceinline__ void states_before(const ScanShort& p, TileAgain&& tile_again, int h, int d,
+                                              float (&k_state)[2], float (&v_state)[2]) {
+  k_state[0] = k_state[1] = v_state[0] = v_state[1] = 0.0f;
+  if (kWhole || !p.in.initial_k) return;
+  if (const ScanTile again = tile_again(); again.first) {
+    const int64_t at = running_at(p.in.size, again, h, d);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      k_state[j] = p.in.initial_k[at + j];
+      v_state[j] = p.in.initial_v[at + j];
+    }
+  }
+}
+
+// What the state of the last token of the tile receives from the tokens after it: f_{t+1} a_{t+1} and f_{t+1} b_{t+1}.
+template <class TileAgain>
+__device__ __forceinline__ void gradients_after(const ScanShort& p, TileAgain&& tile_again, int h, int d,
+                                                float (&k_grad)[2], float (&v_grad)[2]) {
+  k_grad[0] = k_grad[1] = v_grad[0] = v_grad[1] = 0.0f;
+  if (!p.drunning_k && !p.drunning_v) return;
+  if (const ScanTile again = tile_again(); again.last) {
+    const int64_t at = running_at(p.in.size, again, h, d);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (p.drunning_k) k_grad[j] = p.drunning_k[at + j];
+      if (p.drunning_v) v_grad[j] = p.drunning_v[at + j];
+    }
+  }
+}
+
+template <bool kWhole, class TileAgain>
+__device__ __forceinline__ void store_initial(const ScanShort& p, TileAgain&& tile_again, int h, int d, bool live,
+                                              const float (&k_grad)[2], const float (&v_grad)[2]) {
+  if (kWhole || !p.dinitial_k) return;
+  if (const ScanTile again = tile_again(); again.first && live) {
+    const int64_t at = running_at(p.in.size, again, h, d);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      p.dinitial_k[at + j] = k_grad[j];
+      p.dinitial_v[at + j] = v_grad[j];
+    }
+  }
+}
+
 // ---- the kernel -------------------------------------------------------------------------------------------------------
 
 // Before compute capability 9.0 the masked form needs one register more than kWarps warps leave it.
@@ -450,7 +518,6 @@ __global__ void __launch_bounds__(kThreads, kRoomy && !kWhole ? 2 : kWarps / (kT
     const ScanTile tile = tile_of(s, item, p.in.tile);
     const int count = tile.count;
     if (count == 0) continue;  // the same for the whole block
-    // Made anew where it is rarely needed: kept, it costs registers.
     const auto tile_again = [&] { return tile_of(s, opaque(item), p.in.tile); };
     const int own_count = live ? count : 0;
     const auto valid = [&](int t) { return kWhole || t < own_count; };
@@ -473,47 +540,15 @@ __global__ void __launch_bounds__(kThreads, kRoomy && !kWhole ? 2 : kWarps / (kT
 
 #pragma unroll 1
     for (int h = first_head; h < first_head + p.group_heads; ++h) {
-      const auto of_sequence = [&](const ScanTile& tile) {
-        return (tile.sequence.index * s.heads + h) * s.head_dim + d;
-      };
       const bool more = h + 1 < first_head + p.group_heads;
-      float bias[2] = {0.0f, 0.0f}, dbias[2] = {0.0f, 0.0f};
-      if (p.in.gate_bias) {
-        const float* at = p.in.gate_bias + static_cast<int64_t>(h) * s.head_dim + d;
-        bias[0] = kLogitUnit<T> * at[0];
-        bias[1] = kLogitUnit<T> * at[1];
-        // A token that does not exist has a gate of +inf, which a bias of -inf would make NaN: the largest float shuts gates as well.
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          if (bias[j] > FLT_MAX) bias[j] = FLT_MAX;
-        }
-      }
-
-      float k_state[2] = {0.0f, 0.0f}, v_state[2] = {0.0f, 0.0f};
-      if (!kWhole && p.in.initial_k) {
-        if (const ScanTile again = tile_again(); again.first) {
-          const int64_t at = of_sequence(again);
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            k_state[j] = p.in.initial_k[at + j];
-            v_state[j] = p.in.initial_v[at + j];
-          }
-        }
-      }
+      float bias[2], dbias[2] = {0.0f, 0.0f}, k_state[2], v_state[2];
+      load_bias2<T>(p, h, d, bias);
+      states_before<kWhole>(p, tile_again, h, d, k_state, v_state);
       uint32_t k_before[kTokens], v_before[kTokens];
       scan_forward(place, rows, edges, bias, h, k_state, v_state, k_before, v_before);
 
-      float k_grad[2] = {0.0f, 0.0f}, v_grad[2] = {0.0f, 0.0f};  // f_{t+1} a_{t+1} and f_{t+1} b_{t+1}
-      if (p.drunning_k || p.drunning_v) {
-        if (const ScanTile again = tile_again(); again.last) {
-          const int64_t at = of_sequence(again);
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            if (p.drunning_k) k_grad[j] = p.drunning_k[at + j];
-            if (p.drunning_v) v_grad[j] = p.drunning_v[at + j];
-          }
-        }
-      }
+      float k_grad[2], v_grad[2];
+      gradients_after(p, tile_again, h, d, k_grad, v_grad);
       ChunkGrad chunk_grad;
       if constexpr (kWhole) chunk_grad = load_chunk_grad<T>(p, state_at, first_chunk, d);
 
@@ -531,16 +566,7 @@ __global__ void __launch_bounds__(kThreads, kRoomy && !kWhole ? 2 : kWarps / (kT
                 dbias);
       state_at += p.chunk.layout.head;
 
-      if (!kWhole && p.dinitial_k) {
-        if (const ScanTile again = tile_again(); again.first && live) {
-          const int64_t at = of_sequence(again);
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            p.dinitial_k[at + j] = k_grad[j];
-            p.dinitial_v[at + j] = v_grad[j];
-          }
-        }
-      }
+      store_initial<kWhole>(p, tile_again, h, d, live, k_grad, v_grad);
       if (p.bias_partial && live) {  // summed over the tiles of the block
         float2* const at = bias_partial(h);
         float2 sum = first_tile ? make_float2(0.0f, 0.0f) : *at;
