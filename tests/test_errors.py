@@ -124,7 +124,13 @@ INTEGERS = {
     "-2^70": lambda x: -(2**70),
 }
 FLAGS = {"a tensor": lambda x: torch.tensor(True), "a str": lambda x: "x", "none": lambda x: None, "two": lambda x: 2}
-REALS = {"a str": lambda x: "x", "a tensor": lambda x: torch.tensor(1.0), "a list": lambda x: [1.0], "complex": lambda x: 1j}
+REALS = {
+    "a bool": lambda x: True,
+    "a str": lambda x: "x",
+    "a tensor": lambda x: torch.tensor(1.0),
+    "a list": lambda x: [1.0],
+    "complex": lambda x: 1j,
+}
 CACHES = {"a str": lambda x: "x", "a number": lambda x: 3, "a tensor": lambda x: torch.zeros(2), "a dict": lambda x: {}}
 
 KINDS = {

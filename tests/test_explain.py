@@ -39,7 +39,7 @@ def test_log(device):
     assert "attention_bwd=" in lines[1] and "attention_fwd=" not in lines[1]
 
 
-@pytest.mark.parametrize("log", ["", "0"])
+@pytest.mark.parametrize("log", ["", "0", "false", "No", "OFF"])
 def test_no_log(device, log):
     assert lines_of(device, log) == []
 

@@ -69,6 +69,19 @@ def test_long_rnn(device, dtype):
     check(recurrence_case(device, dtype, batch=1, tokens=5003, heads=2, groups=1, dim=16, chunk_size=5003, gate_mean=4.0))
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_final_state_without_tokens(device, batch):
+    """It is the initial one, or zeros; dense and packed."""
+    x, gate = torch.zeros(batch, 0, 2, 16, device=device), torch.zeros(batch, 0, 4, 16, device=device)
+    initial, lengths = torch.randn(batch, 4, 16, device=device), torch.full((batch,), 5, dtype=torch.int32, device=device)
+    cuts = {"cu_seqlens": torch.zeros(2, dtype=torch.int32, device=device)} if batch == 1 else {}
+    for options in ({}, cuts):
+        _, state = rat_ext.chunk_recurrence(x, gate, 4, return_state=True, **options)
+        assert torch.equal(state, torch.zeros_like(initial))
+        _, state = rat_ext.chunk_recurrence(x, gate, 4, initial_state=initial, lengths=lengths, return_state=True, **options)
+        assert torch.equal(state, initial)
+
+
 def test_no_tokens_have_a_bias_without_gradient(device):
     """T = 0: the gradient of gate_bias is 0, fresh or continued, dense or packed."""
     for options in ({}, {"lengths": [3, 16], "return_state": True}, {"sequences": [0, 0]}):

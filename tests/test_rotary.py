@@ -198,6 +198,19 @@ def test_compiled_lengths_that_double(device):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("other", [{"rotary_base": 50.0}, {"num_heads": 4}, {"dtype": torch.float64}], ids=str)
+def test_layers_that_differ_share_no_table(other):
+    """In whichever order they come: each rotates as by tables of its own."""
+    sizes = {"d_model": 64, "num_heads": 2, "num_groups": 1, "chunk_size": 4}
+    rotary._tables.clear()
+    for options in (sizes, sizes | other, sizes):
+        layer = RATLayer(**options)
+        x = torch.randn(1, 40, 64, dtype=options.get("dtype", torch.float32))
+        base = options.get("rotary_base", 10000.0)
+        own = rat_ext.rotary_tables(10, layer.head_dim, base=base, dtype=x.dtype)
+        assert torch.equal(layer(x), layer(x, rotary=own))
+
+
 @pytest.mark.gpu
 def test_cuda_graph():
     """Tables first made inside a capture belong to the graph, and those of before serve it."""

@@ -51,6 +51,17 @@ def test_a_half_of_a_small_float16_is_exact(device):
     assert torch.equal(one_token(v, out_gate=torch.zeros_like(v)), v / 2)
 
 
+def test_what_float16_cannot_hold_is_infinite(device):
+    """dv of the first of three tokens that attend alike to all before them: 60,000 (1 + 1/2 + 1/3), and its negative."""
+    v = torch.zeros(1, 3, 1, 8, dtype=torch.float16, device=device, requires_grad=True)
+    q = torch.zeros_like(v)
+    y = rat_ext.rat_attention(q, q, v, torch.full_like(v, -100.0), 1)
+    signs = torch.tensor([1.0, -1.0], device=device).repeat(4)
+    (dv,) = torch.autograd.grad(y, v, (60000 * signs).half().expand_as(y))
+    assert torch.equal(dv[0, 0, 0].float(), float("inf") * signs)
+    assert dv[0, 1:].isfinite().all()
+
+
 @half
 def test_to_nearest(device, dtype):
     """k~ of two tokens with gates of 0 is v_0 / 4 + v_1 / 2: between two neighbours, but for no tie."""
