@@ -177,6 +177,30 @@ def on_two_ranks(script: str, folder) -> None:
         assert process.returncode == 0, errors.decode()
 
 
+def test_compiled_ddp_and_fsdp_in_one_process(group, fsdp1, fsdp2):
+    """A compiled DDP, and after it both FSDPs, give the gradients of the layer alone."""
+    torch.manual_seed(0)
+    layer = RATLayer(*SIZES)
+    torch._dynamo.reset()
+    wrappers = {
+        "ddp": torch.compile(DistributedDataParallel(copy.deepcopy(layer)), backend="aot_eager"),
+        "fsdp1": fsdp1(copy.deepcopy(layer)),
+        "fsdp2": fsdp2(copy.deepcopy(layer)),
+    }
+    for tokens in (5, 40):
+        x = torch.randn(2, tokens, 64)
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        want = layer.out_proj.weight.grad.norm()
+        for name, wrapped in wrappers.items():
+            wrapped.zero_grad()
+            wrapped(x).square().sum().backward()
+            grads = [p.grad for p in wrapped.parameters() if p.grad is not None and p.grad.numel() == 64 * 64]
+            full = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+            assert any(torch.isclose(g.norm(), want, rtol=1e-5) for g in full), name
+    torch._dynamo.reset()
+
+
 def test_ddp_with_lengths_by_rank(tmp_path):
     """Ranks whose sequences differ in length compute what each computes alone."""
     script = """
