@@ -12,7 +12,6 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -29,59 +28,12 @@ except ImportError as error:
 if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 11):
     sys.exit(f"rat_ext: building needs torch >= 2.11, the environment has {torch.__version__}")
 
-OLDEST_CUDA = (13, 0)  # what whole builds were made with; nvcc 13.5 compiled some of the files
 MEMORY_PER_JOB = 2 << 30  # bytes that one compiler may need
 
-
-def ask(*command):
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout + done.stderr
-
-
-def choose_nvcc():
-    """nvcc and its version, or None twice for a build without CUDA kernels; the reason in words."""
-    wish = os.environ.get("RAT_EXT_CUDA", "")
-    if wish not in ("", "0", "1"):
-        sys.exit(f"rat_ext: RAT_EXT_CUDA: expected 0 or 1, got {wish!r}")
-    if wish == "0":
-        return None, None, "RAT_EXT_CUDA=0"
-    if wish == "" and not torch.version.cuda:
-        return None, None, f"torch {torch.__version__} is a build without CUDA (RAT_EXT_CUDA=1 builds them all the same)"
-    problem = "no nvcc found (looked at CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda and pip's nvidia-cuda-nvcc)"
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    folders = [glob.escape(folder) for folder in [*sys.path, sysconfig.get_path("purelib")]]
-    from_pip = [nvcc for folder in folders for nvcc in glob.glob(f"{folder}/nvidia/cu*/bin/nvcc")]
-    for nvcc in [*(f"{home}/bin/nvcc" for home in homes), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc", *from_pip]:
-        runs = nvcc and os.access(nvcc, os.X_OK)
-        if release := re.search(r"release (\d+)\.(\d+)", ask(nvcc, "--version") if runs else ""):
-            major, minor = (int(n) for n in release.groups())
-            if (major, minor) < OLDEST_CUDA:
-                problem = "{} is CUDA {}.{}, the oldest that was tried is {}.{}".format(nvcc, major, minor, *OLDEST_CUDA)
-            elif torch.version.cuda and int(torch.version.cuda.split(".")[0]) != major:
-                problem = f"{nvcc} is CUDA {major}.{minor}, torch {torch.__version__} is made with CUDA {torch.version.cuda}"
-            else:
-                return nvcc, f"{major}.{minor}", f"{'RAT_EXT_CUDA=1, ' if wish else ''}with {nvcc}"
-            break
-    return (None, None, problem) if not wish else sys.exit(f"rat_ext: RAT_EXT_CUDA=1, but {problem}")
-
-
-def architectures(text):
-    """Of "8.0 9.0+PTX" the names and the -gencode flags. Hopper's 9.0 is always 9.0a, for which it has kernels of its own."""
-    names, flags = [], []
-    for item in re.findall(r"[^\s;,]+", text):
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
-        if not match:
-            sys.exit(f"rat_ext: TORCH_CUDA_ARCH_LIST={text!r}: {item!r} is not understood; write, say, '8.0 9.0a+PTX'")
-        major, minor, feature, ptx = match.groups("")
-        if int(major) >= 8:  # older ones, which lists for all of torch name, have no kernels
-            number, native = major + minor, "a" if major == "9" else feature
-            names.append(f"{major}.{minor}{native}{ptx}")
-            flags.append(f"-gencode=arch=compute_{number}{native},code=sm_{number}{native}")
-            flags += [f"-gencode=arch=compute_{number}{feature},code=compute_{number}{feature}"] if ptx else []
-    return (names, flags) if names else sys.exit(f"rat_ext: TORCH_CUDA_ARCH_LIST={text!r} names none from 8.0, the oldest, on")
-
-
 os.chdir(Path(__file__).resolve().parent)
+sys.path.insert(0, "csrc")
+from toolkit import architectures, ask, choose_nvcc  # noqa: E402
+
 build = {}  # what csrc/build.txt says
 for line in Path("csrc/build.txt").read_text().splitlines():
     if line and not line.startswith("#"):
@@ -90,7 +42,7 @@ kinds, include_dirs, library_dirs = ["cpu_sources", "torch_sources", "python_sou
 cxx_flags = build["cxx_flags"] + ["-g0", "-fstrict-overflow"]  # the two undo what Python's own flags add
 nvcc_flags, link_flags = build["nvcc_flags"], build["link_flags"]
 
-nvcc, cuda_version, reason = choose_nvcc()
+nvcc, cuda_version, reason = choose_nvcc(torch)
 note = f"for the CPU only: {reason}"
 if nvcc:
     names, gencode = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or " ".join(build["architectures"]))
@@ -99,7 +51,7 @@ if nvcc:
     cxx_flags += [*definitions, f'-DRAT_EXT_ARCHITECTURES="{" ".join(names)}"']
     nvcc_flags, link_flags = nvcc_flags + definitions + gencode, link_flags + build["cuda_link_flags"]
     kinds.append("cuda_sources")
-    # torch takes the toolkit to be around the nvcc on PATH, which may be a wrapper script; a torch without CUDA takes none.
+    # The nvcc may be a wrapper script, which tells where its toolkit is; a torch without CUDA takes none.
     told = ask(nvcc, "--dryrun", "none.cu")
     include_dirs += dict.fromkeys(re.findall(r'"-I([^"]+)"', told))
     library_dirs += dict.fromkeys(re.findall(r'"-L([^"]+)"', told))

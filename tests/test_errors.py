@@ -709,6 +709,17 @@ def test_results_that_no_memory_holds(op):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_more_tokens_than_31_bits_count(where):
+    """Before anything is allocated."""
+    x = torch.zeros(1, 1, 1, 8, device=where).expand(1, 2**31, 1, 8)
+    found = "tokens: expected at most 2147483647 tokens in a row, got 2147483648$"
+    with pytest.raises(ValueError, match=f"^rat_ext.rat_attention: {found}"):
+        rat_ext.rat_attention(x, x, x, x, 2**20)
+    with pytest.raises(ValueError, match=f"^rat_ext.chunk_recurrence: {found}"):
+        rat_ext.chunk_recurrence(x, x, 2**20)
+
+
 def test_a_batch_of_gradients(device):
     x = torch.randn(1, 9, 2, 8, device=device, requires_grad=True)
     found = r"rat_ext\.rat_attention: a backward of several gradients at once .* is not supported; call it once for each"

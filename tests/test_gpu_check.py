@@ -61,6 +61,13 @@ def test_the_hash_sees_code(tool, tree, file, old, new):
     assert tool.hash_of_sources(tree) != before
 
 
+def test_the_hash_does_not_see_what_python_keeps(tool, tree):
+    before = tool.hash_of_sources(tree)
+    (tree / "csrc" / "__pycache__").mkdir()
+    (tree / "csrc" / "__pycache__" / "toolkit.cpython-311.pyc").write_bytes(b"\xff\x00")
+    assert tool.hash_of_sources(tree) == before
+
+
 def test_the_hash_sees_files(tool, tree):
     before = tool.hash_of_sources(tree)
     (tree / "csrc" / "cuda" / "a.cu").rename(tree / "csrc" / "cuda" / "b.cu")

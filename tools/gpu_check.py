@@ -87,6 +87,7 @@ def hash_of_sources(root: Path = ROOT) -> str:
     """SHA-256 of the kernels and of how they are built: names and contents of csrc/, and setup.py."""
     digest = hashlib.sha256()
     files = sorted(path for path in (root / "csrc").rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = [path for path in files if path.parent.name != "__pycache__"]
     for path in [*files, root / "setup.py"]:
         digest.update(f"{path.relative_to(root).as_posix()}\0{code(path)}\0".encode())
     return digest.hexdigest()
