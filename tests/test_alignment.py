@@ -110,3 +110,11 @@ def test_one_tensor_off_the_grid(device, dtype, which, what, dim, chunk_size):
     for key in values:
         size = float(values[key].abs().max())
         torch.testing.assert_close(again[key], values[key], rtol=unit, atol=unit * size, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_strides_of_nothing(device):
+    """A tensor without elements may have any strides, in the last dimension too."""
+    q, v = (torch.zeros(2, 0, heads, 32, device=device)[..., ::2] for heads in (2, 4))
+    assert v.stride(-1) == 2
+    assert rat_ext.rat_attention(q, q, v, v, 4, out_gate=v).shape == (2, 0, 4, 16)
+    assert rat_ext.chunk_recurrence(q, v, 4).shape == (2, 0, 4, 16)
