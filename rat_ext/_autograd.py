@@ -283,7 +283,7 @@ _SHOWN = {
     "rat_attention_packed": _SHOWN_STATE,
     "chunk_attention": {**_SHOWN_STATE, "k": "k_states", "v": "v_states"},
     "chunk_recurrence": {},
-    "rat_decode_step": {n: f"cache.{n}" for n in (*STATE, "workspace")},
+    "rat_decode_step": {n: f"cache.{n}" for n in (*STATE, "error", "workspace")},
 }
 
 
@@ -333,6 +333,8 @@ def decode(given: Given) -> Tensor:
                     expected = "a tensor that needs no gradient (decoding has none; use torch.no_grad() or RATCache.detach())"
                     wrong(op, _SHOWN[op].get(name, name), expected, "one that does")
         given["workspace"] = cache.decode_workspace()
+        given["error"] = cache.error_word()
+        given.update(page_table=None, scale_k=None, scale_v=None)
         if compiling:
             check_types(op, spec, given, _SHOWN[op])
         args = prepare(op, spec, given, compiling)
@@ -345,7 +347,7 @@ def decode(given: Given) -> Tensor:
     except (TypeError, AttributeError, RuntimeError, IndexError):
         check_types(op, spec, given, _SHOWN[op])
         raise
-    cache.decoded()
+    cache.decoded(y.shape[1] if y.dim() == 4 else 1)
     return y
 
 

@@ -39,6 +39,8 @@ class RATCache:
         length_bound: an upper bound of ``lengths`` that the host knows, in tokens; it decides how many chunk rows a forward
             that continues from here allocates. The ops keep it. Who writes ``lengths`` or replays decode steps in a CUDA
             graph, and then continues with a forward, sets it too; a bound that is too low is an error, not a wrong result.
+        error: ``(4,)`` int32: code, row, slot and detail of the first row that a GPU skipped; zeros where there was none. Made by
+            the first ``rat_decode_step`` where it is None; no part of the state.
         workspace: scratch of the decode kernel, made by the first ``rat_decode_step`` outside a graph; no part of the state.
     """
 
@@ -52,6 +54,7 @@ class RATCache:
         chunk_size: int,
         length_bound: int,
         workspace: Tensor | None = None,
+        error: Tensor | None = None,
     ):
         self.chunk_k, self.chunk_v = chunk_k, chunk_v
         self.running_k, self.running_v = running_k, running_v
@@ -59,6 +62,7 @@ class RATCache:
         self.chunk_size = chunk_size
         self.length_bound = length_bound
         self.workspace = workspace
+        self.error = error
 
     @classmethod
     def empty(
@@ -94,6 +98,7 @@ class RATCache:
             lengths=torch.zeros(batch, dtype=torch.int32, device=device),
             chunk_size=chunk_size,
             length_bound=0,
+            error=torch.zeros(4, dtype=torch.int32, device=device),
         )
 
     # ---- what it is ----
@@ -128,7 +133,7 @@ class RATCache:
         )
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"workspace": None}
+        return self.__dict__ | {"workspace": None, "error": None}
 
     # ---- copies ----
 
@@ -259,11 +264,20 @@ class RATCache:
             self.workspace = workspace
         return workspace
 
-    def decoded(self) -> None:
-        """A decode step has written every tensor: tells autograd, which may have saved some, and counts the token."""
+    def error_word(self) -> Tensor:
+        """:attr:`error`, made where there is none."""
+        if self.error is not None:
+            return self.error
+        error = torch.zeros(4, dtype=torch.int32, device=self.lengths.device)
+        if not torch.compiler.is_compiling():
+            self.error = error
+        return error
+
+    def decoded(self, tokens: int) -> None:
+        """A decode step has written every tensor: tells autograd, which may have saved some, and counts the tokens."""
         if not torch.compiler.is_compiling():  # the tracer reads the same from the operator's schema
             torch.autograd.graph.increment_version(self.tensors())
-        self.length_bound += 1
+        self.length_bound += tokens
 
 
 @torch.compiler.assume_constant_result  # an operator that returns a number cannot be traced

@@ -6,6 +6,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "plan.h"
 
@@ -82,24 +83,40 @@ Plan attention_plan(const AttentionFwdParams& p) {
 
 void check_decode(const DecodeParams& p) {
   const char* const op = "rat_ext.rat_decode_step";
+  const Pool& pool = p.pool;
+  std::vector<int64_t> named;  // (P): the row that names it, + 1
+  if (p.slots) named.resize(static_cast<size_t>(pool.sequences));
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t slot = p.slots ? p.slots[b] : b;
     if (slot < 0) continue;
-    if (slot >= p.pool) {
-      fail(entry("slots", b), "less than the cache's " + std::to_string(p.pool) + " entries", std::to_string(slot), op);
+    if (slot >= pool.sequences) {
+      fail(entry("slots", b), "less than the cache's " + std::to_string(pool.sequences) + " entries",
+           std::to_string(slot), op);
     }
-    const int64_t length = p.lengths[slot];
+    if (p.slots) {
+      int64_t& row = named[static_cast<size_t>(slot)];
+      if (row != 0) fail(entry("slots", b), "an entry that no other row names", std::to_string(slot), op);
+      row = b + 1;
+    }
+    const int64_t length = pool.lengths[slot], after = length + p.tokens;
     if (length < 0) fail(entry("cache.lengths", slot), "0 or more", std::to_string(length), op);
-    if ((length + 1) / p.chunk_size > p.rows || length == std::numeric_limits<int32_t>::max()) {
+    if (after / p.chunk_size > pool.rows || after > std::numeric_limits<int32_t>::max()) {
       // The chunk that comes after the last row may fill up but for its last token.
       fail(entry("cache.lengths", slot),
-           "room for one more token (cache full: " + std::to_string(p.rows) + " chunks of " +
-               std::to_string(p.chunk_size) + ", capacity " + std::to_string(p.rows * p.chunk_size + p.chunk_size - 1) +
-               " tokens)",
+           "room for " + (p.tokens == 1 ? "one more token" : std::to_string(p.tokens) + " more tokens") +
+               " (cache full: " + std::to_string(pool.rows) + " chunks of " + std::to_string(p.chunk_size) +
+               ", capacity " + std::to_string(pool.rows * p.chunk_size + p.chunk_size - 1) + " tokens)",
            std::to_string(length) + " tokens", op);
     }
-    if (p.rotary.cos && length / p.chunk_size >= p.rotary.rows) {
-      fail("rotary_cos", "at least " + std::to_string(length / p.chunk_size + 1) + " rows, one for each chunk",
+    for (int64_t page = 0; pool.page_table && page * pool.page_rows < after / p.chunk_size; ++page) {
+      const int64_t at = pool.page_table[slot * (pool.rows / pool.page_rows) + page];
+      if (at < 0 || at >= pool.pages) {
+        fail("cache.page_table[" + std::to_string(slot) + ", " + std::to_string(page) + "]",
+             "one of the cache's " + std::to_string(pool.pages) + " pages (cache full)", std::to_string(at), op);
+      }
+    }
+    if (p.rotary.cos && (after - 1) / p.chunk_size >= p.rotary.rows) {
+      fail("rotary_cos", "at least " + std::to_string((after - 1) / p.chunk_size + 1) + " rows, one for each chunk",
            std::to_string(p.rotary.rows), op);
     }
   }
@@ -112,7 +129,7 @@ int64_t bytes_of(const DecodeParams& p) {
   int64_t keys = 0;
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t slot = p.slots ? p.slots[b] : b;
-    if (slot >= 0) keys += p.lengths[slot] / p.chunk_size + kToken;
+    if (slot >= 0) keys += p.pool.lengths[slot] / p.chunk_size + kToken;
   }
   return 2 * keys * p.heads * p.head_dim * element;
 }
@@ -188,14 +205,17 @@ void decode_step(const DecodeParams& p, const Allocator& allocator) {
   check_decode(p);
   if (p.batch == 0 || p.heads == 0) return;
   DecodeWorkspace w = decode_workspace(p, allocator);
-  const Alone alone(bytes_of(p));
+  const Alone alone(bytes_of(p) * p.tokens);
   w.workers = alone ? 1 : std::max(1, num_threads());
-  kernels().decode_step(p, w);
-  alone.done();
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t slot = p.slots ? p.slots[b] : b;
-    if (slot >= 0) ++p.lengths[slot];
+  for (int64_t token = 0; token < p.tokens; ++token) {
+    std::fill(w.done, w.done + p.batch * p.heads, 0);
+    kernels().decode_step(p, w, token);
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const int64_t slot = p.slots ? p.slots[b] : b;
+      if (slot >= 0) ++p.pool.lengths[slot];
+    }
   }
+  alone.done();
 }
 
 }  // namespace rat::cpu

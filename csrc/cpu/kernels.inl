@@ -50,8 +50,8 @@ void run_recurrence_bwd(const RecurrenceBwdParams& p, const Plan& plan, const Wo
   with_type(p.fwd.size.dtype, [&](auto type) { recurrence_backward<decltype(type)>(p, plan, w); });
 }
 
-void run_decode_step(const DecodeParams& p, const DecodeWorkspace& w) {
-  with_type(p.dtype, [&](auto type) { decode<decltype(type)>(p, w); });
+void run_decode_step(const DecodeParams& p, const DecodeWorkspace& w, int64_t token) {
+  with_type(p.dtype, [&](auto type) { decode<decltype(type)>(p, w, token); });
 }
 
 }  // namespace

@@ -230,21 +230,29 @@ Workspace recurrence_bwd_workspace(const RecurrenceBwdParams& p, const Plan& pla
   return w;
 }
 
+int64_t decode_slices(const DecodeParams& p, int64_t slot) {
+  return std::max<int64_t>(1, ceil_div(p.pool.lengths[slot] / p.chunk_size, kSlice));
+}
+
 DecodeWorkspace decode_workspace(const DecodeParams& p, const Allocator& allocator) {
   const size_t acc = acc_bytes(p.dtype);
   const int64_t items = p.batch * p.heads;
   Layout layout;
   DecodeWorkspace w;
-  w.splits = std::max<int64_t>(1, std::min(ceil_div(p.rows, 256), 32 / items));
+  int64_t keys = 0;  // of the last token of the longest sequence
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t slot = p.slots ? p.slots[b] : b;
+    if (slot >= 0) keys = std::max(keys, (p.pool.lengths[slot] + p.tokens - 1) / p.chunk_size);
+  }
+  w.slices = std::max<int64_t>(1, ceil_div(keys, kSlice));
   w.padded_dim = ceil_div(p.head_dim, kPad) * kPad;
   layout.take(w.state, items * w.padded_dim, acc);
   layout.take(w.self, items, acc);
-  layout.take(w.sum, items * w.splits * w.padded_dim, acc);
-  layout.take(w.maximum, items * w.splits, acc);
-  layout.take(w.weight, items * w.splits, acc);
+  layout.take(w.sum, items * w.slices * w.padded_dim, acc);
+  layout.take(w.maximum, items * w.slices, acc);
+  layout.take(w.weight, items * w.slices, acc);
   layout.take(w.done, items, sizeof(int64_t));
   layout.commit(allocator);
-  std::fill(w.done, w.done + items, 0);
   return w;
 }
 

@@ -113,19 +113,24 @@ Workspace attention_bwd_workspace(const AttentionBwdParams&, const Plan&, const 
 Workspace recurrence_fwd_workspace(const RecurrenceFwdParams&, const Plan&, const Allocator&);
 Workspace recurrence_bwd_workspace(const RecurrenceBwdParams&, const Plan&, const Allocator&);
 
-// Of one decode step. The keys of a (row, head), an item, are cut into `splits` runs, a task each; the task that is the
-// last of its item joins them. The number must not depend on the threads, or the result would.
+// A decode step attends to chunk states in slices of this many keys, from the first one on.
+constexpr int64_t kSlice = 256;
+
+// Of one decode step. The keys of a (row, head), an item, are cut into slices, a task each; the task that is the last of its
+// item joins them.
 struct DecodeWorkspace {
-  int64_t splits = 1;
+  int64_t slices = 1;      // of the longest sequence
   int64_t padded_dim = 0;  // D rounded up to kPad
   int workers = 1;
   void* state = nullptr;    // (items, padded_dim) acc: v~ of the new token
   void* self = nullptr;     // (items) acc: s_tt
-  void* sum = nullptr;      // (items, splits, padded_dim) acc: sum of e^(s - maximum) V
-  void* maximum = nullptr;  // (items, splits) acc
-  void* weight = nullptr;   // (items, splits) acc: sum of e^(s - maximum)
+  void* sum = nullptr;      // (items, slices, padded_dim) acc: sum of e^(s - maximum) V
+  void* maximum = nullptr;  // (items, slices) acc
+  void* weight = nullptr;   // (items, slices) acc: sum of e^(s - maximum)
   int64_t* done = nullptr;  // (items): tasks that are done
 };
+// For the row's next token.
+int64_t decode_slices(const DecodeParams&, int64_t slot);
 DecodeWorkspace decode_workspace(const DecodeParams&, const Allocator&);
 
 // What one instruction set offers.
@@ -135,7 +140,7 @@ struct Kernels {
   void (*attention_bwd)(const AttentionBwdParams&, const Plan&, const Workspace&);
   void (*recurrence_fwd)(const RecurrenceFwdParams&, const Plan&, const Workspace&);
   void (*recurrence_bwd)(const RecurrenceBwdParams&, const Plan&, const Workspace&);
-  void (*decode_step)(const DecodeParams&, const DecodeWorkspace&);
+  void (*decode_step)(const DecodeParams&, const DecodeWorkspace&, int64_t token);
 };
 
 namespace baseline {

@@ -119,12 +119,12 @@ struct Token {
 
 // Stops the kernel with a message where the token has no place.
 __device__ __forceinline__ bool has_place(const DecodeParams& p, const Token& t) {
-  if (t.length < 0 || t.chunk > p.rows || (t.closes && t.chunk >= p.rows) || t.length >= INT32_MAX) {
+  if (t.length < 0 || t.chunk > p.pool.rows || (t.closes && t.chunk >= p.pool.rows) || t.length >= INT32_MAX) {
     if (threadIdx.x == 0) {
       printf(
           "rat_ext.rat_decode_step: cache: sequence %lld has %lld tokens; its %lld chunk states of %lld tokens have no "
           "room for one more token (cache full)\n",
-          static_cast<long long>(t.entry), static_cast<long long>(t.length), static_cast<long long>(p.rows),
+          static_cast<long long>(t.entry), static_cast<long long>(t.length), static_cast<long long>(p.pool.rows),
           static_cast<long long>(p.chunk_size));
       __trap();  // here, so that nobody stops the kernel before the message is out
     }
@@ -149,8 +149,8 @@ __device__ __forceinline__ void advance_states(const DecodeParams& p, const Toke
                                                const float (&q)[8], T* chunk_k, T* chunk_v, Running& r) {
   const bool leads = threadIdx.x < W;
   const int64_t at = (t.entry * p.heads + t.h) * p.head_dim + lane.d;
-  float* const running_k = static_cast<float*>(p.running_k) + at;
-  float* const running_v = static_cast<float*>(p.running_v) + at;
+  float* const running_k = static_cast<float*>(p.pool.running_k) + at;
+  float* const running_v = static_cast<float*>(p.pool.running_v) + at;
   float state[8], f[8], g[8], x[8];
   zero(x);
   if (p.gate_bias) load_floats(static_cast<const float*>(p.gate_bias) + t.h * p.head_dim + lane.d, x);
@@ -305,15 +305,15 @@ __global__ void __launch_bounds__(kThreads, kVector && sizeof(T) == 2 ? 5 : 4)
     if (slice == 0 && stores) store_row<false>(y, none);
     return;
   }
-  if (t.entry >= p.pool) {
+  if (t.entry >= p.pool.sequences) {
     if (threadIdx.x == 0) {
       printf("rat_ext.rat_decode_step: slots[%lld]: expected less than %lld, the sequences of the cache, got %lld\n",
-             static_cast<long long>(t.b), static_cast<long long>(p.pool), static_cast<long long>(t.entry));
+             static_cast<long long>(t.b), static_cast<long long>(p.pool.sequences), static_cast<long long>(t.entry));
       __trap();  // here, so that nobody stops the kernel before the message is out
     }
     return;
   }
-  t.length = p.lengths[t.entry];
+  t.length = p.pool.lengths[t.entry];
   t.chunk = t.length / p.chunk_size;
   t.offset = t.length - t.chunk * p.chunk_size;
   t.closes = t.offset == p.chunk_size - 1;
@@ -327,9 +327,9 @@ __global__ void __launch_bounds__(kThreads, kVector && sizeof(T) == 2 ? 5 : 4)
 
   Running r;
   clear(r);
-  const int64_t states = (t.entry * p.heads + t.h) * p.rows * p.head_dim + lane.d;
-  T* const chunk_k = static_cast<T*>(p.chunk_k) + states;
-  T* const chunk_v = static_cast<T*>(p.chunk_v) + states;
+  const int64_t states = (t.entry * p.heads + t.h) * p.pool.rows * p.head_dim + lane.d;
+  T* const chunk_k = static_cast<T*>(p.pool.chunk_k) + states;
+  T* const chunk_v = static_cast<T*>(p.pool.chunk_v) + states;
   if (slice == 0 && threadIdx.x < 32) advance_states<T, W, kVector>(p, t, lane, q, chunk_k, chunk_v, r);
   if (p.rotary.cos) rotate<W>(p.rotary, t.chunk, p.head_dim, lane, 1.0f, q);
   const int64_t begin = t.chunk * slice / a.slices, end = t.chunk * (slice + 1) / a.slices;
@@ -342,7 +342,7 @@ __global__ void __launch_bounds__(kThreads, kVector && sizeof(T) == 2 ? 5 : 4)
   if (threadIdx.x == 0) {
     __threadfence();
     if (last_of(a.heads_in + t.entry, static_cast<unsigned>(p.heads))) {
-      p.lengths[t.entry] = static_cast<int32_t>(t.length + 1);
+      p.pool.lengths[t.entry] = static_cast<int32_t>(t.length + 1);
     }
   }
 }
@@ -353,8 +353,8 @@ struct Counters {
 
 Counters take_counters(const DecodeParams& p, Arena& workspace) {
   Counters c;
-  c.heads_in = workspace.take<unsigned>(p.pool);
-  c.arrived = workspace.take<unsigned>(p.pool * p.heads);
+  c.heads_in = workspace.take<unsigned>(p.pool.sequences);
+  c.arrived = workspace.take<unsigned>(p.pool.sequences * p.heads);
   return c;
 }
 
@@ -368,6 +368,9 @@ size_t decode_workspace(const DecodeParams& p) {
 
 void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream) {
   if (p.batch == 0 || p.heads == 0) return;
+  if (p.tokens != 1 || p.pool.ring != 1 || p.pool.page_table || p.pool.scale_k) {
+    throw std::runtime_error("rat_ext.rat_decode_step: on a GPU one token for each row, and a plain cache");
+  }
   Decode a{};
   a.p = p;
   // The counters live as long as the cache, the partial results as long as the call.
@@ -378,7 +381,7 @@ void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream
   a.arrived = counters.arrived;
   // Enough slices to fill the chip, each of at least 16 keys of a full cache.
   const int64_t pairs = p.batch * p.heads;
-  const int64_t useful = std::min(kMaxSlices, ceil_div(p.rows, 16));
+  const int64_t useful = std::min(kMaxSlices, ceil_div(p.pool.rows, 16));
   a.slices = static_cast<int>(std::max<int64_t>(1, std::min(useful, kMaxBlocks / pairs)));
   Piece<float> partial;
   if (a.slices > 1) partial = scratch.take<float>(pairs * a.slices * (p.head_dim + 8));
@@ -387,8 +390,8 @@ void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream
   Sizes s;
   s.dtype = p.dtype;
   s.head_dim = p.head_dim;
-  s.aligned16 = p.aligned16 && reinterpret_cast<uintptr_t>(p.chunk_k) % 16 == 0 &&
-                reinterpret_cast<uintptr_t>(p.chunk_v) % 16 == 0 && reinterpret_cast<uintptr_t>(p.y.ptr) % 16 == 0;
+  s.aligned16 = p.aligned16 && reinterpret_cast<uintptr_t>(p.pool.chunk_k) % 16 == 0 &&
+                reinterpret_cast<uintptr_t>(p.pool.chunk_v) % 16 == 0 && reinterpret_cast<uintptr_t>(p.y.ptr) % 16 == 0;
   const unsigned blocks = grid_x(pairs * a.slices, "decode_step");
   with_variant(s, "rat_decode_step", [&](auto variant) {
     using V = decltype(variant);

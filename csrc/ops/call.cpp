@@ -88,7 +88,8 @@ int64_t View::numel() const {
 }
 
 std::string CallBase::shown(std::string_view argument) const {
-  constexpr std::string_view kState[] = {"chunk_k", "chunk_v", "running_k", "running_v", "lengths", "workspace"};
+  constexpr std::string_view kState[] = {"chunk_k",   "chunk_v", "running_k", "running_v", "lengths",
+                                         "workspace", "error",   "scale_k",   "scale_v",   "page_table"};
   if (!state_.empty() && std::ranges::find(kState, argument) != std::end(kState)) {
     return std::string(state_) + "." + std::string(argument);
   }

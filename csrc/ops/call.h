@@ -59,8 +59,7 @@ struct Signature {
 };
 
 consteval Kind kind_of(std::string_view type) {
-  if (type == "Tensor?") return Kind::maybe_tensor;
-  if (type.starts_with("Tensor")) return Kind::tensor;  // also "Tensor(a!)"
+  if (type.starts_with("Tensor")) return type.ends_with("?") ? Kind::maybe_tensor : Kind::tensor;  // also "Tensor(a!)?"
   if (type == "SymInt") return Kind::integer;
   if (type == "float") return Kind::real;
   if (type == "bool") return Kind::boolean;
