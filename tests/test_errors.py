@@ -575,9 +575,6 @@ DEVICE_ERRORS = {
     "negative length": ("lengths", "forward(lengths=[-5], rows=1)"),
     "rotary and state": ("rotary", "forward(lengths=[9], rows=1, table=2)"),
     "rotary and packing": ("rotary", "forward(cu=[0, 2, 20], table=2)"),
-    "full cache": ("full", "decode(length=23)"),
-    "slot": ("slots", "decode(slot=7)"),
-    "rotary and decode": ("rotary", "decode(length=16, table=2)"),
 }
 
 DEVICE_SCRIPT = """
@@ -600,12 +597,6 @@ def forward(cu=None, lengths=None, rows=0, table=0):
     return rat_ext.rat_attention(q, q, v, v, 8, cu_seqlens=cu, initial_state=state, **tables(table))
 def recurrence(cu):
     return rat_ext.chunk_recurrence(wide(2, 1, 20), wide(4, 1, 20), 8, cu_seqlens=ints(cu))
-def decode(length=0, slot=0, table=0):
-    cache = RATCache.empty(1, 4, 16, 8, 16, device="cuda")
-    cache.lengths.fill_(length)
-    q, v = wide(2, 1), wide(4, 1)
-    slots = torch.tensor([slot], device="cuda")
-    return rat_ext.rat_decode_step(q, q, v, v, cache, slots=slots, **tables(table))
 try:
     CALL
     torch.cuda.synchronize()

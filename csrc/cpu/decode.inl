@@ -41,8 +41,37 @@ struct NewToken {
   }
 };
 
-// Running state, self term, closing chunk.
+// A chunk state in the dtype of the rows. There are no scales.
 template <class T>
+void store_state(const Acc<T>* from, int64_t dim, T* to, float*) {
+  store_row(from, dim, to);
+}
+
+// In e4m3: the scale is the least power of two that brings the largest element to 448; 1 for zeros. What is not finite makes all
+// of the state NaN.
+template <class A>
+void store_state(const A* from, int64_t dim, e4m3* to, float* scale) {
+  A amax = 0, scaled[256];
+  for (int64_t d = 0; d < dim; ++d) {
+    const A x = from[d] < 0 ? -from[d] : from[d];
+    if (!(x <= amax)) amax = x;
+    if (amax != amax) break;
+  }
+  *scale = amax == 0 ? 1.0f : static_cast<float>(amax);
+  if (amax > 0 && *scale <= __FLT_MAX__) {
+    int exponent;
+    const double fraction = __builtin_frexp(static_cast<double>(amax), &exponent);  // in [1/2, 1); 448 is 7/8 of 2^9
+    exponent += fraction <= 0.875 ? -9 : -8;
+    *scale = static_cast<float>(__builtin_ldexp(1.0, exponent < -117 ? -117 : exponent));
+  }
+  for (int64_t d = 0; d < dim; ++d) scaled[d] = from[d] / static_cast<A>(*scale);
+  for (int64_t d = 0; d < dim; d += 8) convert8(scaled + d, to + d);
+}
+
+RAT_INLINE float scale_of(const float* scales, int64_t row) { return scales ? scales[row] : 1.0f; }
+
+// Running state, self term, closing chunk.
+template <class T, class S>
 void decode_state(const DecodeParams& p, const DecodeWorkspace& w, const NewToken<T>& t) {
   using A = Acc<T>;
   constexpr int64_t W = Simd<A>::width;
@@ -77,8 +106,8 @@ void decode_state(const DecodeParams& p, const DecodeWorkspace& w, const NewToke
   if ((t.position + 1) % p.chunk_size == 0) {
     rotate_row<A>(p.rotary, t.chunk(p), D, 1, running_k);
     const int64_t row = t.state_row(p, t.chunk(p));
-    store_row(running_k, D, static_cast<T*>(p.pool.chunk_k) + row * D);
-    store_row(running_v, D, static_cast<T*>(p.pool.chunk_v) + row * D);
+    store_state(running_k, D, static_cast<S*>(p.pool.chunk_k) + row * D, p.pool.scale_k + row);
+    store_state(running_v, D, static_cast<S*>(p.pool.chunk_v) + row * D, p.pool.scale_v + row);
   }
 }
 
@@ -90,20 +119,21 @@ RAT_INLINE const A* acc_row(const A* state, int64_t dim, int64_t ld, A* scratch)
   return scratch;
 }
 
-template <class T, class A>
-RAT_INLINE const A* acc_row(const T* state, int64_t dim, int64_t ld, A* scratch) {
-  load_row(state, dim, ld, scratch);
+template <class S, class A>
+RAT_INLINE const A* acc_row(const S* state, int64_t dim, int64_t ld, A* scratch) {
+  for (int64_t d = 0; d < dim; d += 8) convert8(state + d, scratch + d);
+  zero(scratch + dim, ld - dim);
   return scratch;
 }
 
 // The keys of one slice. The query is rotated.
-template <class T>
+template <class T, class S>
 void decode_attend(const DecodeParams& p, const DecodeWorkspace& w, const NewToken<T>& t, int64_t slice) {
   using A = Acc<T>;
   constexpr int64_t W = Simd<A>::width;
   const int64_t D = p.head_dim, ld = w.padded_dim;
   const int64_t begin = slice * kSlice, end = minimum(t.chunk(p), begin + kSlice);
-  const T *const k = static_cast<const T*>(p.pool.chunk_k), *const v = static_cast<const T*>(p.pool.chunk_v);
+  const S *const k = static_cast<const S*>(p.pool.chunk_k), *const v = static_cast<const S*>(p.pool.chunk_v);
   const int64_t part = t.item * w.slices + slice;
   A* const sum = static_cast<A*>(w.sum) + part * ld;
   A m = no_score<A>(), l = 0;
@@ -118,7 +148,7 @@ void decode_attend(const DecodeParams& p, const DecodeWorkspace& w, const NewTok
       const A* const key = acc_row(k + row[j] * D, D, ld, scratch);
       Vec<A> dot = {};
       for (int64_t d = 0; d < ld; d += W) dot = dot + load(t.query + d) * load(key + d);
-      score[j] = sum_lanes<A>(dot);
+      score[j] = sum_lanes<A>(dot) * scale_of(p.pool.scale_k, row[j]);
       top = score[j] > top ? score[j] : top;
     }
     for (int64_t j = count; j < kKeys; ++j) score[j] = -static_cast<A>(__builtin_inf());
@@ -137,7 +167,8 @@ void decode_attend(const DecodeParams& p, const DecodeWorkspace& w, const NewTok
     l += sum_lanes<A>(weights);
     for (int64_t j = 0; j < count; ++j) {
       const A* const value = acc_row(v + row[j] * D, D, ld, scratch);
-      for (int64_t d = 0; d < ld; d += W) store(sum + d, load(sum + d) + score[j] * load(value + d));
+      const A weight = score[j] * scale_of(p.pool.scale_v, row[j]);
+      for (int64_t d = 0; d < ld; d += W) store(sum + d, load(sum + d) + weight * load(value + d));
     }
   }
   static_cast<A*>(w.maximum)[part] = m;
@@ -172,8 +203,8 @@ void decode_finish(const DecodeParams& p, const DecodeWorkspace& w, const NewTok
   store_row(out, p.head_dim, row_of<T>(p.y, t.row, t.token, t.head));
 }
 
-// Token `token` of each row.
-template <class T>
+// Token `token` of each row. S: the type of chunk states.
+template <class T, class S>
 void decode(const DecodeParams& p, const DecodeWorkspace& w, int64_t token) {
   for_each_task(p.batch * p.heads * w.slices, w.workers, [&](int64_t task, int) {
     const int64_t item = task / w.slices, slice = task % w.slices, row = item / p.heads;
@@ -185,9 +216,9 @@ void decode(const DecodeParams& p, const DecodeWorkspace& w, int64_t token) {
     const int64_t slices = decode_slices(p, slot);
     if (slice >= slices) return;
     NewToken<T> t(p, item, slot, token, w.padded_dim);
-    if (slice == 0) decode_state(p, w, t);
+    if (slice == 0) decode_state<T, S>(p, w, t);
     rotate_row<Acc<T>>(p.rotary, t.chunk(p), p.head_dim, 1, t.query);
-    decode_attend(p, w, t, slice);
+    decode_attend<T, S>(p, w, t, slice);
     // What the others wrote is seen by the last.
     if (__atomic_add_fetch(w.done + item, 1, __ATOMIC_ACQ_REL) == slices) decode_finish(p, w, t, slices);
   });

@@ -51,7 +51,10 @@ void run_recurrence_bwd(const RecurrenceBwdParams& p, const Plan& plan, const Wo
 }
 
 void run_decode_step(const DecodeParams& p, const DecodeWorkspace& w, int64_t token) {
-  with_type(p.dtype, [&](auto type) { decode<decltype(type)>(p, w, token); });
+  with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    p.pool.scale_k ? decode<T, e4m3>(p, w, token) : decode<T, T>(p, w, token);
+  });
 }
 
 }  // namespace

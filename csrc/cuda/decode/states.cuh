@@ -1,0 +1,270 @@
+// The new tokens themselves: their running states, the chunk states that they close.
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include "args.cuh"
+
+namespace rat::cuda {
+
+// ---- chunk states -----------------------------------------------------------------------------------------------------
+
+// Eight elements of a chunk state, as they lie in memory.
+template <class S>
+struct StateRaw {
+  Raw8<S> raw;
+};
+template <>
+struct alignas(8) StateRaw<e4m3> {
+  uint32_t word[2];
+};
+
+template <class S>
+__device__ __forceinline__ void unpack_state(const StateRaw<S>& state, float (&x)[8]) {
+  if constexpr (sizeof(S) == 1) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const auto pair = static_cast<__nv_fp8x2_storage_t>(state.word[i / 2] >> (i % 2 * 16));
+      const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
+      const float2 two = __half22float2(halves);
+      x[2 * i] = two.x;
+      x[2 * i + 1] = two.y;
+    }
+  } else {
+    unpack(state.raw, x);
+  }
+}
+
+// The least power of two that brings amax to 448, the largest e4m3; 1 for zeros. What is not finite makes all of the state NaN.
+__device__ __forceinline__ float state_scale(float amax) {
+  if (amax == 0.0f) return 1.0f;
+  if (!(amax <= 3.402823466e+38f)) return amax;
+  int exponent;
+  const float fraction = frexpf(amax, &exponent);  // in [1/2, 1); 448 is 7/8 of 2^9
+  exponent += fraction <= 0.875f ? -9 : -8;
+  return ldexpf(1.0f, max(exponent, -117));
+}
+
+__device__ __forceinline__ void pack_state(const float (&x)[8], float scale, StateRaw<e4m3>& state) {
+  const float inverse = 1.0f / scale;
+  state.word[0] = state.word[1] = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t bits = __nv_cvt_float_to_fp8(x[i] * inverse, __NV_SATFINITE, __NV_E4M3);
+    state.word[i / 4] |= bits << (8 * (i % 4));
+  }
+}
+
+// ---- rotation ---------------------------------------------------------------------------------------------------------
+
+// A row of the rotary tables for the eight elements of a lane.
+struct Angle {
+  float cosine[8], sine[8];
+};
+
+__device__ __forceinline__ Angle load_angle(const Rotary& r, uint32_t row, int head_dim, const Lane& lane) {
+  Angle angle;
+  const int half = head_dim / 2;
+  const float* const cosine = static_cast<const float*>(r.cos) + static_cast<int64_t>(row) * half;
+  const float* const sine = static_cast<const float*>(r.sin) + static_cast<int64_t>(row) * half;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {  // D/2 is a multiple of 4: four elements at a time lie on one side
+    const int d = static_cast<int>(lane.d) + 4 * m, i = d >= half ? d - half : d;
+    const float4 c = *reinterpret_cast<const float4*>(cosine + i), s = *reinterpret_cast<const float4*>(sine + i);
+    const float sign = d >= half ? 1.0f : -1.0f;
+    angle.cosine[4 * m] = c.x, angle.cosine[4 * m + 1] = c.y, angle.cosine[4 * m + 2] = c.z,
+                     angle.cosine[4 * m + 3] = c.w;
+    angle.sine[4 * m] = sign * s.x, angle.sine[4 * m + 1] = sign * s.y;
+    angle.sine[4 * m + 2] = sign * s.z, angle.sine[4 * m + 3] = sign * s.w;
+  }
+  return angle;
+}
+
+// x of a lane group, rotated. All lanes of the warp take part. See rotate() in device/rotary.cuh for who pairs with whom.
+template <int W>
+__device__ __forceinline__ void rotate(const Angle& angle, int head_dim, const Lane& lane, float (&x)[8]) {
+  const int half = head_dim / 2;
+  const bool straddles = half % 8 != 0;
+  int source[2];
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    const int d = static_cast<int>(lane.d) + 4 * m;
+    source[m] = (d >= half ? d - half : d + half) / 8;
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    float y[2];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      const float straight = __shfl_sync(kFullWarp, x[j + 4 * m], source[m], W);
+      const float crossed = __shfl_sync(kFullWarp, x[j + 4 - 4 * m], source[m], W);
+      y[m] =
+          fmaf(x[j + 4 * m], angle.cosine[j + 4 * m], __fmul_rn(straddles ? crossed : straight, angle.sine[j + 4 * m]));
+    }
+    x[j] = y[0];
+    x[j + 4] = y[1];
+  }
+}
+
+// ---- the scan ---------------------------------------------------------------------------------------------------------
+
+// A row of tokens: pointer to the lane's eight elements of the first one.
+template <class T>
+struct TokenRow {
+  const T* at;
+  int64_t step;
+  bool vector;
+  __device__ __forceinline__ Raw8<T> load(int i) const {
+    return vector ? load_raw<true>(at + i * step) : load_raw<false>(at + i * step);
+  }
+};
+
+template <class T>
+__device__ __forceinline__ TokenRow<T> token_row(const Decode& a, const Rows& rows, int64_t row, int64_t head,
+                                                 const Lane& lane) {
+  return {static_cast<const T*>(rows.ptr) + row * rows.batch + head * rows.head + lane.d, rows.token, a.vector};
+}
+
+// Advances the running keys or values of a (row, head) over the new tokens, and stores the last states and the chunk states that
+// close. To the block, in shared memory: each token's own score and value, and, where there may be several tokens, the chunk
+// states that close. By a warp: where rows have fewer lanes, one lane group walks the keys and another the values.
+template <class K>
+__device__ __forceinline__ void scan_tokens(const Decode& a, const Item& item, const Lane& lane, bool is_value,
+                                            bool stores, float* own_score, float* own_value, typename K::S* fresh,
+                                            float (*fresh_scale)[kMostTokens]) {
+  using T = typename K::T;
+  using S = typename K::S;
+  constexpr int W = K::W, N = K::N;
+  const DecodeParams& p = a.p;
+  const int D = static_cast<int>(p.head_dim);
+  const int q_head = item.head / static_cast<int>(p.heads / p.q_groups);
+  const TokenRow<T> q_row = token_row<T>(a, p.q, item.row, q_head, lane);
+  const TokenRow<T> gate_row = token_row<T>(a, p.gate, item.row, item.head, lane);
+  const TokenRow<T> x_row =
+      is_value ? token_row<T>(a, p.v, item.row, item.head, lane)
+               : token_row<T>(a, p.k, item.row, item.head / static_cast<int>(p.heads / p.k_groups), lane);
+  Raw8<T> gate_raw[N], x_raw[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int token = min(i, a.tokens - 1);
+    gate_raw[i] = gate_row.load(token);
+    x_raw[i] = x_row.load(token);
+  }
+  float bias[8], state[8];
+  zero(bias);
+  zero(state);
+  if (p.gate_bias) load_scratch(static_cast<const float*>(p.gate_bias) + item.head * D + lane.d, bias);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) bias[j] = __fmul_rn(bias[j], kLogitUnit<T>);
+  float* const running = static_cast<float*>(is_value ? p.pool.running_v : p.pool.running_k) + item.head * D + lane.d;
+  const int64_t place = static_cast<int64_t>(p.heads) * D;  // of the ring
+  const uint32_t ring = static_cast<uint32_t>(p.pool.ring);
+  const int64_t places = static_cast<int64_t>(item.entry) * ring;
+  if (item.length % a.chunk_size != 0) load_scratch(running + (places + (item.length - 1) % ring) * place, state);
+  const uint32_t first_chunk = item.length / a.chunk_size;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i >= a.tokens) break;
+    const uint32_t position = item.length + i, chunk = position / a.chunk_size, offset = position % a.chunk_size;
+    if (offset == 0) zero(state);
+    float f[8], g[8], x[8];
+    gates_of(gate_raw[i], bias, true, f, g);
+    unpack(x_raw[i], x);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) state[j] = fmaf(f[j], state[j], __fmul_rn(g[j], x[j]));
+    unpack(q_row.load(i), x);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x[j] = lane.live ? __fmul_rn(x[j], a.scale) : 0.0f;
+    const float score = group_sum<W>(lane.live ? dot(x, state) : 0.0f);
+    __syncwarp();  // the state has been read
+    if (stores) {
+      if (is_value) {
+        store_scratch(own_value + i * K::kColumns + lane.d, state);
+      } else if (lane.index == 0) {
+        own_score[i] = score;
+      }
+      if (static_cast<uint32_t>(a.tokens - i) <= ring)
+        store_scratch(running + (places + position % ring) * place, state);
+    }
+    if (offset == a.chunk_size - 1) {  // the chunk closes
+#pragma unroll
+      for (int j = 0; j < 8; ++j) x[j] = state[j];
+      if (p.rotary.cos) {
+        rotate<W>(load_angle(p.rotary, chunk, D, lane), D, lane, x);
+        if (is_value) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) x[j] = state[j];
+        }
+      }
+      const int64_t row = state_row(a, item.entry, item.head, chunk);
+      S* const target = static_cast<S*>(is_value ? p.pool.chunk_v : p.pool.chunk_k) + row * D + lane.d;
+      S* const kept = fresh + ((is_value ? N : 0) + static_cast<int>(chunk - first_chunk)) * D + lane.d;
+      if constexpr (K::kScaled) {
+        float amax = 0.0f;
+        bool odd = false;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          amax = fmaxf(amax, fabsf(x[j]));
+          odd = odd || x[j] != x[j];  // which fmaxf drops
+        }
+#pragma unroll
+        for (int step = W / 2; step > 0; step /= 2) amax = fmaxf(amax, __shfl_xor_sync(kFullWarp, amax, step));
+        const unsigned odds = __ballot_sync(kFullWarp, odd && lane.live);
+        const unsigned of_group = W == 32 ? kFullWarp : ((1u << (W % 32)) - 1) << (threadIdx.x % 32 / W * W);
+        const float scale = state_scale((odds & of_group) != 0 ? __int_as_float(0x7fffffff) : amax);
+        StateRaw<S> raw;
+        pack_state(x, scale, raw);
+        if (stores) {
+          *reinterpret_cast<StateRaw<S>*>(target) = raw;
+          if (lane.index == 0) (is_value ? p.pool.scale_v : p.pool.scale_k)[row] = scale;
+          if constexpr (N > 1) {
+            *reinterpret_cast<StateRaw<S>*>(kept) = raw;
+            if (lane.index == 0) fresh_scale[is_value][chunk - first_chunk] = scale;
+          }
+        }
+      } else {
+        Raw8<S> raw;
+        pack(x, raw);
+        if (stores) {
+          store_raw<true>(target, raw);
+          if constexpr (N > 1) store_raw<true>(kept, raw);
+        }
+      }
+    }
+  }
+}
+
+// The scanning warp.
+template <class K>
+__device__ __forceinline__ void scan(const Decode& a, char* memory, const SharedLayout& layout) {
+  using S = typename K::S;
+  SharedHead& head = *reinterpret_cast<SharedHead*>(memory);
+  const int D = static_cast<int>(a.p.head_dim), thread = static_cast<int>(threadIdx.x) % 32;
+  const int group = thread / K::W;
+  Ring<kItems> items(head.items);
+  Ring<kOwn> own(head.own);
+  for (;;) {
+    items.wait_full();
+    const Item item = head.item[items.slot()];
+    __syncwarp();
+    if (thread == 0) mbarrier_arrive(items.empty());
+    items.next();
+    if (item.kind == ItemKind::end) return;
+    if (!item.tail) continue;
+    const Lane lane = lane_of<K::W>(item.head, a.p.heads, D);
+    const uint32_t place = own.slot();
+    float* const own_value = reinterpret_cast<float*>(memory + layout.own) + place * K::N * K::kColumns;
+    S* const fresh = reinterpret_cast<S*>(memory + layout.fresh) + static_cast<int>(place) * 2 * K::N * D;
+    own.wait_empty();
+#pragma unroll 1
+    for (int role = 0; role < (K::W == 32 ? 2 : 1); ++role) {
+      const bool is_value = K::W == 32 ? role == 1 : group % 2 == 1, stores = group < 2 && lane.live;
+      scan_tokens<K>(a, item, lane, is_value, stores, head.own_score[place], own_value, fresh, head.fresh_scale[place]);
+    }
+    __syncwarp();
+    if (thread == 0) mbarrier_arrive(own.full());
+    own.next();
+  }
+}
+
+}  // namespace rat::cuda
