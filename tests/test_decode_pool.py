@@ -1,5 +1,5 @@
-"""rat_decode_step on a pool as the operator takes it: drafts, a ring of states, pages, e4m3 states, errors; bits that depend on a
-row's own length alone."""
+"""rat_decode_step on a pool as the operator takes it: drafts, a ring of states, pages, e4m3 states, errors; bits that depend on
+a row's own length alone."""
 
 import pytest
 import torch

@@ -8,8 +8,7 @@
 //
 // Keys are cut into slices of a fixed number. A slice has its own softmax, and slices are joined in order. So a row's bits
 // depend on its own length alone: not on the batch, not on how many blocks share a pair, and not on the number of new tokens.
-// A pair of one slice is finished where it is; else the slices meet in scratch memory, and the last of the ways (a way is the
-// part of a pair that one block takes) joins them.
+// Where blocks share a pair (a way is the part of one), the slices meet in scratch memory, and the last of the ways joins them.
 //
 // Nothing from a length is decided on the host: a CUDA graph may replay the step. A length is read once in each way, by its
 // fetching warp; the last way of a row to have read it advances it. Counters belong to the sequences of the pool, partial
@@ -31,17 +30,17 @@ namespace {
 // All tokens of a (row, head) that is skipped.
 template <class T>
 __device__ __forceinline__ void store_zeros(const Decode& a, const Item& item) {
-  for (int i = 0; i < a.tokens; ++i) {
-    for (int d = static_cast<int>(threadIdx.x); d < a.p.head_dim; d += kConsumers) {
-      *out_row_of<T>(a.p.y, item.row, i, item.head, d) = from_float<T>(0.0f);
-    }
-  }
+  const int d = static_cast<int>(threadIdx.x);
+  if (d >= a.p.head_dim) return;
+#pragma unroll 1
+  for (int i = 0; i < a.tokens; ++i) *out_row_of<T>(a.p.y, item.row, i, item.head, d) = from_float<T>(0.0f);
 }
 
 // The tokens and elements that a thread joins: token `first`, `first` + step ..., element d.
 template <class K>
 struct Share {
   static constexpr int kStep = kConsumers / K::kColumns;
+  static constexpr int kTokens = (K::N + kStep - 1) / kStep;
   int first, d;
   bool live;
   __device__ __forceinline__ explicit Share(const Decode& a)
@@ -50,49 +49,71 @@ struct Share {
   }
 };
 
-__device__ __forceinline__ void leave_own(Ring<kOwn>& own) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) mbarrier_arrive(own.empty());
-  own.next();
+// Of a pair that blocks share, by the last of its ways.
+template <class K>
+__device__ __forceinline__ void finish_ways(const Decode& a, SharedHead& head, const Item& item, const Share<K>& share,
+                                            const float* out_gate) {
+  __threadfence();
+  consumers_sync();  // partial results are stored before the arrival is counted
+  if (threadIdx.x == 0) {
+    unsigned* const arrived = a.arrived + static_cast<int64_t>(item.entry) * a.heads + item.head;
+    head.last = last_of(arrived, static_cast<unsigned>(item.ways));
+    __threadfence();  // and the others' are read after it
+  }
+  consumers_sync();
+  if (head.last == 0) return;
+#pragma unroll 1
+  for (int i = share.first; i < a.tokens && share.live; i += Share<K>::kStep) {
+    const int slices = static_cast<int>((keys_of(a, item, i) + kSlice - 1) / kSlice);
+    const Joined joined = join_slices<K>(a, item, i, slices, share.d);
+    const float* const state = partial_row(a, item, i, 0);
+    store_output<K>(a, item, i, share.d, joined, __ldcg(state + a.p.head_dim), __ldcg(state + share.d),
+                    out_gate[i * K::kColumns + share.d]);
+  }
 }
 
 template <class K>
-__device__ __forceinline__ void consume_item(const Decode& a, char* memory, const SharedLayout& layout,
-                                             const Item& item, RingPlace& place, Ring<kOwn>& own) {
+__device__ __forceinline__ void consume_item(const Decode& a, char* memory, const SharedLayout& layout, const Item& item,
+                                             RingPlace& place, Ring<kPrepared>& prepared) {
   using S = typename K::S;
-  constexpr int N = K::N;
+  constexpr int N = K::N, kTokens = Share<K>::kTokens;
   SharedHead& head = *reinterpret_cast<SharedHead*>(memory);
   float* const values = reinterpret_cast<float*>(memory + layout.values);
-  const int D = static_cast<int>(a.p.head_dim), at = static_cast<int>(own.slot());
-  const float* const own_value = reinterpret_cast<const float*>(memory + layout.own) + at * N * K::kColumns;
+  const int D = static_cast<int>(a.p.head_dim), at = static_cast<int>(prepared.slot());
+  const float* const rows = reinterpret_cast<const float*>(memory + layout.prepared) + at * 3 * N * K::kColumns;
+  const float *const out_gate = rows + N * K::kColumns, *const own_value = rows + 2 * N * K::kColumns;
   const S* const fresh = reinterpret_cast<const S*>(memory + layout.fresh) + at * 2 * N * D;
-  const Lane lane = lane_of<K::W>(item.head, a.p.heads, D);
+  const uint32_t scanned = shared_address(&head.scanned[at]), round = prepared.count / kPrepared % 2;
+  const Lane lane = lane_of<K::W>(item.head, a.heads, D);
   const Share<K> share(a);
 
-  const uint32_t old_keys = item.length / a.chunk_size;  // those in memory; the tokens themselves may close more
   Queries<N> queries;
-  load_queries<K>(a, item, lane, queries);
+  prepared.wait_full();
+  load_queries<K>(a, item, lane, rows, queries);
   const uint32_t all_keys = queries.keys[N - 1];
-  if (N > 1 && item.tail && all_keys > old_keys) own.wait_full();  // the chunk states that close are there
+  if (N > 1 && item.tail && all_keys > item.keys) mbarrier_wait(scanned, round);  // the chunk states that close are there
 
   // The tail has the new keys too, which may reach into a slice of their own.
   const int end_slice = item.tail ? max(item.slices, static_cast<int>((all_keys + kSlice - 1) / kSlice)) : item.slices;
-  const bool direct = item.slices == 1 && all_keys <= kSlice;
-  for (int slice = item.way; slice < end_slice; slice += slice + 1 < item.slices ? a.ways : 1) {
+  Joined joined[kTokens];
+#pragma unroll
+  for (Joined& j : joined) j = {kNoScore, 0.0f, 0.0f};
+#pragma unroll 1
+  for (int slice = item.way; slice < end_slice; slice += slice + 1 < item.slices ? item.ways : 1) {
     const uint32_t first = static_cast<uint32_t>(slice) * kSlice;
-    const uint32_t last = min(first + kSlice, slice + 1 < item.slices ? old_keys : all_keys);
+    const uint32_t last = min(first + kSlice, slice + 1 < item.slices ? item.keys : all_keys);
     Running r[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) clear(r[i]);
 #pragma unroll 1
     for (uint32_t base = first; base < last; base += K::kStageKeys) {
       const S* const stage = reinterpret_cast<const S*>(memory + layout.ring + place.slot * a.stage_bytes);
-      const bool fetched = base < old_keys;
+      const bool fetched = base < item.keys;
       if (fetched) mbarrier_wait(shared_address(&head.full[place.slot]), place.round);
-      if (base + K::kStageKeys <= min(old_keys, queries.keys[0])) {
-        attend<K, true>(queries, lane, D, base, old_keys, stage, fresh, head.fresh_scale[at], r);
+      if (N > 1 && base + K::kStageKeys <= item.keys) {
+        attend<K, true>(queries, lane, D, base, item.keys, stage, fresh, head.fresh_scale[at], r);
       } else {
-        attend<K, false>(queries, lane, D, base, old_keys, stage, fresh, head.fresh_scale[at], r);
+        attend<K, false>(queries, lane, D, base, item.keys, stage, fresh, head.fresh_scale[at], r);
       }
       if (fetched) {
         __syncwarp();
@@ -101,53 +122,49 @@ __device__ __forceinline__ void consume_item(const Decode& a, char* memory, cons
       }
     }
     consumers_sync();  // the last slice's have been read
-    if (item.tail) own.wait_full();
     share_slice<K>(head, values, lane, r);
+    mbarrier_wait(scanned, round);
     consumers_sync();
-    for (int i = share.first; i < a.tokens && share.live; i += Share<K>::kStep) {
-      const Joined joined = join_warps<K>(head, values, i, share.d);
-      if (direct) {
-        store_output<K>(a, item, i, share.d, joined, head.own_score[at][i], own_value[i * K::kColumns + share.d]);
+    if (!share.live) continue;
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) {
+      const int i = share.first + j * Share<K>::kStep;
+      // A token that comes before the slice's first key has the bits that it has without it.
+      if (i >= a.tokens || (N > 1 && slice > 0 && keys_of(a, item, i) <= first)) continue;
+      const Joined part = join_warps<K>(head, values, i, share.d);
+      if (item.ways == 1) {
+        join<typename K::T>(joined[j], part);
       } else {
-        store_partial(a, item, i, 1 + slice, share.d, joined);
+        store_partial(a, item, i, 1 + slice, share.d, part);
+        if (slice + 1 == item.slices) {
+          store_partial(a, item, i, 0, share.d, {head.own_score[at][i], 1.0f, own_value[i * K::kColumns + share.d]});
+        }
       }
     }
   }
-  if (direct) return leave_own(own);
-
-  if (item.tail) {
-    for (int i = share.first; i < a.tokens && share.live; i += Share<K>::kStep) {
-      const Joined state{head.own_score[at][i], 1.0f, own_value[i * K::kColumns + share.d]};
-      store_partial(a, item, i, 0, share.d, state);
+  if (item.ways > 1) {
+    finish_ways<K>(a, head, item, share, out_gate);
+  } else if (share.live) {
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) {
+      const int i = share.first + j * Share<K>::kStep, own = i * K::kColumns + share.d;
+      if (i < a.tokens) {
+        store_output<K>(a, item, i, share.d, joined[j], head.own_score[at][i], own_value[own], out_gate[own]);
+      }
     }
-    leave_own(own);
   }
-  const int ways = min(a.ways, item.slices);
-  if (ways > 1) __threadfence();
-  consumers_sync();  // partial results are stored before the arrival is counted
-  if (ways > 1) {
-    if (threadIdx.x == 0) {
-      head.last =
-          last_of(a.arrived + static_cast<int64_t>(item.entry) * a.p.heads + item.head, static_cast<unsigned>(ways));
-      __threadfence();  // and the others' are read after it
-    }
-    consumers_sync();
-    if (head.last == 0) return;
-  }
-  for (int i = share.first; i < a.tokens && share.live; i += Share<K>::kStep) {
-    const uint32_t keys = (item.length + i) / a.chunk_size;
-    const Joined joined = join_slices<K>(a, item, i, static_cast<int>((keys + kSlice - 1) / kSlice), share.d);
-    const float* const state = partial_row(a, item, i, 0);
-    store_output<K>(a, item, i, share.d, joined, __ldcg(state + D), __ldcg(state + share.d));
-  }
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(prepared.empty());
+  prepared.next();
 }
 
 template <class K>
 __device__ __forceinline__ void consume(const Decode& a, char* memory, const SharedLayout& layout) {
   SharedHead& head = *reinterpret_cast<SharedHead*>(memory);
   Ring<kItems> items(head.items);
-  Ring<kOwn> own(head.own);
+  Ring<kPrepared> prepared(head.prepared);
   RingPlace place;
+#pragma unroll 1
   for (;;) {
     items.wait_full();
     const Item item = head.item[items.slot()];
@@ -158,7 +175,7 @@ __device__ __forceinline__ void consume(const Decode& a, char* memory, const Sha
     if (item.kind == ItemKind::zeros) {
       store_zeros<typename K::T>(a, item);
     } else {
-      consume_item<K>(a, memory, layout, item, place, own);
+      consume_item<K>(a, memory, layout, item, place, prepared);
     }
   }
 }
@@ -174,7 +191,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kBlocks<K>) decode_step_kernel
   const SharedLayout layout = shared_layout<K>(static_cast<int>(a.p.head_dim));
   if (threadIdx.x == 0) {
     head.items.init(1, kConsumerWarps + 1);
-    head.own.init(1, kConsumerWarps);
+    head.prepared.init(1, kConsumerWarps);
+    for (uint64_t& scanned : head.scanned) mbarrier_init(shared_address(&scanned), 1);
     for (int i = 0; i < a.stages; ++i) {
       mbarrier_init(shared_address(&head.full[i]), fills<K>(a));
       mbarrier_init(shared_address(&head.empty[i]), kConsumerWarps);
@@ -183,11 +201,12 @@ __global__ void __launch_bounds__(kDecodeThreads, kBlocks<K>) decode_step_kernel
   }
   __syncthreads();
   let_next_kernel_start();
-  if (threadIdx.x < kConsumers) {
+  const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 32, 0);  // the compiler sees that a warp is of one mind
+  if (warp < kConsumerWarps) {
     warm_tokens<K>(a);
     wait_for_earlier_kernels();
     consume<K>(a, memory, layout);
-  } else if (threadIdx.x < kConsumers + 32) {
+  } else if (warp == kConsumerWarps) {
     warm_states<K>(a);
     wait_for_earlier_kernels();
     fetch<K>(a, head, shared_address(memory) + layout.ring);
@@ -203,12 +222,15 @@ __global__ void __launch_bounds__(128) decode_admit_kernel(const __grid_constant
             lane = static_cast<int>(threadIdx.x) % 32;
   if (row >= a.p.batch) return;
   const int64_t firsts = a.p.slots && lane < a.p.batch ? a.p.slots[lane] : -1;
-  int64_t slot = a.p.slots ? a.p.slots[row] : row, detail;
+  int64_t slot = a.p.slots ? a.p.slots[row] : row;
   if (slot >= 0) {
     const int64_t length = slot < a.p.pool.sequences ? a.p.pool.lengths[slot] : 0;
-    const PoolError error = refusal(a, row, slot, length, firsts, detail);
+    PoolError error = refusal(a, slot, length);
+    if (error == PoolError::none) {
+      error = refusal_among(a, row, static_cast<int>(slot), static_cast<uint32_t>(length), firsts);
+    }
     if (error != PoolError::none) {
-      if (lane == 0) report(a, error, row, slot, detail);
+      if (lane == 0) report(a, error, row, slot, length);
       slot = -1;
     }
   }
@@ -310,17 +332,20 @@ void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream
   const int64_t most_slices = std::max<int64_t>(1, ceil_div(p.pool.rows, kSlice)), pairs = p.batch * p.heads;
   const int64_t most_tokens = std::min<int64_t>(p.tokens, kMostTokens);
   a.entries = 1 + most_slices;
+  // Enough ways to fill the chip. Blocks go on with the next pair when they are done: with many pairs one is enough.
+  const int64_t resident = 2 * int64_t{device_attribute<cudaDevAttrMultiProcessorCount>()};
+  a.ways = static_cast<int>(std::clamp<int64_t>(ceil_div(2 * resident, pairs), 1, most_slices));
   Piece<float> partial;
   Piece<int64_t> admitted;
-  if (most_slices > 1) partial = scratch.take<float>(pairs * most_tokens * a.entries * (p.head_dim + 8));
+  if (a.ways > 1) partial = scratch.take<float>(pairs * most_tokens * a.entries * (p.head_dim + 8));
   if (p.tokens > kMostTokens) admitted = scratch.take<int64_t>(p.batch);
   scratch.commit(allocator);
   a.partial = partial;
   a.chunk_size = static_cast<uint32_t>(std::min<int64_t>(p.chunk_size, int64_t{1} << 31));
-  // Enough ways that long sequences beside short ones do not keep a few blocks busy alone.
-  const int64_t resident = 2 * int64_t{device_attribute<cudaDevAttrMultiProcessorCount>()};
-  a.ways = static_cast<int>(std::clamp<int64_t>(ceil_div(4 * resident, pairs), 1, most_slices));
   grid_x(pairs * a.ways, "decode_step");
+  a.heads = static_cast<uint32_t>(p.heads);
+  a.q_share = static_cast<uint32_t>(p.heads / p.q_groups);
+  a.k_share = static_cast<uint32_t>(p.heads / p.k_groups);
   a.pairs = static_cast<uint32_t>(pairs);
   a.candidates = static_cast<uint32_t>(pairs * a.ways);
   for (int64_t rows = p.pool.page_rows; p.pool.page_table && rows > 1; rows /= 2) ++a.page_shift;

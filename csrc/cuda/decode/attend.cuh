@@ -1,6 +1,8 @@
 // Attention of the new tokens of a (row, head) to one slice of its chunk states.
 #pragma once
 
+#include <cmath>
+
 #include "states.cuh"
 
 namespace rat::cuda {
@@ -26,94 +28,116 @@ struct Queries {
 };
 
 template <class K>
-__device__ __forceinline__ void load_queries(const Decode& a, const Item& item, const Lane& lane,
+__device__ __forceinline__ void load_queries(const Decode& a, const Item& item, const Lane& lane, const float* rows,
                                              Queries<K::N>& queries) {
-  using T = typename K::T;
-  const DecodeParams& p = a.p;
-  const int D = static_cast<int>(p.head_dim);
-  const TokenRow<T> row = token_row<T>(a, p.q, item.row, item.head / static_cast<int>(p.heads / p.q_groups), lane);
-  Raw8<T> raw[K::N];
-#pragma unroll
-  for (int i = 0; i < K::N; ++i) raw[i] = row.load(min(i, a.tokens - 1));
-  Angle angle;
-  uint32_t at = ~0u;
+  uint32_t keys = item.keys, offset = item.offset;
 #pragma unroll
   for (int i = 0; i < K::N; ++i) {
-    const uint32_t chunk = (item.length + min(i, a.tokens - 1)) / a.chunk_size;
-    queries.keys[i] = chunk;
-    unpack(raw[i], queries.q[i]);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) queries.q[i][j] = lane.live ? __fmul_rn(queries.q[i][j], a.scale) : 0.0f;
-    if (p.rotary.cos) {
-      if (chunk != at) angle = load_angle(p.rotary, chunk, D, lane);
-      at = chunk;
-      rotate<K::W>(angle, D, lane, queries.q[i]);
-      if (!lane.live) zero(queries.q[i]);
+    queries.keys[i] = keys;
+    load_scratch(rows + i * K::kColumns + lane.d, queries.q[i]);
+    if (i + 1 < a.tokens && ++offset == a.chunk_size) {
+      offset = 0;
+      ++keys;
     }
   }
 }
 
+// Which of kKeys keys a lane of a group answers for, after their sums over the group.
+template <int W, int kKeys>
+__device__ __forceinline__ int own_key(const Lane& lane) {
+  return kKeys == 4 ? lane.index / (W / 4) : lane.index / (W / 2);
+}
+
+// The sums over a lane group of several values, one left in each lane: that of own_key(). Half of the values go at each step.
+template <int W, int kKeys>
+__device__ __forceinline__ float shared_sum(const Lane& lane, const float (&x)[kKeys]) {
+  static_assert(kKeys == 2 || kKeys == 4);
+  const bool upper = lane.index >= W / 2;
+  float mine;
+  int step = W / 2;
+  if constexpr (kKeys == 4) {
+    float half[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      half[i] = __fadd_rn(upper ? x[i + 2] : x[i], __shfl_xor_sync(kFullWarp, upper ? x[i] : x[i + 2], W / 2));
+    }
+    const bool odd = lane.index / (W / 4) % 2 == 1;
+    mine = __fadd_rn(odd ? half[1] : half[0], __shfl_xor_sync(kFullWarp, odd ? half[0] : half[1], W / 4));
+    step = W / 4;
+  } else {
+    mine = __fadd_rn(upper ? x[1] : x[0], __shfl_xor_sync(kFullWarp, upper ? x[0] : x[1], W / 2));
+  }
+#pragma unroll
+  for (step /= 2; step > 0; step /= 2) mine = __fadd_rn(mine, __shfl_xor_sync(kFullWarp, mine, step));
+  return mine;
+}
+
 // Keys of a stage, from `base` on; those from `fresh_from` on are the new ones. kWhole: every token sees all, and none is new.
+// Each lane keeps the sum of the weights of the keys that it answers for.
 template <class K, bool kWhole>
 __device__ __forceinline__ void attend(const Queries<K::N>& queries, const Lane& lane, int D, uint32_t base,
                                        uint32_t fresh_from, const typename K::S* stage, const typename K::S* fresh,
                                        const float (*fresh_scale)[kMostTokens], Running (&r)[K::N]) {
   using S = typename K::S;
+  using T = typename K::T;
   constexpr int W = K::W, N = K::N, kKeys = K::kKeys;
   const uint32_t group = threadIdx.x / W;
   const S* const values = stage + K::kStageKeys * D;
   const float* const scales = reinterpret_cast<const float*>(values + K::kStageKeys * D);
-  float score[N][kKeys], scale_v[kKeys];
+  // The place of a key among the fresh ones, or -1.
+  const auto fresh_place = [&](uint32_t at) {
+    const bool is_fresh = !kWhole && N > 1 && base + at >= fresh_from;
+    return is_fresh ? static_cast<int>(min(base + at - fresh_from, static_cast<uint32_t>(N - 1))) : -1;
+  };
+  float score[N][kKeys];
 #pragma unroll
   for (int u = 0; u < kKeys; ++u) {
-    const uint32_t at = u * K::kGroups + group, key = base + at;
-    const bool is_fresh = !kWhole && N > 1 && key >= fresh_from;
-    const int place = is_fresh ? static_cast<int>(min(key - fresh_from, static_cast<uint32_t>(N - 1))) : 0;
-    const S* const from = (is_fresh ? fresh + place * D : stage + at * D) + lane.d;
+    const uint32_t at = u * K::kGroups + group;
+    const int place = fresh_place(at);
+    const S* const from = (place >= 0 ? fresh + place * D : stage + at * D) + lane.d;
     float x[8];
     unpack_state(*reinterpret_cast<const StateRaw<S>*>(from), x);
-    float scale_k = 1.0f;
-    if constexpr (K::kScaled) {
-      scale_k = is_fresh ? fresh_scale[0][place] : scales[at];
-      scale_v[u] = is_fresh ? fresh_scale[1][place] : scales[K::kStageKeys + at];
-    }
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      score[i][u] = group_sum<W>(lane.live ? dot(queries.q[i], x) : 0.0f);
-      if constexpr (K::kScaled) score[i][u] = __fmul_rn(score[i][u], scale_k);
-    }
+    for (int i = 0; i < N; ++i) score[i][u] = lane.live ? dot(queries.q[i], x) : 0.0f;
   }
+  const uint32_t own_at = own_key<W, kKeys>(lane) * K::kGroups + group;
+  float scale_k = 1.0f, scale_v = 1.0f;
+  if constexpr (K::kScaled) {
+    const int place = fresh_place(own_at);
+    scale_k = place >= 0 ? fresh_scale[0][place] : scales[own_at];
+    scale_v = place >= 0 ? fresh_scale[1][place] : scales[K::kStageKeys + own_at];
+  }
+  float weight[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    float top = r[i].maximum;
+    float mine = shared_sum<W, kKeys>(lane, score[i]);
+    if constexpr (K::kScaled) mine = __fmul_rn(mine, scale_k);
+    if (!kWhole && base + own_at >= queries.keys[i]) mine = -INFINITY;
+    float top = fmaxf(r[i].maximum, mine);
 #pragma unroll
-    for (int u = 0; u < kKeys; ++u) {
-      if (kWhole || base + u * K::kGroups + group < queries.keys[i]) top = fmaxf(top, score[i][u]);
-    }
-    const float shrink = weight_of<typename K::T>(r[i].maximum - top);
+    for (int step = W / 2; step >= W / kKeys; step /= 2) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, step));
+    const float shrink = weight_of<T>(r[i].maximum - top);
+    weight[i] = weight_of<T>(mine - top);
     r[i].maximum = top;
-    r[i].sum = __fmul_rn(r[i].sum, shrink);
+    r[i].sum = fmaf(r[i].sum, shrink, weight[i]);
+    if constexpr (K::kScaled) weight[i] = __fmul_rn(weight[i], scale_v);
 #pragma unroll
     for (int j = 0; j < 8; ++j) r[i].value[j] = __fmul_rn(r[i].value[j], shrink);
-#pragma unroll
-    for (int u = 0; u < kKeys; ++u) score[i][u] = weight_of<typename K::T>(score[i][u] - top);
   }
 #pragma unroll
   for (int u = 0; u < kKeys; ++u) {
-    const uint32_t at = u * K::kGroups + group, key = base + at;
-    const bool is_fresh = !kWhole && N > 1 && key >= fresh_from;
-    const int place = is_fresh ? static_cast<int>(min(key - fresh_from, static_cast<uint32_t>(N - 1))) : 0;
-    const S* const from = (is_fresh ? fresh + (N + place) * D : values + at * D) + lane.d;
+    const uint32_t at = u * K::kGroups + group;
+    const int place = fresh_place(at);
+    const S* const from = (place >= 0 ? fresh + (N + place) * D : values + at * D) + lane.d;
     float x[8];
     unpack_state(*reinterpret_cast<const StateRaw<S>*>(from), x);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
+      const float of_key = __shfl_sync(kFullWarp, weight[i], u * (W / kKeys), W);
       // A key that the token does not see is left out: 0 times its value may be NaN.
-      if (kWhole || key < queries.keys[i]) {
-        const float weight = K::kScaled ? __fmul_rn(score[i][u], scale_v[u]) : score[i][u];
-        r[i].sum = __fadd_rn(r[i].sum, score[i][u]);
+      if (kWhole || base + at < queries.keys[i]) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) r[i].value[j] = fmaf(weight, x[j], r[i].value[j]);
+        for (int j = 0; j < 8; ++j) r[i].value[j] = fmaf(of_key, x[j], r[i].value[j]);
       }
     }
   }
@@ -137,6 +161,10 @@ __device__ __forceinline__ void share_slice(SharedHead& head, float* values, con
 #pragma unroll
   for (int i = 0; i < K::N; ++i) {
     float top = r[i].maximum;
+#pragma unroll
+    for (int step = W / 2; step >= W / K::kKeys; step /= 2) {
+      r[i].sum = __fadd_rn(r[i].sum, __shfl_xor_sync(kFullWarp, r[i].sum, step));
+    }
 #pragma unroll
     for (int step = W; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, step));
     const float shrink = weight_of<typename K::T>(r[i].maximum - top);
@@ -191,7 +219,17 @@ __device__ __forceinline__ void store_partial(const Decode& a, const Item& item,
   }
 }
 
-// Slices [0, count), in order.
+// `a`, joined by a slice behind it. With nothing before it, a slice stays as it is, bit for bit.
+template <class T>
+__device__ __forceinline__ void join(Joined& a, const Joined& slice) {
+  const float top = fmaxf(a.maximum, slice.maximum);
+  const float before = weight_of<T>(a.maximum - top), behind = weight_of<T>(slice.maximum - top);
+  a.maximum = top;
+  a.sum = fmaf(behind, slice.sum, __fmul_rn(before, a.sum));
+  a.value = fmaf(behind, slice.value, __fmul_rn(before, a.value));
+}
+
+// Slices [0, count) of scratch memory, in order.
 template <class K>
 __device__ __forceinline__ Joined join_slices(const Decode& a, const Item& item, int token, int count, int d) {
   constexpr int kAtATime = 8;
@@ -200,24 +238,14 @@ __device__ __forceinline__ Joined join_slices(const Decode& a, const Item& item,
 #pragma unroll 1
   for (int first = 0; first < count; first += kAtATime) {
     Joined part[kAtATime];
-    float top = joined.maximum;
 #pragma unroll
     for (int s = 0; s < kAtATime; ++s) {
-      part[s] = {kNoScore, 0.0f, 0.0f};
-      if (first + s < count) {
-        const float* const row = partial_row(a, item, token, 1 + first + s);
-        part[s] = {__ldcg(row + D), __ldcg(row + D + 1), __ldcg(row + d)};
-      }
+      const float* const row = partial_row(a, item, token, 1 + min(first + s, count - 1));
+      part[s] = {__ldcg(row + D), __ldcg(row + D + 1), __ldcg(row + d)};
     }
 #pragma unroll
-    for (int s = 0; s < kAtATime; ++s) top = fmaxf(top, part[s].maximum);
-    const float shrink = weight_of<typename K::T>(joined.maximum - top);
-    joined = {top, __fmul_rn(joined.sum, shrink), __fmul_rn(joined.value, shrink)};
-#pragma unroll
     for (int s = 0; s < kAtATime; ++s) {
-      const float weight = weight_of<typename K::T>(part[s].maximum - top);
-      joined.sum = fmaf(weight, part[s].sum, joined.sum);
-      joined.value = fmaf(weight, part[s].value, joined.value);
+      if (first + s < count) join<typename K::T>(joined, part[s]);
     }
   }
   return joined;
@@ -226,17 +254,13 @@ __device__ __forceinline__ Joined join_slices(const Decode& a, const Item& item,
 // y of a token from its keys and its own state.
 template <class K>
 __device__ __forceinline__ void store_output(const Decode& a, const Item& item, int token, int d, const Joined& keys,
-                                             float own_score, float own_value) {
+                                             float own_score, float own_value, float out_gate) {
   using T = typename K::T;
   const float top = fmaxf(keys.maximum, own_score);
   const float of_keys = weight_of<T>(keys.maximum - top), own = weight_of<T>(own_score - top);
   const float sum = fmaf(of_keys, keys.sum, own);
-  float y = fmaf(of_keys, keys.value, __fmul_rn(own, own_value)) * (1.0f / sum);
-  if (a.p.out_gate.ptr) {
-    float open, shut;
-    gates<T>(__fmul_rn(kLogitUnit<T>, to_float(*row_of<T>(a.p.out_gate, item.row, token, item.head, d))), open, shut);
-    y *= open;
-  }
+  const float inverse = sizeof(T) == 4 ? 1.0f / sum : reciprocal_fast(sum);
+  const float y = fmaf(of_keys, keys.value, __fmul_rn(own, own_value)) * inverse * out_gate;
   *out_row_of<T>(a.p.y, item.row, token, item.head, d) = from_float<T>(y);
 }
 

@@ -111,9 +111,9 @@ __device__ __forceinline__ void rotate(const Angle& angle, int head_dim, const L
 // A row of tokens: pointer to the lane's eight elements of the first one.
 template <class T>
 struct TokenRow {
-  const T* at;
-  int64_t step;
-  bool vector;
+  const T* at = nullptr;
+  int64_t step = 0;
+  bool vector = false;
   __device__ __forceinline__ Raw8<T> load(int i) const {
     return vector ? load_raw<true>(at + i * step) : load_raw<false>(at + i * step);
   }
@@ -125,54 +125,108 @@ __device__ __forceinline__ TokenRow<T> token_row(const Decode& a, const Rows& ro
   return {static_cast<const T*>(rows.ptr) + row * rows.batch + head * rows.head + lane.d, rows.token, a.vector};
 }
 
+// What the consumers want of the tokens of a (row, head): queries, scaled and rotated, and output gates.
+template <class K>
+__device__ __forceinline__ void prepare_tokens(const Decode& a, const Item& item, const Lane& lane, bool stores,
+                                               float* query, float* out_gate) {
+  using T = typename K::T;
+  const int D = static_cast<int>(a.p.head_dim);
+  const TokenRow<T> q_row = token_row<T>(a, a.p.q, item.row, item.head / a.q_share, lane);
+  const TokenRow<T> gate_row = token_row<T>(a, a.p.out_gate, item.row, item.head, lane);
+  const bool gated = a.p.out_gate.ptr != nullptr;
+#pragma unroll 1
+  for (int i = 0; i < K::N; ++i) {
+    const int token = min(i, a.tokens - 1);
+    const Raw8<T> q_raw = q_row.load(token);
+    Raw8<T> gate_raw = q_raw;
+    if (gated) gate_raw = gate_row.load(token);
+    float x[8], y[8];
+    unpack(q_raw, x);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x[j] = __fmul_rn(x[j], a.scale);
+    if (a.p.rotary.cos) rotate<K::W>(load_angle(a.p.rotary, keys_of(a, item, token), D, lane), D, lane, x);
+    unpack(gate_raw, y);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float open, shut;
+      gates<T>(__fmul_rn(kLogitUnit<T>, y[j]), open, shut);
+      y[j] = gated ? open : 1.0f;
+    }
+    if (stores) {
+      store_scratch(query + i * K::kColumns + lane.d, x);
+      store_scratch(out_gate + i * K::kColumns + lane.d, y);
+    }
+  }
+}
+
+// What a scan reads first: issued before the consumers' part, which waits for reads of its own.
+template <class T>
+struct ScanStart {
+  TokenRow<T> q_row, gate_row, x_row;
+  Raw8<T> q, gate, x;
+  float bias[8], state[8];
+};
+
+template <class K>
+__device__ __forceinline__ ScanStart<typename K::T> start_scan(const Decode& a, const Item& item, const Lane& lane, bool is_value) {
+  using T = typename K::T;
+  const DecodeParams& p = a.p;
+  ScanStart<T> s;
+  s.q_row = token_row<T>(a, p.q, item.row, item.head / a.q_share, lane);
+  s.gate_row = token_row<T>(a, p.gate, item.row, item.head, lane);
+  s.x_row = is_value ? token_row<T>(a, p.v, item.row, item.head, lane)
+                     : token_row<T>(a, p.k, item.row, item.head / a.k_share, lane);
+  s.gate = s.gate_row.load(0);
+  s.x = s.x_row.load(0);
+  s.q = s.q_row.load(0);
+  zero(s.bias);
+  zero(s.state);
+  const int64_t at = static_cast<int64_t>(item.head) * p.head_dim + lane.d;
+  if (p.gate_bias) load_scratch(static_cast<const float*>(p.gate_bias) + at, s.bias);
+  if (item.offset != 0) {
+    const uint32_t ring = static_cast<uint32_t>(p.pool.ring), turn = ring == 1 ? 0 : (item.length - 1) % ring;
+    const int64_t place = (static_cast<int64_t>(item.entry) * ring + turn) * a.heads * p.head_dim;
+    load_scratch(static_cast<const float*>(is_value ? p.pool.running_v : p.pool.running_k) + place + at, s.state);
+  }
+  return s;
+}
+
 // Advances the running keys or values of a (row, head) over the new tokens, and stores the last states and the chunk states that
 // close. To the block, in shared memory: each token's own score and value, and, where there may be several tokens, the chunk
 // states that close. By a warp: where rows have fewer lanes, one lane group walks the keys and another the values.
 template <class K>
-__device__ __forceinline__ void scan_tokens(const Decode& a, const Item& item, const Lane& lane, bool is_value,
-                                            bool stores, float* own_score, float* own_value, typename K::S* fresh,
-                                            float (*fresh_scale)[kMostTokens]) {
+__device__ __forceinline__ void scan_tokens(const Decode& a, const Item& item, const Lane& lane, ScanStart<typename K::T>& s,
+                                            bool is_value, bool stores, float* own_score, float* own_value,
+                                            typename K::S* fresh, float (*fresh_scale)[kMostTokens]) {
   using T = typename K::T;
   using S = typename K::S;
   constexpr int W = K::W, N = K::N;
   const DecodeParams& p = a.p;
   const int D = static_cast<int>(p.head_dim);
-  const int q_head = item.head / static_cast<int>(p.heads / p.q_groups);
-  const TokenRow<T> q_row = token_row<T>(a, p.q, item.row, q_head, lane);
-  const TokenRow<T> gate_row = token_row<T>(a, p.gate, item.row, item.head, lane);
-  const TokenRow<T> x_row =
-      is_value ? token_row<T>(a, p.v, item.row, item.head, lane)
-               : token_row<T>(a, p.k, item.row, item.head / static_cast<int>(p.heads / p.k_groups), lane);
-  Raw8<T> gate_raw[N], x_raw[N];
+  float(&state)[8] = s.state;
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const int token = min(i, a.tokens - 1);
-    gate_raw[i] = gate_row.load(token);
-    x_raw[i] = x_row.load(token);
-  }
-  float bias[8], state[8];
-  zero(bias);
-  zero(state);
-  if (p.gate_bias) load_scratch(static_cast<const float*>(p.gate_bias) + item.head * D + lane.d, bias);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) bias[j] = __fmul_rn(bias[j], kLogitUnit<T>);
+  for (int j = 0; j < 8; ++j) s.bias[j] = __fmul_rn(s.bias[j], kLogitUnit<T>);
   float* const running = static_cast<float*>(is_value ? p.pool.running_v : p.pool.running_k) + item.head * D + lane.d;
-  const int64_t place = static_cast<int64_t>(p.heads) * D;  // of the ring
+  const int64_t place = static_cast<int64_t>(a.heads) * D;  // of the ring
   const uint32_t ring = static_cast<uint32_t>(p.pool.ring);
   const int64_t places = static_cast<int64_t>(item.entry) * ring;
-  if (item.length % a.chunk_size != 0) load_scratch(running + (places + (item.length - 1) % ring) * place, state);
-  const uint32_t first_chunk = item.length / a.chunk_size;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (i >= a.tokens) break;
-    const uint32_t position = item.length + i, chunk = position / a.chunk_size, offset = position % a.chunk_size;
+  uint32_t chunk = item.keys, offset = item.offset, turn = ring == 1 ? 0 : item.length % ring;
+#pragma unroll 1
+  for (int i = 0; i < a.tokens; ++i) {
+    const Raw8<T> gate_raw = s.gate, x_raw = s.x, q_raw = s.q;
+    if (N > 1) {
+      const int next = min(i + 1, a.tokens - 1);
+      s.gate = s.gate_row.load(next);
+      s.x = s.x_row.load(next);
+      s.q = s.q_row.load(next);
+    }
     if (offset == 0) zero(state);
     float f[8], g[8], x[8];
-    gates_of(gate_raw[i], bias, true, f, g);
-    unpack(x_raw[i], x);
+    gates_of(gate_raw, s.bias, true, f, g);
+    unpack(x_raw, x);
 #pragma unroll
     for (int j = 0; j < 8; ++j) state[j] = fmaf(f[j], state[j], __fmul_rn(g[j], x[j]));
-    unpack(q_row.load(i), x);
+    unpack(q_raw, x);
 #pragma unroll
     for (int j = 0; j < 8; ++j) x[j] = lane.live ? __fmul_rn(x[j], a.scale) : 0.0f;
     const float score = group_sum<W>(lane.live ? dot(x, state) : 0.0f);
@@ -184,7 +238,7 @@ __device__ __forceinline__ void scan_tokens(const Decode& a, const Item& item, c
         own_score[i] = score;
       }
       if (static_cast<uint32_t>(a.tokens - i) <= ring)
-        store_scratch(running + (places + position % ring) * place, state);
+        store_scratch(running + (places + turn) * place, state);
     }
     if (offset == a.chunk_size - 1) {  // the chunk closes
 #pragma unroll
@@ -198,7 +252,7 @@ __device__ __forceinline__ void scan_tokens(const Decode& a, const Item& item, c
       }
       const int64_t row = state_row(a, item.entry, item.head, chunk);
       S* const target = static_cast<S*>(is_value ? p.pool.chunk_v : p.pool.chunk_k) + row * D + lane.d;
-      S* const kept = fresh + ((is_value ? N : 0) + static_cast<int>(chunk - first_chunk)) * D + lane.d;
+      S* const kept = fresh + ((is_value ? N : 0) + static_cast<int>(chunk - item.keys)) * D + lane.d;
       if constexpr (K::kScaled) {
         float amax = 0.0f;
         bool odd = false;
@@ -219,7 +273,7 @@ __device__ __forceinline__ void scan_tokens(const Decode& a, const Item& item, c
           if (lane.index == 0) (is_value ? p.pool.scale_v : p.pool.scale_k)[row] = scale;
           if constexpr (N > 1) {
             *reinterpret_cast<StateRaw<S>*>(kept) = raw;
-            if (lane.index == 0) fresh_scale[is_value][chunk - first_chunk] = scale;
+            if (lane.index == 0) fresh_scale[is_value][chunk - item.keys] = scale;
           }
         }
       } else {
@@ -231,6 +285,11 @@ __device__ __forceinline__ void scan_tokens(const Decode& a, const Item& item, c
         }
       }
     }
+    if (++offset == a.chunk_size) {
+      offset = 0;
+      ++chunk;
+    }
+    if (++turn == ring) turn = 0;
   }
 }
 
@@ -242,7 +301,8 @@ __device__ __forceinline__ void scan(const Decode& a, char* memory, const Shared
   const int D = static_cast<int>(a.p.head_dim), thread = static_cast<int>(threadIdx.x) % 32;
   const int group = thread / K::W;
   Ring<kItems> items(head.items);
-  Ring<kOwn> own(head.own);
+  Ring<kPrepared> prepared(head.prepared);
+#pragma unroll 1
   for (;;) {
     items.wait_full();
     const Item item = head.item[items.slot()];
@@ -250,20 +310,28 @@ __device__ __forceinline__ void scan(const Decode& a, char* memory, const Shared
     if (thread == 0) mbarrier_arrive(items.empty());
     items.next();
     if (item.kind == ItemKind::end) return;
-    if (!item.tail) continue;
-    const Lane lane = lane_of<K::W>(item.head, a.p.heads, D);
-    const uint32_t place = own.slot();
-    float* const own_value = reinterpret_cast<float*>(memory + layout.own) + place * K::N * K::kColumns;
-    S* const fresh = reinterpret_cast<S*>(memory + layout.fresh) + static_cast<int>(place) * 2 * K::N * D;
-    own.wait_empty();
-#pragma unroll 1
-    for (int role = 0; role < (K::W == 32 ? 2 : 1); ++role) {
-      const bool is_value = K::W == 32 ? role == 1 : group % 2 == 1, stores = group < 2 && lane.live;
-      scan_tokens<K>(a, item, lane, is_value, stores, head.own_score[place], own_value, fresh, head.fresh_scale[place]);
-    }
+    if (item.kind == ItemKind::zeros) continue;
+    const Lane lane = lane_of<K::W>(item.head, a.heads, D);
+    const int place = static_cast<int>(prepared.slot());
+    float* const rows = reinterpret_cast<float*>(memory + layout.prepared) + place * 3 * K::N * K::kColumns;
+    S* const fresh = reinterpret_cast<S*>(memory + layout.fresh) + place * 2 * K::N * D;
+    auto start = start_scan<K>(a, item, lane, K::W < 32 && group % 2 == 1);
+    prepared.wait_empty();
+    prepare_tokens<K>(a, item, lane, group == 0 && lane.live, rows, rows + K::N * K::kColumns);
     __syncwarp();
-    if (thread == 0) mbarrier_arrive(own.full());
-    own.next();
+    if (thread == 0) mbarrier_arrive(prepared.full());
+    if (item.tail) {
+#pragma unroll 1
+      for (int role = 0; role < (K::W == 32 ? 2 : 1); ++role) {
+        const bool is_value = K::W == 32 ? role == 1 : group % 2 == 1;
+        if (role == 1) start = start_scan<K>(a, item, lane, true);
+        scan_tokens<K>(a, item, lane, start, is_value, group < 2 && lane.live, head.own_score[place],
+                       rows + 2 * K::N * K::kColumns, fresh, head.fresh_scale[place]);
+      }
+      __syncwarp();
+    }
+    if (thread == 0) mbarrier_arrive(shared_address(&head.scanned[place]));
+    prepared.next();
   }
 }
 
