@@ -56,6 +56,10 @@ struct Sizes {
 //   base + n*sequence + h*head + (first_row(n) + c)*D
 // first_row(n) = cu_seqlens[n] / chunk_size + n if compact, else 0. Rows [0, closed chunks of n) are valid, the rest is
 // uninitialised and must not be read into a result. A compact layout (packed, no state in or out) has sequence == 0.
+//
+// Those of a pool: sequence n of the call has the states of sequence entry[n] of the pool in n's place above; where entry[n] is
+// below 0, n is skipped: its y is zeros, and it has no states. In pages, state c of pool sequence e is state c % page_rows of page
+// page_table[e*columns + c / page_rows] in e's place; page_rows is 1 << page_shift, `sequence` and `head` are strides in a page.
 struct ChunkStates {
   void* k = nullptr;  // rotated by c, T
   void* v = nullptr;  // T
@@ -63,6 +67,11 @@ struct ChunkStates {
   int64_t head = 0;
   int64_t rows = 0;  // rows for each head: capacity of a sequence, or of the whole packed row if compact
   bool compact = false;
+  const int32_t* entry = nullptr;       // (N), or null: each its own
+  int64_t blocks = 0;                   // of a pool: pages, or sequences where there are no pages
+  const int32_t* page_table = nullptr;  // (P, columns), or null: no pages
+  int64_t columns = 0;
+  int32_t page_shift = 0;
 };
 
 // State that a sequence brings along, or leaves behind, beside its length. Chunk states are (N, H, rows, D) of T,
@@ -209,12 +218,25 @@ struct DecodeParams {
   void* workspace = nullptr;
 };
 
+// Forward of rows of any number of new tokens, none too, each of which continues its sequence of a pool in place: what
+// attention_fwd makes of the whole sequence, bit for bit, however it is cut, where chunks are no longer than kExactChunk. Longer
+// ones are exact where cuts lie between chunks, else up to rounding. Row n goes on with sequence slots[n], or n where slots is
+// null; a negative slot skips it: its y is zeros and nothing else is touched.
+constexpr int64_t kExactChunk = 128;  // 64 on the CPU
+
+struct AttentionCachedParams {
+  AttentionFwdParams fwd;          // size without lengths, inputs, y; what it says of states is unused
+  const int64_t* slots = nullptr;  // (N) or null
+  Pool pool;
+};
+
 namespace cpu {
 void attention_fwd(const AttentionFwdParams&, const Allocator&);
 void attention_bwd(const AttentionBwdParams&, const Allocator&);
 void recurrence_fwd(const RecurrenceFwdParams&, const Allocator&);
 void recurrence_bwd(const RecurrenceBwdParams&, const Allocator&);
 void decode_step(const DecodeParams&, const Allocator&);
+void attention_cached(const AttentionCachedParams&, const Allocator&);
 
 // Instruction set in use: "baseline", "avx2" or "avx512". Chosen once; RAT_EXT_CPU_ISA forces one.
 const char* isa();
@@ -237,6 +259,7 @@ void attention_bwd(const AttentionBwdParams&, const Allocator&, void* stream);
 void recurrence_fwd(const RecurrenceFwdParams&, const Allocator&, void* stream);
 void recurrence_bwd(const RecurrenceBwdParams&, const Allocator&, void* stream);
 void decode_step(const DecodeParams&, const Allocator&, void* stream);
+void attention_cached(const AttentionCachedParams&, const Allocator&, void* stream);
 }  // namespace cuda
 
 }  // namespace rat

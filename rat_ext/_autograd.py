@@ -35,6 +35,7 @@ _OPERATORS = {
         "chunk_recurrence",
         "chunk_recurrence_backward",
         "rat_decode_step",
+        "rat_attention_cached",
     )
 }
 _KERNELS = {name: _log.logged(spec) for name, spec in _OPERATORS.items()}
@@ -266,6 +267,7 @@ _register_fake(_OPERATORS["rat_attention"], _rat_attention_shapes)
 _register_fake(_OPERATORS["rat_attention_packed"], _rat_attention_packed_shapes)
 _register_fake(_OPERATORS["chunk_recurrence"], _chunk_recurrence_shapes)
 _register_fake(_OPERATORS["rat_decode_step"], _decode_shapes)
+_register_fake(_OPERATORS["rat_attention_cached"], _decode_shapes)
 for _name, _spec in _OPERATORS.items():
     if _name.endswith("_backward"):
         _register_fake(_spec, _gradient_shapes(_spec))

@@ -60,7 +60,7 @@ struct Job {
 
 }  // namespace
 
-Plan::Plan(const Sizes& size, bool has_gate)
+Plan::Plan(const Sizes& size, bool has_gate, const int32_t* entry)
     : sequences(size.sequences),
       chunk_size(size.chunk_size),
       reset(has_gate ? size.chunk_size : 1),
@@ -91,7 +91,7 @@ Plan::Plan(const Sizes& size, bool has_gate)
     }
     if (size.lengths && size.lengths[n] < 0) fail("lengths" + index, "0 or more", size.lengths[n]);
     begin_[at(n)] = cu ? cu[n] : 0;
-    length_[at(n)] = cu ? cu[n + 1] - cu[n] : size.tokens;
+    length_[at(n)] = entry && entry[n] < 0 ? 0 : cu ? cu[n + 1] - cu[n] : size.tokens;
     start_[at(n)] = size.lengths ? size.lengths[n] : 0;
     const int64_t total = start_[at(n)] + length_[at(n)];
     if (size.lengths && total > std::numeric_limits<int32_t>::max()) {
@@ -175,11 +175,19 @@ void run_tasks(int64_t tasks, int workers, Task task, void* context) {
       &job);
 }
 
-Workspace attention_fwd_workspace(const AttentionFwdParams& p, const Plan& plan, const Allocator& allocator) {
-  const size_t acc = acc_bytes(p.size.dtype);
+Workspace attention_fwd_workspace(const AttentionFwdParams& p, const Plan& plan, const Pool* pool,
+                                  const Allocator& allocator) {
+  const Sizes& s = p.size;
+  const size_t acc = acc_bytes(s.dtype);
   Layout layout;
   Workspace w;
-  take_carries(w.forward, layout, plan, p.size.heads, true, true, acc);
+  w.pool = pool;
+  take_carries(w.forward, layout, plan, s.heads, true, false, acc);
+  if (pool) {
+    layout.take(w.initial_k, s.sequences * s.heads * s.head_dim, acc);
+    layout.take(w.initial_v, s.sequences * s.heads * s.head_dim, acc);
+    layout.take(w.lse, s.batch * s.heads * s.tokens, acc);
+  }
   take_scratch(w, layout, plan, acc);
   layout.commit(allocator);
   return w;

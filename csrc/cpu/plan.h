@@ -37,8 +37,9 @@ struct Tile {
 // they are not what launchers.h says.
 class Plan {
  public:
-  // has_gate = false: the states are given for each token, the recurrence resets at each token.
-  Plan(const Sizes& size, bool has_gate);
+  // has_gate = false: the states are given for each token, the recurrence resets at each token. `entry`, of a pool: sequences
+  // whose entry is below 0 have no tokens.
+  Plan(const Sizes& size, bool has_gate, const int32_t* entry = nullptr);
 
   int64_t tiles(int64_t n) const;  // of sequence n
   int64_t all_tiles() const;       // of all sequences
@@ -93,9 +94,13 @@ struct Workspace {
   void* ds_self = nullptr;  // (B, H, T) acc, scale not included
   void* dkeys = nullptr;    // (parts, H, closed chunks, padded_dim) acc: gradients of the rotated chunk keys
   void* dvalues = nullptr;
-  int64_t parts = 1;         // of the queries of a sequence and group; each sums its own dkeys and dvalues
-  int64_t key_rows = 0;      // closed chunks of all sequences
-  void* dbias = nullptr;     // (tiles, H, padded_dim) acc: sums of dgate over a tile
+  int64_t parts = 1;           // of the queries of a sequence and group; each sums its own dkeys and dvalues
+  int64_t key_rows = 0;        // closed chunks of all sequences
+  void* dbias = nullptr;       // (tiles, H, padded_dim) acc: sums of dgate over a tile
+  const Pool* pool = nullptr;  // of rows of a pool: the forward's chunks are those of the pool,
+  void* initial_k = nullptr;   // (N, H, D) acc: what rows start from,
+  void* initial_v = nullptr;
+  void* lse = nullptr;       // (B, H, T) acc: wanted by nobody
   char* scratch = nullptr;   // a slab for each worker
   size_t scratch_bytes = 0;  // of one slab
   int workers = 1;
@@ -108,7 +113,7 @@ constexpr int64_t kScoreBuffers = 2;    // (kKeys, kTile)
 constexpr int64_t kKeyBuffers = 2;      // (kKeys, padded_dim)
 constexpr int64_t kVectorBuffers = 16;  // 256 each
 
-Workspace attention_fwd_workspace(const AttentionFwdParams&, const Plan&, const Allocator&);
+Workspace attention_fwd_workspace(const AttentionFwdParams&, const Plan&, const Pool*, const Allocator&);
 Workspace attention_bwd_workspace(const AttentionBwdParams&, const Plan&, const Allocator&);
 Workspace recurrence_fwd_workspace(const RecurrenceFwdParams&, const Plan&, const Allocator&);
 Workspace recurrence_bwd_workspace(const RecurrenceBwdParams&, const Plan&, const Allocator&);
@@ -137,6 +142,7 @@ DecodeWorkspace decode_workspace(const DecodeParams&, const Allocator&);
 struct Kernels {
   const char* name;
   void (*attention_fwd)(const AttentionFwdParams&, const Plan&, const Workspace&);
+  void (*attention_on_pool)(const AttentionFwdParams&, const Plan&, const Workspace&);
   void (*attention_bwd)(const AttentionBwdParams&, const Plan&, const Workspace&);
   void (*recurrence_fwd)(const RecurrenceFwdParams&, const Plan&, const Workspace&);
   void (*recurrence_bwd)(const RecurrenceBwdParams&, const Plan&, const Workspace&);

@@ -296,6 +296,17 @@ void explain(CallBase& call, [[maybe_unused]] const AttentionBwdParams& p) {
   explain_single(call, "attention_bwd");
 }
 
+void explain(CallBase& call, [[maybe_unused]] const AttentionCachedParams& p) {
+#ifdef RAT_EXT_CUDA
+  if (call.on_gpu()) {
+    call.check_can_run();
+    const torch::stable::accelerator::DeviceGuard guard(call.device);
+    return add(call, cuda::explain_attention_cached(p));
+  }
+#endif
+  explain_single(call, "attention_fwd");
+}
+
 void explain(CallBase& call, const RecurrenceFwdParams&) { explain_single(call, "recurrence_fwd"); }
 void explain(CallBase& call, const RecurrenceBwdParams&) { explain_single(call, "recurrence_bwd"); }
 void explain(CallBase& call, const DecodeParams&) { explain_single(call, "decode"); }

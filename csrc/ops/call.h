@@ -408,6 +408,7 @@ void explain(CallBase&, const AttentionBwdParams&);
 void explain(CallBase&, const RecurrenceFwdParams&);
 void explain(CallBase&, const RecurrenceBwdParams&);
 void explain(CallBase&, const DecodeParams&);
+void explain(CallBase&, const AttentionCachedParams&);
 
 // Runs the launcher of the tensors' device; on a GPU there, on the current stream.
 template <class Params>
@@ -436,6 +437,7 @@ void run(Call<RatAttentionPackedBackward>&);
 void run(Call<ChunkRecurrence>&);
 void run(Call<ChunkRecurrenceBackward>&);
 void run(Call<RatDecodeStep>&);
+void run(Call<RatAttentionCached>&);
 int64_t decode_workspace(int64_t pool, int64_t heads, int64_t chunk_rows, int64_t head_dim);
 
 }  // namespace rat

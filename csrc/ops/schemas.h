@@ -95,6 +95,15 @@ struct RatDecodeStep {
       "Tensor(i!) workspace, SymInt chunk_size, float scale) -> (Tensor y)";
 };
 
+// The forward of rat_attention for rows that continue sequences of a pool. No gradient.
+struct RatAttentionCached {
+  static constexpr std::string_view kState = "cache";
+  static constexpr const char* kSchema =
+      "rat_attention_cached(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor? gate_bias, Tensor? out_gate, "
+      "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? cu_seqlens, " RAT_POOL
+      "SymInt chunk_size, float scale) -> (Tensor y)";
+};
+
 #undef RAT_POOL
 
 }  // namespace rat

@@ -54,16 +54,17 @@ struct FwdKernelParams {
 // What a block needs rarely, or at its end: in shared memory, out of the main loop's registers.
 struct TileFacts {
   int64_t batch, first_token, head;
-  int64_t states;   // offset of the head's first chunk state
-  int blocks;       // of keys that some row sees into
-  int keys;         // that the last row sees; the others see a prefix of them
-  int full_blocks;  // seen whole by every row
+  int64_t states;        // offset of the head's first chunk state; in a page where there are pages
+  const int32_t* pages;  // of the sequence
+  int blocks;            // of keys that some row sees into
+  int keys;              // that the last row sees; the others see a prefix of them
+  int full_blocks;       // seen whole by every row
   int rows;
   VisibleKeys visible;
 };
 
 // A block at work. Members are this thread's registers; rows are g and g + 8 of each of its row tiles.
-template <class T, int DPAD>
+template <class T, int DPAD, bool PAGED>
 struct QueryTile {
   using Traits = FwdTraits<DPAD>;
   using Layout = SwizzledTile<DPAD>;
@@ -111,9 +112,18 @@ struct QueryTile {
   __device__ __forceinline__ void load(const void* states, int block, int index) const {
     if (block < facts.blocks) {
       const int head_dim = static_cast<int>(p.size.head_dim), first = block * Traits::kKeys;
-      load_tile<T, Traits::kKeys, DPAD, Traits::kThreads>(
-          slot(index), static_cast<const T*>(states) + facts.states + static_cast<int64_t>(first) * head_dim, head_dim,
-          facts.keys - first, head_dim, opaque(thread));
+      const T* const base = static_cast<const T*>(states) + facts.states;
+      if constexpr (PAGED) {
+        const auto row_at = [&](int row) {
+          const int shift = p.chunks.page_shift, key = first + row;
+          return base + facts.pages[key >> shift] * p.chunks.sequence + (key & ((1 << shift) - 1)) * head_dim;
+        };
+        load_scattered_tile<T, Traits::kKeys, DPAD, Traits::kThreads>(slot(index), base, row_at, facts.keys - first,
+                                                                      head_dim, opaque(thread));
+      } else {
+        load_tile<T, Traits::kKeys, DPAD, Traits::kThreads>(slot(index), base + static_cast<int64_t>(first) * head_dim,
+                                                            head_dim, facts.keys - first, head_dim, opaque(thread));
+      }
     }
     cp_async_commit();
   }
@@ -244,7 +254,7 @@ struct QueryTile {
   }
 };
 
-template <class T, int DPAD>
+template <class T, int DPAD, bool PAGED>
 __global__ void __launch_bounds__(FwdTraits<DPAD>::kThreads, 2)
     chunk_attention_fwd_sm80_kernel(const __grid_constant__ FwdKernelParams p) {
   using Traits = FwdTraits<DPAD>;
@@ -257,7 +267,8 @@ __global__ void __launch_bounds__(FwdTraits<DPAD>::kThreads, 2)
   const WorkItem item = ordered_item(p.size, p.order, blockIdx.x, Traits::kQueries, &head);
   const Sequence& sequence = item.sequence;
   const int64_t first_token = sequence.begin + item.tile * Traits::kQueries;
-  if (first_token >= sequence.end) return;
+  const int64_t owner = states_owner(p.chunks, sequence.index);
+  if (first_token >= sequence.end || owner < 0) return;
   const int rows = static_cast<int>(min(static_cast<int64_t>(Traits::kQueries), sequence.end - first_token));
   const int64_t position = sequence.start + item.tile * Traits::kQueries;
   const VisibleKeys visible(p.size, position);
@@ -267,7 +278,8 @@ __global__ void __launch_bounds__(FwdTraits<DPAD>::kThreads, 2)
     facts.batch = sequence.batch;
     facts.first_token = first_token;
     facts.head = head;
-    facts.states = chunk_offset(p.size, p.chunks, sequence.index, head);
+    facts.states = chunk_offset(p.size, p.chunks, PAGED ? 0 : owner, head);
+    if constexpr (PAGED) facts.pages = p.chunks.page_table + owner * p.chunks.columns;
     facts.blocks = blocks;
     facts.keys = visible.to_any(rows);
     facts.full_blocks = visible.first_masked_block(Traits::kKeys);
@@ -276,7 +288,7 @@ __global__ void __launch_bounds__(FwdTraits<DPAD>::kThreads, 2)
   }
   __syncthreads();  // the facts are written
 
-  QueryTile<T, DPAD> tile(p, facts, shared);
+  QueryTile<T, DPAD, PAGED> tile(p, facts, shared);
   tile.begin(p.s_self + (sequence.batch * p.size.heads + head) * p.size.tokens + first_token, rows);
   if (blocks > 0) {
     tile.load(p.chunks.k, 0, 0);
@@ -309,8 +321,8 @@ __global__ void __launch_bounds__(FwdTraits<DPAD>::kThreads, 2)
   tile.epilogue();
 }
 
-template <class T, int DPAD>
-void launch(const AttentionFwdParams& p, const FwdScratch& scratch, cudaStream_t stream) {
+template <class T, int DPAD, bool PAGED>
+void launch_kernel(const AttentionFwdParams& p, const FwdScratch& scratch, cudaStream_t stream) {
   using Traits = FwdTraits<DPAD>;
   FwdKernelParams k;
   k.size = p.size;
@@ -328,9 +340,16 @@ void launch(const AttentionFwdParams& p, const FwdScratch& scratch, cudaStream_t
   const int64_t blocks = tile_blocks(p.size, Traits::kQueries, k.order);
   if (blocks == 0) return;
   const char* name = "chunk_attention_fwd_sm80_kernel";
-  allow_shared_memory(chunk_attention_fwd_sm80_kernel<T, DPAD>, Traits::kSharedBytes, name);
-  chunk_attention_fwd_sm80_kernel<T, DPAD><<<grid_x(blocks, name), Traits::kThreads, Traits::kSharedBytes, stream>>>(k);
+  allow_shared_memory(chunk_attention_fwd_sm80_kernel<T, DPAD, PAGED>, Traits::kSharedBytes, name);
+  chunk_attention_fwd_sm80_kernel<T, DPAD, PAGED>
+      <<<grid_x(blocks, name), Traits::kThreads, Traits::kSharedBytes, stream>>>(k);
   check_launch(name);
+}
+
+template <class T, int DPAD>
+void launch(const AttentionFwdParams& p, const FwdScratch& scratch, cudaStream_t stream) {
+  p.chunks.page_table ? launch_kernel<T, DPAD, true>(p, scratch, stream)
+                      : launch_kernel<T, DPAD, false>(p, scratch, stream);
 }
 
 template <class T>
@@ -368,9 +387,11 @@ Launch fwd(const AttentionFwdParams& p, const FwdScratch& scratch, Arena&) {
 
 KernelList chunk_attention_fwd_sm80_kernels() {
 #define RAT_ENTRY(T, DPAD)                                                                                             \
+  {"chunk_attention_fwd_sm80<" #T ", " #DPAD ">",                                                                      \
+   reinterpret_cast<const void*>(&chunk_attention_fwd_sm80_kernel<T, DPAD, false>)},                                   \
   {                                                                                                                    \
-    "chunk_attention_fwd_sm80<" #T ", " #DPAD ">",                                                                     \
-        reinterpret_cast<const void*>(&chunk_attention_fwd_sm80_kernel<T, DPAD>)                                       \
+    "chunk_attention_fwd_sm80<" #T ", " #DPAD ", pages>",                                                              \
+        reinterpret_cast<const void*>(&chunk_attention_fwd_sm80_kernel<T, DPAD, true>)                                 \
   }
   static const KernelEntry entries[] = {
       RAT_ENTRY(bf16, 32),  RAT_ENTRY(bf16, 64),  RAT_ENTRY(bf16, 96), RAT_ENTRY(bf16, 128),
