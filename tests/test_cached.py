@@ -1,5 +1,5 @@
-"""The forward on a pool in place, operator rat_attention_cached: however rows are cut, mixed and placed, each token has the bits of
-one forward over its whole sequence.
+"""The forward on a pool in place, operator rat_attention_cached: however rows are cut, mixed and placed, each token has the
+bits of one forward over its whole sequence.
 """
 
 import random as python_random
@@ -297,7 +297,7 @@ def test_optional_arguments(device, dtype, bare):
 @pytest.mark.parametrize("chunk_size", [1, 6, 16, 90])
 @pytest.mark.parametrize("ring", [2, 5, 40])
 def test_ring(device, dtype, ring, chunk_size):
-    """Each of the last R running states has its place, and taking tokens back is a smaller length: as if they had never been."""
+    """Each of the last R running states has its place; taking tokens back is a smaller length, as if they had never been."""
     random, tokens, dim = Random(11, device, dtype), 120, 32
     x, options = draw(random, 1, tokens, dim), extras(random, dim, 130)
     y, _ = whole(x, options, chunk_size)

@@ -89,10 +89,10 @@ __device__ __forceinline__ void scores(float (&s)[Traits::kRows][Traits::kRows],
   }
 }
 
-// sum[i][c] += sum over k of weights[row y*R + i][k] * b[row k][columns 64c + 4x ...]
-template <class Traits, int DPAD>
+// sum[i][c] += sum over k of weights[row y*R + i][k] * b[row k][columns 64c + 4x ...], where takes(i, k).
+template <class Traits, int DPAD, class Takes>
 __device__ __forceinline__ void accumulate(float4 (&sum)[Traits::kRows][DPAD / 64], const float* weights,
-                                           const float* b) {
+                                           const float* b, const Takes& takes) {
   constexpr int R = Traits::kRows;
   const int x = threadIdx.x % 16, y = threadIdx.x / 16;
 #pragma unroll 4
@@ -105,6 +105,7 @@ __device__ __forceinline__ void accumulate(float4 (&sum)[Traits::kRows][DPAD / 6
       const float4 v = *reinterpret_cast<const float4*>(b + k * Traits::kStride + c * 64 + x * 4);
 #pragma unroll
       for (int i = 0; i < R; ++i) {
+        if (!takes(i, k)) continue;
         sum[i][c].x = fmaf(w[i], v.x, sum[i][c].x);
         sum[i][c].y = fmaf(w[i], v.y, sum[i][c].y);
         sum[i][c].z = fmaf(w[i], v.z, sum[i][c].z);
@@ -112,6 +113,12 @@ __device__ __forceinline__ void accumulate(float4 (&sum)[Traits::kRows][DPAD / 6
       }
     }
   }
+}
+
+template <class Traits, int DPAD>
+__device__ __forceinline__ void accumulate(float4 (&sum)[Traits::kRows][DPAD / 64], const float* weights,
+                                           const float* b) {
+  accumulate<Traits, DPAD>(sum, weights, b, [](int, int) { return true; });
 }
 
 template <class Traits>
@@ -247,7 +254,11 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_fwd_f32_kernel(co
     __syncthreads();  // K is used up, the weights are whole
     load_states<Traits, DPAD>(states, p, p.chunks.v, owner, head, first, keys, head_dim);
     __syncthreads();  // V is whole
-    accumulate<Traits, DPAD>(o, weights, states);
+    if (first + Traits::kTile <= visible.to_all()) {
+      accumulate<Traits, DPAD>(o, weights, states);
+    } else {  // a weight of 0 would not silence a value that is not finite
+      accumulate<Traits, DPAD>(o, weights, states, [&](int i, int k) { return first + k < end[i]; });
+    }
   }
 
 #pragma unroll

@@ -23,7 +23,8 @@
 //   k, v    the copy engine's bytes fill;   each consumer warp leaves, when its products have read the block
 //
 // Rows of the last block that no query of the tile sees may hold anything, NaN too. Their scores are masked; their values
-// are set to zero in shared memory before the product, since 0 NaN is NaN.
+// are set to zero in shared memory before the product, since 0 NaN is NaN. Keys that some queries of the tile see and others
+// do not are looked at by the loaders: where a value of theirs is not finite, queries of the tile are attended one by one (alone.cuh).
 //
 // What a query becomes depends on itself and the keys that it sees alone, bit for bit: not on its tile, the call, or the room that
 // there is for states. kKeys is part of the arithmetic (blocks start at multiples of it), so the number of keys that a query
@@ -44,6 +45,7 @@
 #include "../ptx/target.cuh"
 #include "../ptx/tma.cuh"
 #include "../ptx/wgmma.cuh"
+#include "alone.cuh"
 #include "families.h"
 #include "plan.h"
 #include "softmax.cuh"
@@ -85,6 +87,7 @@ struct QueryTile {
   int32_t key_row;  // of its first chunk state in the tensor map; in pages, 0
   int32_t key_outer;
   const int32_t* pages;  // of the sequence, or null
+  bool one_by_one;       // no product will do: set by the loaders
   VisibleKeys visible;
   RowAngles angles;
 };
@@ -190,12 +193,23 @@ __device__ __forceinline__ void describe_tile(const Arguments& a, uint32_t index
                        ? static_cast<int>(min(static_cast<uint32_t>(ROWS), served.high - position))
                        : 0;
   tile.rows = rows;
+  tile.one_by_one = false;
   tile.visible = VisibleKeys(a.size, position);
   tile.angles = RowAngles(a.size, position);
   tile.keys = rows > 0 ? tile.visible.to_any(rows) : 0;
   tile.key_row = a.chunks.compact ? static_cast<int>(served.begin / tile.visible.every + n) : 0;
   tile.key_outer = a.chunks.compact ? static_cast<int>(head) : owner * static_cast<int>(heads) + static_cast<int>(head);
   tile.pages = a.chunks.page_table ? a.chunks.page_table + owner * a.chunks.columns : nullptr;
+}
+
+// Where the state of key j of the tile begins.
+__device__ __forceinline__ int64_t state_offset(const Arguments& a, const QueryTile& tile, int j) {
+  int64_t row = static_cast<int64_t>(tile.key_outer) * a.chunks.rows + tile.key_row + j;
+  if (tile.pages != nullptr) {
+    const int shift = a.chunks.page_shift;
+    row = ((tile.pages[j >> shift] * a.size.heads + tile.head) << shift) + (j & ((1 << shift) - 1));
+  }
+  return row * a.size.head_dim;
 }
 
 // Where a launch serves a part of the positions: is there a query?
@@ -445,6 +459,12 @@ __device__ __forceinline__ void feed_queries(const Arguments& a, Shared<C>& shar
       const QueryPieces<C> pieces(a, target, opaque(thread));
       pieces.load(q, a.q.token, rows);
       cp_async_commit();
+      const int seen_by_all = tile.visible.to_all();
+      const auto row_at = [&](int row) { return state_offset(a, tile, seen_by_all + row); };
+      if (find_not_finite(static_cast<const T*>(a.chunks.v), row_at, tile.keys - seen_by_all,
+                          static_cast<int>(a.size.head_dim), thread, C::kLoaders)) {
+        shared.tile[tile_ring.slot()].one_by_one = true;
+      }
       pieces.rotate(a, tile);
     }
     fence_proxy_async();  // q was written by ordinary stores and cp.async; wgmma reads it
@@ -726,6 +746,34 @@ struct Consumer {
     v_ring.next();
   }
 
+  // In place of both: the warp's queries one by one.
+  __device__ __forceinline__ void attend_one_by_one() const {
+    const QueryTile& t = tile();
+    const int head_dim = static_cast<int>(a.size.head_dim);
+    const int first = warpgroup * 64 + thread / 32 * 16;
+#pragma unroll 1
+    for (int r = first; r < min(first + 16, t.rows); ++r) {
+      const int64_t token = t.token + r, angle = static_cast<int64_t>(t.angles.of(r)) * (head_dim / 2);
+      const auto row_of = [&](const Rows& rows, uint32_t head) {
+        return static_cast<T*>(rows.ptr) + t.batch * rows.batch + token * rows.token + head * rows.head;
+      };
+      LoneQuery<T> query;
+      query.q = row_of(a.q, static_cast<uint32_t>(t.head) / a.heads_per_group);
+      query.cos = a.rotary.cos ? static_cast<const float*>(a.rotary.cos) + angle : nullptr;
+      query.sin = static_cast<const float*>(a.rotary.sin) + angle;
+      query.out_gate = a.out_gate.ptr ? row_of(a.out_gate, t.head) : nullptr;
+      query.y = row_of(a.y, t.head);
+      query.lse = a.lse + (t.batch * a.size.heads + t.head) * a.size.tokens + token;
+      query.own = shared.own[q_ring.slot()][r] * kLog2e;
+      query.scale_log2 = a.scale_log2;
+      query.sign = a.q_sign;
+      query.keys = t.visible.end(r);
+      query.head_dim = head_dim;
+      attend_alone(query, static_cast<const T*>(a.chunks.k), static_cast<const T*>(a.chunks.v),
+                   [&](int j) { return state_offset(a, t, j); });
+    }
+  }
+
   __device__ __forceinline__ void epilogue(const Place& at, int h) {
     const bool vector = a.size.aligned16;
     const bool gated = a.out_gate.ptr != nullptr;
@@ -785,9 +833,13 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
     } else {
       c.fetch_early(at);
     }
-    c.epilogue(at, 0);
-    if constexpr (!C::kFetchBoth) c.fetch_operands(at, 1);
-    c.epilogue(at, 1);
+    if (!c.tile().one_by_one) {
+      c.epilogue(at, 0);
+      if constexpr (!C::kFetchBoth) c.fetch_operands(at, 1);
+      c.epilogue(at, 1);
+    } else {
+      c.attend_one_by_one();
+    }
     c.leave(c.q_ring.empty());
     c.leave(c.tile_ring().empty());
   }
