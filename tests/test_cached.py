@@ -23,7 +23,7 @@ half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=nam
 class Pool:
     """The tensors of a pool: ``sequences`` of up to ``rows`` chunks, in pages of ``page_rows`` where that is given."""
 
-    def __init__(self, device, dtype, dim, rows, *, sequences=3, ring=1, page_rows=None, heads=HEADS):
+    def __init__(self, device, dtype, dim, rows, *, sequences=3, ring=1, page_rows=None, heads=HEADS, fp8=False):
         acc = state_dtype(dtype)
         self.device, self.dtype, self.ring = device, dtype, ring
         self.page_table = None
@@ -36,8 +36,11 @@ class Pool:
             order = torch.randperm(pages, generator=torch.Generator().manual_seed(5))[: sequences * columns]
             self.page_table = order.view(sequences, columns).to(device, torch.int32)
         nan = float("nan")
-        self.chunk_k = torch.full(states, nan, dtype=dtype, device=device)
-        self.chunk_v = torch.full(states, nan, dtype=dtype, device=device)
+        kept = torch.float8_e4m3fn if fp8 else dtype
+        self.chunk_k = torch.full(states, nan, device=device).to(kept)
+        self.chunk_v = torch.full(states, nan, device=device).to(kept)
+        self.scale_k = torch.full(states[:3], nan, device=device) if fp8 else None
+        self.scale_v = torch.full(states[:3], nan, device=device) if fp8 else None
         running = (sequences, heads, dim) if ring == 1 else (sequences, ring, heads, dim)
         self.running_k = torch.full(running, nan, dtype=acc, device=device)
         self.running_v = torch.full(running, nan, dtype=acc, device=device)
@@ -55,6 +58,9 @@ class Pool:
     def chunks(self, slot, count):
         """The first ``count`` chunk states of a sequence: (2, H, count, D)."""
         both = torch.stack([self.chunk_k, self.chunk_v])
+        if self.scale_k is not None:
+            acc = state_dtype(self.dtype)
+            both = both.to(acc) * torch.stack([self.scale_k, self.scale_v]).to(acc)[..., None]
         if self.page_table is not None:
             both = both[:, self.page_table[slot].long()].transpose(1, 2).flatten(2, 3)
         else:
@@ -82,8 +88,8 @@ def run(pool, x, options, chunk_size, slots=None, cu_seqlens=None, scale=None):
         pool.page_table,
         pool.chunk_k,
         pool.chunk_v,
-        None,
-        None,
+        pool.scale_k,
+        pool.scale_v,
         pool.running_k,
         pool.running_v,
         pool.lengths,
@@ -334,6 +340,70 @@ def test_shared_pages(device, dtype):
         want, state = whole(joined, options, chunk_size)
         assert same_bits(y[n : n + 1], want[:, 64:])
         assert_state(pool, n, state, 0, 104, chunk_size)
+
+
+# ---- e4m3 states ----------------------------------------------------------------------------------------------------------
+
+
+def quantise(x):
+    """What a state (..., D) becomes: e4m3 times the least power of two that brings its largest element to 448."""
+    amax = x.double().abs().amax(-1, keepdim=True)
+    scale = torch.exp2(torch.ceil(torch.log2(amax / 448)))
+    return ((x.double() / scale).float().to(torch.float8_e4m3fn).double() * scale).to(x.dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("page_rows", [None, 8])
+@pytest.mark.parametrize("dim", [24, 64, 128])
+def test_e4m3(device, dtype, dim, page_rows):
+    """States are those of a pool in float, quantised as they close, and tokens attend to what is kept of them."""
+    random, tokens, chunk_size = Random(20, device, dtype), 70, 4
+    x, options = draw(random, 2, tokens + 9, dim), extras(random, dim, 24)
+    pool = Pool(device, dtype, dim, 24, fp8=True, page_rows=page_rows, ring=3)
+    plain = Pool(device, dtype, dim, 24, ring=3)
+    run(pool, part(x, 0, tokens), options, chunk_size, [2, 1])
+    run(plain, part(x, 0, tokens), options, chunk_size, [2, 1])
+    closed = tokens // chunk_size
+    for slot in (1, 2):
+        kept, want = pool.chunks(slot, closed), plain.chunks(slot, closed)
+        if dtype in (torch.float32, torch.float64):
+            assert same_bits(kept, quantise(want))
+        else:  # rounded once, from float32
+            assert (
+                (kept - want.float()).abs() <= want.float().abs() / 15 + want.float().abs().amax(-1, keepdim=True) / 1e5
+            ).all()
+        assert same_bits(pool.running(slot, tokens - 1), plain.running(slot, tokens - 1))
+        plain.chunk_k[slot, :, :closed], plain.chunk_v[slot, :, :closed] = kept.to(dtype)
+    at = tokens
+    for end in (tokens + 1, tokens + 2):  # up to the end of a chunk
+        got, want = (run(p, part(x, at, end), options, chunk_size, [2, 1]) for p in (pool, plain))
+        assert same_bits(got, want)
+        at = end
+
+
+@dtypes
+@pytest.mark.parametrize("page_rows", [None, 16])
+def test_e4m3_in_any_cut(device, dtype, page_rows):
+    random, tokens, dim = Random(21, device, dtype), 150, 64
+    x, options = draw(random, 2, tokens, dim), extras(random, dim, 40)
+    pools = [Pool(device, dtype, dim, 48, fp8=True, page_rows=page_rows) for _ in range(2)]
+    y = run(pools[0], x, options, 4, [0, 2])
+    ends = cuts_of(python_random.Random(3), tokens, 50)
+    pieces = [run(pools[1], part(x, a, b), options, 4, [0, 2]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    assert same_bits(torch.cat(pieces, dim=1), y)
+    for slot in (0, 2):
+        assert same_bits(pools[0].chunks(slot, 37), pools[1].chunks(slot, 37))
+
+
+@low
+def test_e4m3_skips_rows(device, dtype):
+    random, dim = Random(22, device, dtype), 64
+    x, options = draw(random, 2, 20, dim), extras(random, dim, 40)
+    pool = Pool(device, dtype, dim, 8, fp8=True)
+    before = pool.clone()
+    y = run(pool, x, options, 4, [-1, 1])
+    assert not y[0].any() and y[1].isfinite().all() and pool.lengths.tolist() == [0, 20, 0]
+    assert same_bits(pool.chunk_k[0], before.chunk_k[0]) and same_bits(pool.scale_v[2], before.scale_v[2])
 
 
 # ---- errors: a GPU skips the row and leaves a word, the CPU throws before anything is written ------------------------------

@@ -49,28 +49,34 @@ RAT_INLINE T* chunk_row(const Sizes& z, const Plan& plan, const ChunkStates& c, 
   return static_cast<T*>(base) + owner * c.sequence + head * c.head + first * z.head_dim;
 }
 
-// Offset of a state of (n, head) in pages.
-RAT_INLINE int64_t paged_offset(const ChunkStates& c, int64_t dim, int64_t n, int64_t head, int64_t chunk) {
-  const int64_t page = c.page_table[c.entry[n] * c.columns + (chunk >> c.page_shift)];
+// Offset of a state of (n, head) in a pool.
+RAT_INLINE int64_t pool_offset(const ChunkStates& c, int64_t dim, int64_t n, int64_t head, int64_t chunk) {
+  const int64_t owner = c.entry[n];
+  if (!c.page_table) return owner * c.sequence + head * c.head + chunk * dim;
+  const int64_t page = c.page_table[owner * c.columns + (chunk >> c.page_shift)];
   return page * c.sequence + head * c.head + (chunk & ((int64_t{1} << c.page_shift) - 1)) * dim;
-}
-
-template <class T>
-RAT_INLINE T* state_at(const AttentionFwdParams& p, const Plan& plan, void* base, int64_t n, int64_t head,
-                       int64_t chunk) {
-  const int64_t D = p.size.head_dim;
-  if (p.chunks.page_table) return static_cast<T*>(base) + paged_offset(p.chunks, D, n, head, chunk);
-  return chunk_row<T>(p.size, plan, p.chunks, base, n, head) + chunk * D;
 }
 
 // Stores the state of chunk `chunk`; rotates `key` in place.
 template <class T>
-void store_chunk(const AttentionFwdParams& p, const Plan& plan, int64_t n, int64_t head, int64_t chunk, Acc<T>* key,
-                 const Acc<T>* value) {
+void store_chunk(const AttentionFwdParams& p, const Plan& plan, const Pool* pool, int64_t n, int64_t head,
+                 int64_t chunk, Acc<T>* key, const Acc<T>* value) {
+  const ChunkStates& c = p.chunks;
   const int64_t D = p.size.head_dim;
   rotate_row<Acc<T>>(p.rotary, chunk, D, 1, key);
-  store_row(key, D, state_at<T>(p, plan, p.chunks.k, n, head, chunk));
-  store_row(value, D, state_at<T>(p, plan, p.chunks.v, n, head, chunk));
+  if (!pool) {
+    store_row(key, D, chunk_row<T>(p.size, plan, c, c.k, n, head) + chunk * D);
+    store_row(value, D, chunk_row<T>(p.size, plan, c, c.v, n, head) + chunk * D);
+    return;
+  }
+  const int64_t at = pool_offset(c, D, n, head, chunk);
+  if (pool->scale_k) {
+    store_state(key, D, static_cast<e4m3*>(c.k) + at, pool->scale_k + at / D);
+    store_state(value, D, static_cast<e4m3*>(c.v) + at, pool->scale_v + at / D);
+  } else {
+    store_row(key, D, static_cast<T*>(c.k) + at);
+    store_row(value, D, static_cast<T*>(c.v) + at);
+  }
 }
 
 template <class A>
@@ -94,7 +100,7 @@ void states_task(const AttentionFwdParams& p, const Plan& plan, const Workspace&
   const int64_t end = (t.rows - 1) * ld;
   if (t.last) store_running(p, t.sequence, head, s.state_k + end, s.state_v + end);  // before keys are rotated
   for (int64_t i = L - 1 - t.position % L; i < t.rows; i += L) {
-    store_chunk<T>(p, plan, t.sequence, head, (t.position + i) / L, s.state_k + i * ld, s.state_v + i * ld);
+    store_chunk<T>(p, plan, w.pool, t.sequence, head, (t.position + i) / L, s.state_k + i * ld, s.state_v + i * ld);
   }
 }
 
@@ -120,7 +126,7 @@ void long_chunk_task(const AttentionFwdParams& p, const Plan& plan, const Worksp
     A *const k = s.state_k + (t.rows - 1) * ld, *const v = s.state_v + (t.rows - 1) * ld;
     const int64_t end = t.position + t.rows;
     if (states && t.last) store_running(p, t.sequence, head, k, v);
-    if (states && end % L == 0) store_chunk<T>(p, plan, t.sequence, head, end / L - 1, k, v);
+    if (states && end % L == 0) store_chunk<T>(p, plan, w.pool, t.sequence, head, end / L - 1, k, v);
     if (t.last || end % L == 0) return;
     t = plan.tile(t.sequence, t.index + 1);
     __builtin_memcpy(carry(w.forward.k), k, bytes);
@@ -173,15 +179,22 @@ const A* key_block(const T* states, int64_t first, int64_t count, int64_t dim, i
 
 // The same of (n, head) wherever they are.
 template <class T>
-const Acc<T>* key_block_of(const AttentionFwdParams& p, const Plan& plan, const void* base, int64_t n, int64_t head,
-                           int64_t first, int64_t count, Acc<T>* scratch, int64_t* stride) {
+const Acc<T>* key_block_of(const AttentionFwdParams& p, const Plan& plan, void* base, const float* scales, int64_t n,
+                           int64_t head, int64_t first, int64_t count, Acc<T>* scratch, int64_t* stride) {
+  using A = Acc<T>;
   const int64_t D = p.size.head_dim, ld = plan.padded_dim;
-  if (!p.chunks.page_table) {
-    const T* const states = chunk_row<T>(p.size, plan, p.chunks, const_cast<void*>(base), n, head);
-    return key_block(states, first, count, D, ld, scratch, stride);
+  if (!p.chunks.page_table && !scales) {
+    return key_block(chunk_row<T>(p.size, plan, p.chunks, base, n, head), first, count, D, ld, scratch, stride);
   }
   for (int64_t j = 0; j < count; ++j) {
-    load_row(static_cast<const T*>(base) + paged_offset(p.chunks, D, n, head, first + j), D, ld, scratch + j * ld);
+    const int64_t at = pool_offset(p.chunks, D, n, head, first + j);
+    A* const row = scratch + j * ld;
+    if (scales) {
+      load_row(static_cast<const e4m3*>(base) + at, D, ld, row);
+      scale_rows(row, ld, static_cast<A>(scales[at / D]));
+    } else {
+      load_row(static_cast<const T*>(base) + at, D, ld, row);
+    }
   }
   *stride = ld;
   return scratch;
@@ -271,7 +284,7 @@ void add_values(int64_t first, int64_t count, int64_t columns, int64_t dim, cons
 
 // The keys that the queries of a tile see, if any: updates the running softmax m, l and its sums of values, s.sum_t.
 template <class T>
-void attend_keys(const AttentionFwdParams& p, const Plan& plan, const Tile& t, int64_t head,
+void attend_keys(const AttentionFwdParams& p, const Plan& plan, const Pool* pool, const Tile& t, int64_t head,
                  const Visible<Acc<T>>& visible, Scratch<Acc<T>>& s, Acc<T>* m, Acc<T>* l, Acc<T>* factor) {
   using A = Acc<T>;
   constexpr int64_t W = Simd<A>::width;
@@ -281,11 +294,13 @@ void attend_keys(const AttentionFwdParams& p, const Plan& plan, const Tile& t, i
   for (int64_t first = 0; first < visible.any; first += kKeys) {
     const int64_t count = minimum(kKeys, visible.any - first);
     int64_t stride;
-    const A* const k = key_block_of<T>(p, plan, p.chunks.k, t.sequence, head, first, count, s.keys, &stride);
+    const A* const k = key_block_of<T>(p, plan, p.chunks.k, pool ? pool->scale_k : nullptr, t.sequence, head, first,
+                                       count, s.keys, &stride);
     multiply<A, true>(count, columns, D, k, stride, s.query_t, kTile, s.score, kTile, false);
     const bool rescale = softmax_block(first, count, columns, visible, s.score, m, l, factor);
     if (rescale && first > 0) scale_columns(s.sum_t, D, columns, factor);
-    const A* const v = key_block_of<T>(p, plan, p.chunks.v, t.sequence, head, first, count, s.values, &stride);
+    const A* const v = key_block_of<T>(p, plan, p.chunks.v, pool ? pool->scale_v : nullptr, t.sequence, head, first,
+                                       count, s.values, &stride);
     add_values(first, count, columns, D, visible, v, stride, s.score, s.sum_t, first > 0);
   }
 }
@@ -331,7 +346,7 @@ void attend_task(const AttentionFwdParams& p, const Plan& plan, const Workspace&
   }
 
   const Visible<A> visible(t, plan.chunk_size, s.vector[6]);
-  if (visible.any > 0) attend_keys<T>(p, plan, t, head, visible, s, m, l, factor);
+  if (visible.any > 0) attend_keys<T>(p, plan, w.pool, t, head, visible, s, m, l, factor);
   for (int64_t q = 0; q < columns; q += W) {
     store(factor + q, A(1) / load(l + q));
     store(self + q, exp(load(self + q) - load(m + q)) * load(factor + q));

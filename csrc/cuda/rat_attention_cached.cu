@@ -3,8 +3,11 @@
 //   plan_rows_kernel   one block: what each row is, from slots, lengths and cu_seqlens, which the host does not read. Checks them,
 //                      leaves entry, start and cu_seqlens for the kernels after it, which read nothing else of the kind, and
 //                      advances the pool's lengths. A row with an error is skipped, and the first one is kept in the pool
+//   dequantise_states_kernel  where states are e4m3: those of the rows to scratch, in T, which attention then reads. Moves 3 or 5
+//                      bytes for each element of a closed state, and takes scratch for all chunks that the rows have room for
 #include <algorithm>
 
+#include "device/e4m3.cuh"
 #include "device/sequence.cuh"
 #include "host/kernel_table.h"
 #include "host/launch.h"
@@ -117,9 +120,11 @@ __device__ __forceinline__ void stage(const RowPlan& p) {
   __shared__ int32_t rows[kThreads];
   __shared__ int count;
   const Sizes& s = p.size;
-  const PoolStates states{
-      p.entry, static_cast<float*>(p.pool.running_k), static_cast<float*>(p.pool.running_v), p.pool.ring, nullptr,
-      nullptr};
+  PoolStates states{};
+  states.entry = p.entry;
+  states.k = static_cast<float*>(p.pool.running_k);
+  states.v = static_cast<float*>(p.pool.running_v);
+  states.ring = p.pool.ring;
   const int64_t width = s.heads * s.head_dim;  // elements of a row, in fours
   for (int64_t first = 0; first < s.sequences; first += kThreads) {
     if (threadIdx.x == 0) count = 0;
@@ -161,10 +166,59 @@ __global__ void __launch_bounds__(kThreads) plan_rows_kernel(const __grid_consta
   stage(p);
 }
 
+struct Dequantise {
+  Sizes size;            // lengths: those before the call
+  ChunkStates from, to;  // e4m3 of the pool; T of the rows
+  const float* scale_k;
+  const float* scale_v;
+  int64_t splits;  // blocks of an owner
+  int32_t* self;   // (N): the states of a row in `to` are its own, -1 where it is skipped
+};
+
+constexpr int kMoveThreads = 256;
+
+// An owner is a (row, head); a thread takes eight elements at a time.
+template <class T>
+__global__ void __launch_bounds__(kMoveThreads) dequantise_states_kernel(const __grid_constant__ Dequantise p) {
+  const Sizes& s = p.size;
+  const int64_t owner = blockIdx.x / p.splits, split = blockIdx.x % p.splits;
+  const int64_t n = owner / s.heads, h = owner % s.heads;
+  const int64_t entry = p.from.entry[n];
+  if (threadIdx.x == 0 && split == 0 && h == 0) p.self[n] = entry < 0 ? -1 : static_cast<int32_t>(n);
+  if (entry < 0) return;
+  const int64_t pieces = s.head_dim / 8, count = s.lengths[n] / s.key_every * pieces;
+  for (int64_t i = split * kMoveThreads + threadIdx.x; i < count; i += p.splits * kMoveThreads) {
+    const int64_t row = i / pieces, d = i % pieces * 8;
+    const int64_t at = pool_offset(s, p.from, entry, h, row);
+    const int64_t to = n * p.to.sequence + h * p.to.head + row * s.head_dim + d;
+    const auto move = [&](const void* source, const float* scales, void* target) {
+      float x[8];
+      unpack_state(*reinterpret_cast<const StateRaw<e4m3>*>(static_cast<const uint8_t*>(source) + at + d), x);
+      const float scale = scales[at / s.head_dim];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) x[j] *= scale;
+      store_row<true>(static_cast<T*>(target) + to, x);
+    };
+    move(p.from.k, p.scale_k, p.to.k);
+    move(p.from.v, p.scale_v, p.to.v);
+  }
+}
+
+void dequantise(const Dequantise& p, cudaStream_t stream) {
+  const unsigned blocks = grid_x(p.size.sequences * p.size.heads * p.splits, "dequantise_states");
+  switch (p.size.dtype) {
+    case DType::f32: dequantise_states_kernel<float><<<blocks, kMoveThreads, 0, stream>>>(p); break;
+    case DType::bf16: dequantise_states_kernel<bf16><<<blocks, kMoveThreads, 0, stream>>>(p); break;
+    default: dequantise_states_kernel<f16><<<blocks, kMoveThreads, 0, stream>>>(p);
+  }
+  check_launch("dequantise_states");
+}
+
 // Scratch of a call, beside that of the phases.
 struct CachedScratch {
-  Piece<int32_t> cu_seqlens, entry, start;
+  Piece<int32_t> cu_seqlens, entry, start, self;
   Piece<float> lse, staged_k, staged_v;
+  Piece<char> chunk_k, chunk_v;  // of T: (N, H, rows, D)
 };
 
 CachedScratch take_scratch(const AttentionCachedParams& c, Arena& arena) {
@@ -179,9 +233,16 @@ CachedScratch take_scratch(const AttentionCachedParams& c, Arena& arena) {
     scratch.staged_k = arena.take<float>(s.sequences * s.heads * s.head_dim);
     scratch.staged_v = arena.take<float>(s.sequences * s.heads * s.head_dim);
   }
+  if (c.pool.scale_k) {
+    const int64_t bytes = s.sequences * s.heads * c.pool.rows * s.head_dim * (s.dtype == DType::f32 ? 4 : 2);
+    scratch.self = arena.take<int32_t>(s.sequences);
+    scratch.chunk_k = arena.take<char>(bytes);
+    scratch.chunk_v = arena.take<char>(bytes);
+  }
   return scratch;
 }
 
+// The pool's own.
 ChunkStates chunk_states(const Sizes& s, const Pool& pool) {
   ChunkStates c;
   c.k = pool.chunk_k;
@@ -199,14 +260,23 @@ ChunkStates chunk_states(const Sizes& s, const Pool& pool) {
   return c;
 }
 
-}  // namespace
-
+// The forward that the phases are asked for. Addresses in scratch come later.
 AttentionFwdParams cached_forward(const AttentionCachedParams& c) {
   AttentionFwdParams a = c.fwd;
+  const Sizes& s = a.size;
   a.size.lengths = c.pool.lengths;  // until there is scratch: not null
-  a.chunks = chunk_states(a.size, c.pool);
+  a.chunks = chunk_states(s, c.pool);
+  if (c.pool.scale_k) {
+    a.chunks.k = a.chunks.v = nullptr;
+    a.chunks.head = c.pool.rows * s.head_dim;
+    a.chunks.sequence = s.heads * a.chunks.head;
+    a.chunks.blocks = s.sequences;
+    a.chunks.page_table = nullptr;
+  }
   return a;
 }
+
+}  // namespace
 
 void attention_cached(const AttentionCachedParams& c, const Allocator& allocator, void* stream_) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
@@ -236,12 +306,24 @@ void attention_cached(const AttentionCachedParams& c, const Allocator& allocator
   a.size.lengths = own.start;
   a.chunks.entry = own.entry;
   a.lse = own.lse;
-  states = {own.entry,
-            static_cast<float*>(c.pool.running_k),
-            static_cast<float*>(c.pool.running_v),
-            c.pool.ring,
-            own.staged_k,
-            own.staged_v};
+  states.entry = own.entry;
+  states.k = static_cast<float*>(c.pool.running_k);
+  states.v = static_cast<float*>(c.pool.running_v);
+  states.ring = c.pool.ring;
+  states.staged_k = own.staged_k;
+  states.staged_v = own.staged_v;
+  if (c.pool.scale_k) {
+    states.quantised = chunk_states(s, c.pool);
+    states.quantised.entry = own.entry;
+    states.scale_k = c.pool.scale_k;
+    states.scale_v = c.pool.scale_v;
+    a.chunks.k = own.chunk_k.get();
+    a.chunks.v = own.chunk_v.get();
+    a.chunks.entry = own.self;
+    const int64_t owners = s.sequences * s.heads, most = ceil_div(c.pool.rows * s.head_dim / 8, kMoveThreads * 4);
+    const int64_t splits = std::clamp<int64_t>(most, 1, std::max<int64_t>(1, 4096 / owners));
+    dequantise({s, states.quantised, a.chunks, c.pool.scale_k, c.pool.scale_v, splits, own.self}, stream);
+  }
   prepare(stream);
   attend(stream);
 }
@@ -254,6 +336,9 @@ KernelList rat_attention_cached_kernels() {
   static const KernelTable table = [] {
     KernelTable t;
     t.add("plan_rows", plan_rows_kernel);
+    t.add("dequantise_states<f32>", dequantise_states_kernel<float>);
+    t.add("dequantise_states<bf16>", dequantise_states_kernel<bf16>);
+    t.add("dequantise_states<f16>", dequantise_states_kernel<f16>);
     return t;
   }();
   return table.list();

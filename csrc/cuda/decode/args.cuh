@@ -15,11 +15,6 @@ constexpr int kMostTokens = 4;  // of a launch
 constexpr int kItems = 4;       // that the fetching warp may be ahead
 constexpr int kPrepared = 2;         // that the scanning warp may be ahead
 
-// A chunk state's element where states are e4m3.
-struct e4m3 {
-  uint8_t bits;
-};
-
 // Instantiations: T of the tokens, S of the chunk states, W lanes for a row, room for N tokens.
 template <class T_, class S_, int W_, int N_>
 struct Kind {

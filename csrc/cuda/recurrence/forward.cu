@@ -11,6 +11,7 @@
 // and 1/L of a key and a value. About 225 instructions per row and warp.
 #include <type_traits>
 
+#include "../device/e4m3.cuh"
 #include "scan_launch.h"
 
 namespace rat::cuda {
@@ -31,16 +32,49 @@ struct PrepareFwd {
   float* running_v;
 };
 
+// A state to the e4m3 states of a pool, at state `at`, and with it what they keep of it.
+template <int W>
+__device__ __forceinline__ void quantise(void* states, float* scales, int64_t at, const Lane& lane, int64_t head_dim,
+                                         float (&x)[8]) {
+  const float scale = scale_of_group<W>(x, lane);
+  StateRaw<e4m3> raw;
+  pack_state(x, scale, raw);
+  unpack_state(raw, x);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) x[j] *= scale;
+  if (!lane.live) return;
+  *reinterpret_cast<StateRaw<e4m3>*>(static_cast<uint8_t*>(states) + at * head_dim + lane.d) = raw;
+  if (lane.index == 0) scales[at] = scale;
+}
+
 // The state of a token that closes a chunk, to the chunk states: k~ rotated by its angle. `n` is the sequence, of the pool where
-// there is one.
+// there is one; `row` that of the call.
 template <class T, int W, bool kVector, bool kPool>
-__device__ __forceinline__ void store_key(const PrepareFwd& p, int64_t n, const Lane& lane, const ChunkClock& clock,
-                                          const float (&k_state)[8], const float (&v_state)[8]) {
+__device__ __forceinline__ void store_key(const PrepareFwd& p, int64_t n, [[maybe_unused]] int64_t row,
+                                          const Lane& lane, const ChunkClock& clock, const float (&k_state)[8],
+                                          const float (&v_state)[8]) {
   const Sizes& s = p.in.size;
   float turned[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) turned[j] = k_state[j];
   if (p.in.rotary.cos) rotate<W>(p.in.rotary, clock.angle(), s.head_dim, lane, 1.0f, turned);
+  if constexpr (kPool) {
+    const PoolStates& pool = p.in.pool;
+    if (pool.quantised.k) {
+      float value[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) value[j] = v_state[j];
+      const int64_t at = pool_offset(s, pool.quantised, n, lane.head, clock.key()) / s.head_dim;
+      quantise<W>(pool.quantised.k, pool.scale_k, at, lane, s.head_dim, turned);
+      quantise<W>(pool.quantised.v, pool.scale_v, at, lane, s.head_dim, value);
+      if (lane.live) {
+        const int64_t to = pool_offset(s, p.chunks, row, lane.head, clock.key()) + lane.d;
+        store_row<kVector>(static_cast<T*>(p.chunks.k) + to, turned);
+        store_row<kVector>(static_cast<T*>(p.chunks.v) + to, value);
+      }
+      return;
+    }
+  }
   if (lane.live) {
     const int64_t at = (kPool ? pool_offset(s, p.chunks, n, lane.head, clock.key())
                               : chunk_offset(s, p.chunks, n, lane.head) + clock.key() * s.head_dim) +
@@ -121,7 +155,9 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 2)
         if (lane.live) store_row<kVector>(out, v_state);
         unpack(q_raw[u], x);
         own[u] = lane.live ? dot(x, k_state) : 0.0f;
-        if (clock.leaves_key()) store_key<T, W, kVector, kPool>(p, owner, lane, clock, k_state, v_state);
+        if (clock.leaves_key()) {
+          store_key<T, W, kVector, kPool>(p, owner, tile.sequence.index, lane, clock, k_state, v_state);
+        }
         if constexpr (kPool) {
           if (i + u >= kept && lane.live) {
             const int64_t at = running_at(s, in.pool, owner, h, tile.position + i + u) + lane.d;

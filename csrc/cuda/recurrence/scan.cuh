@@ -55,6 +55,9 @@ struct PoolStates {
   int64_t ring;           // R
   const float* staged_k;  // (N, H, D): the state that a row starts from, where is_staged()
   const float* staged_v;
+  ChunkStates quantised;  // where closed states go, beside scratch that attention reads; k null: the pool's states are of T
+  float* scale_k;
+  float* scale_v;
 };
 
 // Offset of the state after the token at `position`.
