@@ -19,7 +19,7 @@ __device__ __forceinline__ bool find_not_finite(const T* rows, const RowAt& row_
   constexpr uint32_t kExponent = std::is_same_v<T, bf16> ? 0x7f80u : 0x7c00u;
   const int pieces = head_dim / 8;
   bool found = false;
-#pragma unroll 1
+#pragma unroll 4
   for (int i = thread; i < count * pieces; i += threads) {
     const Bytes16 x = *reinterpret_cast<const Bytes16*>(rows + row_at(i / pieces) + i % pieces * 8);
 #pragma unroll
