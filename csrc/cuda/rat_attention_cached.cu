@@ -125,7 +125,7 @@ __device__ __forceinline__ void stage(const RowPlan& p) {
   states.k = static_cast<float*>(p.pool.running_k);
   states.v = static_cast<float*>(p.pool.running_v);
   states.ring = p.pool.ring;
-  const int64_t width = s.heads * s.head_dim;  // elements of a row, in fours
+  const int64_t width = s.heads * s.head_dim;  // elements of a row of the pool
   for (int64_t first = 0; first < s.sequences; first += kThreads) {
     if (threadIdx.x == 0) count = 0;
     __syncthreads();
