@@ -112,7 +112,7 @@ def test_rat_decode_step(device):
     workspace = torch.zeros(size, dtype=torch.uint8, device=device)
     q, k, v, gate = random.normal(3, G, D), random.normal(3, G, D), random.normal(3, H, D), random.normal(3, H, D)
     slots = torch.tensor([2, -1, 0], device=device)
-    states = [cache.chunk_k, cache.chunk_v, None, None, cache.running_k, cache.running_v, cache.lengths, cache.error_word()]
+    states = [cache.chunk_k, cache.chunk_v, None, None, cache.running_k, cache.running_v, cache.lengths, cache.error]
     opcheck(OPS.rat_decode_step.default, [q, k, v, gate, None, None, None, None, slots, None, *states, workspace, L, D**-0.5])
 
 
