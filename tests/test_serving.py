@@ -397,6 +397,33 @@ def test_quantise():
         assert torch.equal(dequantise(*quantise(values.to(dtype)), dtype), values.to(dtype))
 
 
+def test_the_definition_rounds_what_it_attends_to(device):
+    """In FP8 a chunk is what it will be as soon as it closes: a call in one piece is calls in pieces."""
+    x = drawn(device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
+    caches = [pool_of(device, 1, fp8=True, dtype=x["q"].dtype) for _ in range(2)]
+    whole = reference.rat_attention(**x, chunk_size=4, cache=caches[0])
+    steps = [reference.rat_decode_step(**{key: t[:, n] for key, t in x.items()}, cache=caches[1]) for n in range(20)]
+    torch.testing.assert_close(torch.stack(steps, dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+@options
+def test_a_plain_state_joins_a_pool(device, options):
+    """Prefill by a forward that returns a state, then write: the same as prefill in the pool, but for FP8's bits."""
+    x, slots = drawn(device, batch=2, tokens=14), [2, 0]
+    pool, other = pool_of(device, **options), pool_of(device, **options)
+    state = rat_ext.rat_attention(**{key: t[:, :13] for key, t in x.items()}, chunk_size=4, return_state=True)[1]
+    pool.write(slots, state)
+    other.allocate(slots, 14)
+    index = torch.tensor(slots, device=device)
+    rat_ext.rat_attention(**{key: t[:, :13] for key, t in x.items()}, chunk_size=4, cache=other, slots=index)
+    y, want = (
+        rat_ext.rat_attention(**{key: t[:, 13:] for key, t in x.items()}, chunk_size=4, cache=c, slots=index)
+        for c in (pool, other)
+    )
+    assert pool.lengths.tolist() == other.lengths.tolist() == [14, 0, 14, 0] and pool.free_pages == other.free_pages
+    torch.testing.assert_close(y, want, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name)
 def test_what_fp8_costs(device, dtype):
     """Against float64: the mean error that docs/serving.md states, for normal keys and values and open gates."""
