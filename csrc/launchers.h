@@ -56,6 +56,10 @@ struct Sizes {
 //   base + n*sequence + h*head + (first_row(n) + c)*D
 // first_row(n) = cu_seqlens[n] / chunk_size + n if compact, else 0. Rows [0, closed chunks of n) are valid, the rest is
 // uninitialised and must not be read into a result. A compact layout (packed, no state in or out) has sequence == 0.
+//
+// Those of a pool: sequence n of the call has the states of sequence entry[n] of the pool in n's place above; where entry[n] is
+// below 0, n is skipped: its y is zeros, and it has no states. In pages, state c of pool sequence e is state c % page_rows of page
+// page_table[e*columns + c / page_rows] in e's place; page_rows is 1 << page_shift, `sequence` and `head` are strides in a page.
 struct ChunkStates {
   void* k = nullptr;  // rotated by c, T
   void* v = nullptr;  // T
@@ -63,6 +67,11 @@ struct ChunkStates {
   int64_t head = 0;
   int64_t rows = 0;  // rows for each head: capacity of a sequence, or of the whole packed row if compact
   bool compact = false;
+  const int32_t* entry = nullptr;       // (N), or null: each its own
+  int64_t blocks = 0;                   // of a pool: pages, or sequences where there are no pages
+  const int32_t* page_table = nullptr;  // (P, columns), or null: no pages
+  int64_t columns = 0;
+  int32_t page_shift = 0;
 };
 
 // State that a sequence brings along, or leaves behind, beside its length. Chunk states are (N, H, rows, D) of T,
@@ -146,31 +155,79 @@ struct RecurrenceBwdParams {
   void* dinitial = nullptr;      // (N, H, D) acc or null
 };
 
+// ---- a pool of cached sequences -------------------------------------------------------------------------------------
+
+// A pool of P sequences that is updated in place. State of one sequence: the chunk states of its closed chunks, rows
+// [0, lengths / L); its running states; its length. All tensors are contiguous.
+//
+// Running states are a ring of R places: the state after the token at position t lives at place t % R, so that a call that
+// goes on from length n reads place (n - 1) % R. Taking up to R - 1 tokens back is writing a smaller length. A call of T
+// tokens stores the last min(T, R) states.
+//
+// Rows are in pages of `page_rows`: row c of head h of sequence s is row c % page_rows of
+// chunk[page_table[s * rows / page_rows + c / page_rows]][h]; without a table a sequence is one page, its own. Pages may
+// be shared: no row is written but that of the chunk that closes.
+struct Pool {
+  int64_t sequences = 0;    // P
+  void* chunk_k = nullptr;  // (pages, H, page_rows, D) of T, or of e4m3 where there are scales; rotated
+  void* chunk_v = nullptr;
+  float* scale_k = nullptr;  // (pages, H, page_rows): a state is its e4m3 elements times its scale; or null
+  float* scale_v = nullptr;
+  int64_t rows = 0;                     // chunk rows that a sequence can have
+  int64_t page_rows = 0;                // rows where not paged; else a power of two
+  int64_t pages = 0;                    // physical pages; P where not paged
+  const int32_t* page_table = nullptr;  // (P, rows / page_rows), -1 where there is no page; or null
+  void* running_k = nullptr;            // (P, R, H, D) acc, not rotated
+  void* running_v = nullptr;
+  int64_t ring = 1;            // R
+  int32_t* lengths = nullptr;  // (P)
+  int32_t* error = nullptr;    // (4): code, row, slot, detail of the first row that was skipped since it was zeroed
+};
+
+// Codes of Pool::error. On a GPU a row with an error is skipped: its y is zeros, its state is untouched, the other rows are
+// right. The CPU throws before anything is written.
+enum class PoolError : int32_t {
+  none = 0,
+  slot = 1,        // outside the pool
+  full = 2,        // no row, or no page, for the tokens; detail: the length
+  duplicate = 3,   // named by an earlier row of the call
+  rotary = 4,      // the tables have too few rows; detail: their rows
+  length = 5,      // negative, or more than the pool has rows for; detail: the length
+  cu_seqlens = 6,  // malformed: the whole call is skipped
+};
+
 // ---- decode ---------------------------------------------------------------------------------------------------------
 
-// One new token for each row of the batch, against a pool of P cached sequences that is updated in place.
-// Row b uses pool entry slots[b] (or b when slots is null; then P >= batch was checked); slots[b] < 0 skips the row: its y
-// is zeros and nothing else is touched. Steps over disjoint entries may run at once, on streams of their own. Two rows
-// naming one entry: their y and the entry are undefined until it is reset, and no other entry is touched.
+// A few new tokens for each row of the batch, against a pool that is updated in place. Row b uses sequence slots[b] (or b when
+// slots is null; then P >= batch was checked); slots[b] < 0 skips the row: its y is zeros and nothing else is touched. Steps
+// over disjoint sequences may run at once, on streams of their own.
+//
+// n tokens have the bits of n steps of one: a row's results depend on its own length and tokens alone.
 struct DecodeParams {
   DType dtype = DType::f32;
-  int64_t batch = 0, heads = 0, q_groups = 0, k_groups = 0, head_dim = 0, chunk_size = 0;
+  int64_t batch = 0, tokens = 1, heads = 0, q_groups = 0, k_groups = 0, head_dim = 0, chunk_size = 0;
   bool aligned16 = false;
-  int64_t pool = 0;                 // P
-  Rows q, k, v, gate, out_gate;     // (B, -, groups or H, D): `token` stride unused. out_gate may be null
+  Rows q, k, v, gate, out_gate;     // (B, n, groups or H, D). out_gate may be null
   const void* gate_bias = nullptr;  // (H, D) acc or null
   Rotary rotary;
   double scale = 1.0;
   const int64_t* slots = nullptr;  // (B) or null
-  void* chunk_k = nullptr;         // (P, H, rows, D) of T, contiguous, rotated
-  void* chunk_v = nullptr;
-  int64_t rows = 0;
-  void* running_k = nullptr;  // (P, H, D) acc, contiguous
-  void* running_v = nullptr;
-  int32_t* lengths = nullptr;  // (P) tokens so far; advanced by one
-  Rows y;                      // (B, -, H, D) output
+  Pool pool;
+  Rows y;  // (B, n, H, D) output
   // decode_workspace bytes, CUDA only: zeroed once when the cache is made, left zeroed by each step
   void* workspace = nullptr;
+};
+
+// Forward of rows of any number of new tokens, none too, each of which continues its sequence of a pool in place: what
+// attention_fwd makes of the whole sequence, bit for bit, however it is cut, where chunks are no longer than kExactChunk. Longer
+// ones are exact where cuts lie between chunks, else up to rounding. Row n goes on with sequence slots[n], or n where slots is
+// null; a negative slot skips it: its y is zeros and nothing else is touched.
+constexpr int64_t kExactChunk = 128;  // 64 on the CPU
+
+struct AttentionCachedParams {
+  AttentionFwdParams fwd;          // size without lengths, inputs, y; what it says of states is unused
+  const int64_t* slots = nullptr;  // (N) or null
+  Pool pool;
 };
 
 namespace cpu {
@@ -179,6 +236,7 @@ void attention_bwd(const AttentionBwdParams&, const Allocator&);
 void recurrence_fwd(const RecurrenceFwdParams&, const Allocator&);
 void recurrence_bwd(const RecurrenceBwdParams&, const Allocator&);
 void decode_step(const DecodeParams&, const Allocator&);
+void attention_cached(const AttentionCachedParams&, const Allocator&);
 
 // Instruction set in use: "baseline", "avx2" or "avx512". Chosen once; RAT_EXT_CPU_ISA forces one.
 const char* isa();
@@ -195,12 +253,13 @@ void check_device(int32_t device);
 
 // `stream` is a cudaStream_t. The caller has made the tensors' device current. Launchers throw std::runtime_error when a
 // launch fails; they never synchronise. Scratch is planned on the host from sizes alone (arena.h).
-size_t decode_workspace(const DecodeParams&);  // depends on pool, heads, rows and head_dim only, not on batch
+size_t decode_workspace(const DecodeParams&);  // depends on the pool and heads, not on batch
 void attention_fwd(const AttentionFwdParams&, const Allocator&, void* stream);
 void attention_bwd(const AttentionBwdParams&, const Allocator&, void* stream);
 void recurrence_fwd(const RecurrenceFwdParams&, const Allocator&, void* stream);
 void recurrence_bwd(const RecurrenceBwdParams&, const Allocator&, void* stream);
 void decode_step(const DecodeParams&, const Allocator&, void* stream);
+void attention_cached(const AttentionCachedParams&, const Allocator&, void* stream);
 }  // namespace cuda
 
 }  // namespace rat

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _build_info  # noqa: F401  (loading the extension registers the operators)
-from .cache import RATCache, state_dtype
+from .cache import RATCache, readable, state_dtype
 
 Given = dict[str, Any]  # the arguments of a public op by name
 
@@ -26,10 +26,12 @@ ROWS = ("projection", "q", "k", "v", "x", "gate", "out_gate")
 TABLES = ("gate_bias", "rotary_cos", "rotary_sin")
 # Facts without a derivative: a tensor that needs one is an error, not silence.
 WITHOUT_GRADIENT = ("rotary_cos", "rotary_sin")
-# What a cache brings, in the order of the operators' arguments.
+# What a cache brings, in the order of the operators' arguments: of a state to continue from, and of a pool that is updated in
+# place.
 STATE = ("chunk_k", "chunk_v", "running_k", "running_v", "lengths")
 # What an operator takes and no public op: it is made here.
 MADE = ("chunk_rows",)
+POOL = ("page_table", "chunk_k", "chunk_v", "scale_k", "scale_v", "running_k", "running_v", "lengths", "error", "workspace")
 
 
 def wrong(op: str, argument: str, expected: str, got: object) -> NoReturn:
@@ -76,7 +78,7 @@ def real(op: str, name: str, x: Any) -> Any:
         wrong(op, name, "a float or None", _kind(x))
 
 
-def _flag(op: str, name: str, x: Any) -> bool:
+def flag(op: str, name: str, x: Any) -> bool:
     is_array = str(getattr(x, "dtype", "")) == "bool" and getattr(x, "ndim", None) == 0  # NumPy's bool
     if isinstance(x, Tensor) or not (is_array or (isinstance(x, int) and x in (0, 1))):
         wrong(op, name, "a bool", _kind(x))
@@ -104,7 +106,7 @@ def device_of(op: str, name: str, x: Any) -> torch.device | None:
 _NUMBERS: dict[str, tuple[type, Callable[[str, str, Any], Any]]] = {
     "int": (int, integer),  # as SymInt appears too
     "float": (float, real),
-    "bool": (bool, _flag),
+    "bool": (bool, flag),
 }
 
 
@@ -157,10 +159,10 @@ def check_types(op: str, spec: Operator, given: Given, names: dict[str, str]) ->
 # ---- what arguments become ----------------------------------------------------------------------------------------------
 
 
-def _cast(spec: Operator, given: Given, device: str) -> None:
+def _cast(names: tuple[str, ...], given: Given, device: str) -> None:
     """Under autocast, float32 inputs are computed in the autocast dtype; their gradients come back in float32."""
     dtype = torch.get_autocast_dtype(device)
-    for name in spec.rows:
+    for name in names:
         x = given[name]
         if x is not None and x.is_floating_point() and x.dtype != torch.float64:
             given[name] = x.to(dtype)
@@ -169,12 +171,27 @@ def _cast(spec: Operator, given: Given, device: str) -> None:
 _NO_STATE = dict.fromkeys(STATE)
 
 
-def take_tensors(op: str, argument: str, given: Given, cache: RATCache) -> None:
-    bound = cache.length_bound
-    if not isinstance(bound, torch.SymInt) and (type(bound) is not int or not 0 <= bound < 2**31):
-        wrong(op, f"{argument}.length_bound", "an int from 0 to 2147483647", _kind(bound))
-    tensors = cache.tensors()
-    given["chunk_k"], given["chunk_v"], given["running_k"], given["running_v"], given["lengths"] = tensors
+def take_pool(given: Given, cache: RATCache) -> None:
+    """The tensors of a cache that is updated in place; its scratch is the caller's to make."""
+    for name in POOL[:-2]:
+        given[name] = getattr(cache, name)
+    given["error"] = cache.error
+
+
+def _longest(op: str, given: Given, tokens: int) -> int:
+    """The most tokens that a sequence of the call can have, as far as the host knows."""
+    limit, cu_seqlens = given["max_seqlen"], given["cu_seqlens"]
+    if limit is not None:
+        limit = integer(op, "max_seqlen", limit)
+        if cu_seqlens is None:
+            wrong(op, "max_seqlen", "None without cu_seqlens", limit)
+        if limit < 0:
+            wrong(op, "max_seqlen", "at least 0", limit)
+        return min(limit, tokens)
+    known = cu_seqlens is not None and readable(cu_seqlens) and cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1
+    if known and cu_seqlens.numel() > 1:
+        return min(max(int(cu_seqlens.diff().max()), 0), tokens)
+    return tokens
 
 
 def _take_state(op: str, given: Given, compiling: bool) -> None:
@@ -183,23 +200,53 @@ def _take_state(op: str, given: Given, compiling: bool) -> None:
     chunk_size, shape = given["chunk_size"], given["projection" if "projection" in given else "v"].shape
     tokens = shape[1] if len(shape) > 1 else 0
     step = max(chunk_size, 1)
+    longest = _longest(op, given, tokens) if given["cu_seqlens"] is not None or given["max_seqlen"] is not None else tokens
     if state is None:
         given.update(_NO_STATE)
-        given["bound"] = tokens
-        chunks = tokens // step
+        given["bound"] = longest
         if given["cu_seqlens"] is not None and not given["return_state"]:
-            chunks += max(given["cu_seqlens"].numel() - 1, 0)
+            chunks = tokens // step + max(given["cu_seqlens"].numel() - 1, 0)
+        else:
+            chunks = longest // step
     else:
         if not isinstance(state, RATCache):
             wrong(op, "initial_state", "a RATCache or None", _kind(state))
         if state.chunk_size != chunk_size:
             wrong(op, "initial_state", f"a cache of chunk_size {chunk_size}", f"one of {state.chunk_size}")
-        take_tensors(op, "initial_state", given, state)
-        given["bound"] = state.length_bound + tokens
-        rows = state.chunk_k.shape
-        chunks = max(rows[2] if len(rows) > 2 else 0, given["bound"] // step)
+        given["chunk_k"], given["chunk_v"], given["running_k"], given["running_v"], given["lengths"] = state.tensors()
+        if not state.plain:
+            wrong(op, "initial_state", "a cache without draft tokens, pages and FP8 (such a one is for cache=)", repr(state))
+        given["bound"] = state.length_bound + longest
+        chunks = max(state.rows, given["bound"] // step)
     # The tracer makes a graph of its own for a size of 0 or 1: with two rows at least, one graph serves every length.
     given["chunk_rows"] = max(chunks, 2) if compiling else chunks
+
+
+def split_projection(op: str, given: Given) -> None:
+    """q, k, v, gate and out_gate as views of the projection: what an operator without a packed form takes."""
+    projection = given["projection"]
+    if not isinstance(projection, Tensor) or projection.dim() != 3:
+        got = f"shape {tuple(projection.shape)}" if isinstance(projection, Tensor) else _kind(projection)
+        wrong(op, "projection", "a tensor (B, T, width)", got)
+    for name in ("num_heads", "num_groups"):
+        given[name] = integer(op, name, given[name])
+    given["has_out_gate"] = flag(op, "has_out_gate", given["has_out_gate"])
+    heads, groups = given["num_heads"], given["num_groups"]
+    if heads < 1:
+        wrong(op, "num_heads", "at least 1", heads)
+    if groups < 1 or heads % groups:
+        wrong(op, "num_groups", f"a divisor of the number of heads {heads}", groups)
+    sizes = [groups, groups, heads, heads] + [heads] * given["has_out_gate"]
+    if projection.shape[2] % sum(sizes):
+        wrong(op, "projection", f"a width that is a multiple of {sum(sizes)}", projection.shape[2])
+    device = "cuda" if projection.is_cuda else "cpu"
+    if torch.is_autocast_enabled(device):
+        _cast(("projection",), given, device)
+        projection = given["projection"]
+    parts = projection.unflatten(2, (sum(sizes), -1)).split(sizes, dim=2)
+    given["q"], given["k"], given["v"], given["gate"] = parts[:4]
+    given["out_gate"] = parts[4] if given["has_out_gate"] else None
+    del given["projection"]
 
 
 def _default_scale(given: Given) -> float:
@@ -221,7 +268,7 @@ def prepare(op: str, spec: Operator, given: Given, compiling: bool = False) -> t
     lead = given[spec.lead]
     device = "cuda" if lead.is_cuda else "cpu"  # asking a torch.device for its type makes a string each time
     if torch.is_autocast_enabled(device) and (lead.is_cuda or lead.is_cpu):
-        _cast(spec, given, device)
+        _cast(spec.rows, given, device)
         lead = given[spec.lead]
     acc = state_dtype(lead.dtype)
     for name in spec.tables:

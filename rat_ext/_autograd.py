@@ -23,8 +23,20 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _log
-from ._arguments import STATE, Given, Operator, check_types, prepare, take_tensors, wrong
-from .cache import RATCache, state_dtype
+from ._arguments import (
+    POOL,
+    STATE,
+    Given,
+    Operator,
+    check_types,
+    flag,
+    integer,
+    prepare,
+    split_projection,
+    take_pool,
+    wrong,
+)
+from .cache import LARGEST, RATCache, state_dtype
 
 _OPERATORS = {
     name: Operator(name)
@@ -35,6 +47,7 @@ _OPERATORS = {
         "rat_attention_packed_backward",
         "chunk_recurrence",
         "chunk_recurrence_backward",
+        "rat_attention_cached",
         "rat_decode_step",
     )
 }
@@ -264,7 +277,7 @@ def _chunk_recurrence_shapes(given: Given) -> tuple:
     return x.new_empty(gate.shape), state
 
 
-def _decode_shapes(given: Given) -> Tensor:
+def _in_place_shapes(given: Given) -> Tensor:
     return given["v"].new_empty(given["v"].shape)
 
 
@@ -286,7 +299,8 @@ def _gradient_shapes(spec: Operator) -> Callable[[Given], tuple]:
 _register_fake(_OPERATORS["rat_attention"], _rat_attention_shapes)
 _register_fake(_OPERATORS["rat_attention_packed"], _rat_attention_packed_shapes)
 _register_fake(_OPERATORS["chunk_recurrence"], _chunk_recurrence_shapes)
-_register_fake(_OPERATORS["rat_decode_step"], _decode_shapes)
+_register_fake(_OPERATORS["rat_attention_cached"], _in_place_shapes)
+_register_fake(_OPERATORS["rat_decode_step"], _in_place_shapes)
 for _name, _spec in _OPERATORS.items():
     if _name.endswith("_backward"):
         _register_fake(_spec, _gradient_shapes(_spec))
@@ -304,8 +318,8 @@ _SHOWN = {
     "rat_attention_packed": _SHOWN_STATE,
     "chunk_attention": {**_SHOWN_STATE, "k": "k_states", "v": "v_states"},
     "chunk_recurrence": {},
-    "rat_decode_step": {n: f"cache.{n}" for n in (*STATE, "workspace")},
 }
+_SHOWN_CACHE = {n: f"cache.{n}" for n in POOL}
 
 
 def call(name: str, given: Given, op: str | None = None) -> Any:
@@ -317,6 +331,10 @@ def call(name: str, given: Given, op: str | None = None) -> Any:
         op: what the caller calls it.
     """
     op, spec = op or name, _OPERATORS[name]
+    if given.get("cache") is not None:
+        return _attention_in_place(op, given)
+    if given.get("slots") is not None:
+        wrong(op, "slots", "a cache whose entries they name", "none")
     compiling = torch.compiler.is_compiling()
     if op == "rat_attention" and given["gate"] is None:  # the operator would take k and v for states
         wrong(op, "gate", "a tensor", "None")
@@ -337,49 +355,98 @@ def call(name: str, given: Given, op: str | None = None) -> Any:
     if "bound" not in given:
         return result
     y, chunk_k, chunk_v, running_k, running_v, lengths = result
-    return y, RATCache(chunk_k, chunk_v, running_k, running_v, lengths, given["chunk_size"], given["bound"])
+    bound: Any = given["bound"]
+    bound = bound if isinstance(bound, torch.SymInt) else min(bound, LARGEST)
+    return y, RATCache(chunk_k, chunk_v, running_k, running_v, lengths, given["chunk_size"], bound)
+
+
+def _attention_in_place(op: str, given: Given) -> Tensor:
+    """rat_attention and rat_attention_packed with a cache."""
+    _check_beside_a_cache(op, given)
+    if "projection" in given:
+        split_projection(op, given)
+    return _in_place("rat_attention_cached", op, given, given["cache"])
+
+
+def _check_beside_a_cache(op: str, given: Given) -> None:
+    cache = given["cache"]
+    if not isinstance(cache, RATCache):
+        wrong(op, "cache", "a RATCache or None", type(cache).__name__)
+    for name in ("initial_state", "return_state", "max_seqlen"):
+        if given[name] is not None and given[name] is not False:
+            wrong(op, name, "none beside a cache, which is updated in place", "one")
+    given["chunk_size"] = integer(op, "chunk_size", given["chunk_size"])
+    flag(op, "deterministic", given["deterministic"])
+    if given["chunk_size"] != cache.chunk_size:
+        wrong(op, "cache", f"a cache of chunk_size {given['chunk_size']}", f"one of {cache.chunk_size}")
 
 
 def decode(given: Given) -> Tensor:
-    """rat_decode_step, which writes its cache and has no gradient."""
-    op, spec, cache = "rat_decode_step", _OPERATORS["rat_decode_step"], given["cache"]
+    """rat_decode_step."""
+    op, cache, exact = "rat_decode_step", given["cache"], given["exact"]
     if not isinstance(cache, RATCache):
         wrong(op, "cache", "a RATCache", type(cache).__name__)
+    given["chunk_size"] = cache.chunk_size
+    if not flag(op, "exact", exact):
+        return _in_place(op, op, given, cache)
+    given["cu_seqlens"] = None
+    one = isinstance(given["q"], Tensor) and given["q"].dim() == 3
+    for name in ("q", "k", "v", "gate", "out_gate"):
+        if one and isinstance(given[name], Tensor):
+            given[name] = given[name].unsqueeze(1)
+    y = _in_place("rat_attention_cached", op, given, cache)
+    return y.squeeze(1) if one else y
+
+
+def _in_place(name: str, op: str, given: Given, cache: RATCache) -> Tensor:
+    """An operator that writes its cache and has no gradient."""
+    spec = _OPERATORS[name]
+    take_pool(given, cache)
     compiling = torch.compiler.is_compiling()
     if not compiling:
         _refuse_jit(op)
-    take_tensors(op, "cache", given, cache)
-    given["chunk_size"] = cache.chunk_size
     try:
         if torch.is_grad_enabled():
-            for name in spec.arguments:
-                x = given.get(name)
+            for argument in spec.arguments:
+                x = given.get(argument)
                 if isinstance(x, Tensor) and x.requires_grad:
                     expected = "a tensor that needs no gradient (decoding has none; use torch.no_grad() or RATCache.detach())"
-                    wrong(op, _SHOWN[op].get(name, name), expected, "one that does")
-        given["workspace"] = cache.decode_workspace()
+                    wrong(op, _SHOWN_CACHE.get(argument, argument), expected, "one that does")
+        if "workspace" in spec.types:
+            given["workspace"] = cache.decode_workspace()
         if compiling:
-            check_types(op, spec, given, _SHOWN[op])
+            check_types(op, spec, given, _SHOWN_CACHE)
         args = prepare(op, spec, given, compiling)
         if compiling:
             y = spec.overload(*args)
         else:
             if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
                 _refuse_transforms(op, args)
-            y = _KERNELS[op](*args)
+            y = _KERNELS[name](*args)
     except (TypeError, AttributeError, RuntimeError, IndexError):
-        check_types(op, spec, given, _SHOWN[op])
+        check_types(op, spec, given, _SHOWN_CACHE)
         raise
-    cache.decoded()
+    except ValueError as error:
+        if name == op:
+            raise
+        raise ValueError(str(error).replace(name, op, 1)) from None
+    cu_seqlens = given.get("cu_seqlens")
+    rows = y.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    cache.wrote(y.shape[1] if y.dim() == 4 else 1, rows, given["slots"], cu_seqlens)
     return y
 
 
 @torch._disable_dynamo  # torch.compile leaves its graph for it. (torch.compiler.disable would import all of dynamo here.)
 def explain(name: str, given: Given) -> list[dict[str, Any]]:
     """Which kernel families a call takes: one dict for each phase and family."""
-    spec = _OPERATORS[name]
+    shown, cache = _SHOWN_STATE, given["cache"]
     if given["gate"] is None:
         wrong("explain", "gate", "a tensor", "None")
+    if cache is not None:
+        name, shown = "rat_attention_cached", _SHOWN_CACHE
+        _check_beside_a_cache("explain", given)
+        take_pool(given, cache)
+    spec = _OPERATORS[name]
     for argument in spec.rows:
         x = given[argument]
         if isinstance(x, FakeTensor) or (isinstance(x, Tensor) and x.is_meta):
@@ -388,5 +455,5 @@ def explain(name: str, given: Given) -> list[dict[str, Any]]:
     try:
         return _log.choices(name, prepare("explain", spec, given))
     except (TypeError, AttributeError, RuntimeError, IndexError):
-        check_types("explain", spec, given, _SHOWN_STATE)
+        check_types("explain", spec, given, shown)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -13,6 +14,11 @@ from .ops import rat_attention_packed, rat_decode_step
 from .rotary import layer_tables
 
 Rotary = tuple[Tensor, Tensor]
+
+
+def _without_gradient() -> contextlib.AbstractContextManager:
+    """No gradient is recorded, but while exporting: a program with a change of gradient mode in it cannot be saved."""
+    return contextlib.nullcontext() if torch.compiler.is_exporting() else torch.no_grad()
 
 
 class Linear(nn.Linear):
@@ -116,34 +122,42 @@ class RATLayer(nn.Module):
         *,
         cache: RATCache | None = None,
         slots: Tensor | None = None,
+        exact: bool | None = None,
         rotary: Rotary | None = None,
     ) -> Tensor | tuple[Tensor, RATCache]:
-        """All tokens at once; or, with ``cache``, one new token per sequence.
+        """All tokens at once; or, with ``cache``, new tokens of sequences that a cache holds.
 
         Args:
-            x: ``(B, T, d_model)``; with ``cache``, ``(B, d_model)``.
+            x: ``(B, T, d_model)``; with ``cache`` also ``(B, d_model)``, one token per sequence.
             initial_state: the state of B (packed: N) sequences to continue from.
             return_state: also return the state after the last token.
             cu_seqlens: ``(N + 1,)`` int32: sequences packed in one row, B = 1.
-            cache: decode one token for every row, and update this cache in place: from :meth:`new_cache`, or from a forward
-                with ``return_state`` and then :meth:`rat_ext.RATCache.reserve`. Has no gradient.
-            slots: ``(B,)`` int64 entries of ``cache``, -1 to skip a row; None: row b is entry b.
+            cache: continue the sequences of this cache and update it in place: from :meth:`new_cache`, or from a forward with
+                ``return_state`` and then :meth:`rat_ext.RATCache.reserve`. Has no gradient.
+            slots: ``(B or N,)`` int64 entries of ``cache``, -1 to skip one; None: row b is entry b.
+            exact: with ``cache``, the arithmetic: the forward's, with outputs of the same bits in any cut; or that of
+                :func:`rat_ext.rat_decode_step`, faster for a few tokens per sequence. None: the forward's for 3 dimensions of
+                x, decoding's for 2.
             rotary: tables ``(cos, sin)`` to use instead of the layer's own, as of :func:`rat_ext.rotary_tables`.
 
         Returns:
             y of the shape of x; with ``return_state``, that and a :class:`rat_ext.RATCache`.
         """
-        if cache is not None:
-            if initial_state is not None or return_state or cu_seqlens is not None:
-                raise ValueError(
-                    "RATLayer: cache: expected no initial_state, return_state or cu_seqlens beside it (it is updated in "
-                    "place), got one of them"
-                )
-            self._check(x, initial_state, cache, rotary)
-            return self._decode(x, cache, slots, rotary)
-        if slots is not None:
-            raise ValueError("RATLayer: slots: expected a cache that they index, got cache=None")
         self._check(x, initial_state, cache, rotary)
+        if cache is not None:
+            if initial_state is not None or return_state:
+                raise ValueError(
+                    "RATLayer: cache: expected no initial_state or return_state beside it (it is updated in place), got one of "
+                    "them"
+                )
+            exact = x.dim() == 3 if exact is None else exact
+            if cu_seqlens is not None and (x.dim() == 2 or not exact):
+                raise ValueError("RATLayer: cu_seqlens: expected x (1, T, d_model) and exact arithmetic beside it, got others")
+            with _without_gradient():
+                return self._serve(x, cache, slots, cu_seqlens, exact, rotary)
+        for name, value in (("slots", slots), ("exact", exact)):
+            if value is not None:
+                raise ValueError(f"RATLayer: {name}: expected a cache that it is for, got cache=None")
         projection = self.in_proj(x)
         past = 0 if initial_state is None else initial_state.length_bound
         cos, sin = self._rotary(past + x.shape[1], projection) if rotary is None else rotary
@@ -162,30 +176,52 @@ class RATLayer(nn.Module):
         for name, state in (("initial_state", initial_state), ("cache", cache)):
             if state is not None and not isinstance(state, RATCache):
                 raise ValueError(f"RATLayer: {name}: expected a RATCache or None, got {type(state).__name__}")
-        dims, form = (3, "(B, T, d_model)") if cache is None else (2, "(B, d_model) beside a cache")
-        if not isinstance(x, Tensor) or x.dim() != dims:
+        form = "(B, T, d_model)" if cache is None else "(B, d_model) or (B, T, d_model) beside a cache"
+        if not isinstance(x, Tensor) or x.dim() not in ((3,) if cache is None else (2, 3)):
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"RATLayer: x: expected a tensor {form}, got {got}")
         if rotary is not None and not (isinstance(rotary, (tuple, list)) and len(rotary) == 2):
             raise ValueError(f"RATLayer: rotary: expected a pair (cos, sin) or None, got {type(rotary).__name__}")
 
-    @torch.no_grad()
-    def step(self, x: Tensor, cache: RATCache, slots: Tensor | None = None) -> Tensor:
-        """One new token for every sequence of a batch: :meth:`forward` with ``cache``, by way of the layer's hooks."""
+    def step(self, x: Tensor, cache: RATCache, slots: Tensor | None = None, *, exact: bool = False) -> Tensor:
+        """New tokens for every sequence of a batch: :meth:`forward` with ``cache``, by way of the layer's hooks.
+
+        Args:
+            x: ``(B, d_model)``, or ``(B, n, d_model)`` for a draft of n tokens.
+            cache, slots, exact: as in :meth:`forward`; decoding's arithmetic, if not ``exact``.
+
+        Returns:
+            y of the shape of x.
+        """
         if not isinstance(cache, RATCache):
             raise ValueError(f"RATLayer: cache: expected a RATCache, got {type(cache).__name__}")
-        return self(x, cache=cache, slots=slots)
+        with _without_gradient():
+            return self(x, cache=cache, slots=slots, exact=exact)
 
-    @torch.no_grad()
-    def _decode(self, x: Tensor, cache: RATCache, slots: Tensor | None, rotary: Rotary | None) -> Tensor:
-        projection = self.in_proj(x)
+    def _serve(
+        self,
+        x: Tensor,
+        cache: RATCache,
+        slots: Tensor | None,
+        cu_seqlens: Tensor | None,
+        exact: bool,
+        rotary: Rotary | None,
+    ) -> Tensor:
+        projection = self.in_proj(x).detach()
         # A full cache has a chunk more: the open one, whose state has no row.
-        tokens = (cache.chunk_k.shape[2] + 1) * self.chunk_size
-        cos, sin = self._rotary(tokens, projection) if rotary is None else rotary
-        q, k, v, gate, out_gate = projection.unflatten(-1, (-1, self.head_dim)).split(self.parts, dim=-2)
-        y = rat_decode_step(
-            q, k, v, gate, cache, gate_bias=self.gate_bias, out_gate=out_gate, rotary_cos=cos, rotary_sin=sin, slots=slots
-        )
+        cos, sin = self._rotary(cache.capacity + 1, projection) if rotary is None else rotary
+        if exact and x.dim() == 3:
+            y = rat_attention_packed(
+                projection, self.num_heads, self.num_groups, self.chunk_size, gate_bias=self.gate_bias.detach(), rotary_cos=cos,
+                rotary_sin=sin, cu_seqlens=cu_seqlens, cache=cache, slots=slots,
+            )  # fmt: skip
+            assert isinstance(y, Tensor)
+        else:
+            q, k, v, gate, out_gate = projection.unflatten(-1, (-1, self.head_dim)).split(self.parts, dim=-2)
+            y = rat_decode_step(
+                q, k, v, gate, cache, gate_bias=self.gate_bias.detach(), out_gate=out_gate, rotary_cos=cos, rotary_sin=sin,
+                slots=slots, exact=exact,
+            )  # fmt: skip
         return self.out_proj(y.flatten(-2))
 
     def new_cache(
@@ -195,6 +231,7 @@ class RATLayer(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         device: torch.device | str | None = None,
+        **options,
     ) -> RATCache:
         """An empty cache for ``batch`` sequences of up to ``max_length`` tokens.
 
@@ -205,6 +242,7 @@ class RATLayer(nn.Module):
                 where those are not of a floating dtype (quantised), the gate bias's. Name it under FSDP's mixed precision: the
                 weights do not show what a wrapper casts them to.
             device: where the layer computes. None: where its weights are; name it where those are offloaded.
+            options: those of a pool, as of :meth:`rat_ext.RATCache.empty`: draft_tokens, page_chunks, num_pages, fp8.
         """
         batch, max_length = (
             integer("RATLayer.new_cache", name, x) for name, x in (("batch", batch), ("max_length", max_length))
@@ -219,7 +257,8 @@ class RATLayer(nn.Module):
             kind = device.type
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and dtype != torch.float64:
                 dtype = torch.get_autocast_dtype(kind)
-        return RATCache.empty(batch, self.num_heads, self.head_dim, self.chunk_size, max_length, dtype=dtype, device=device)
+        sizes = (batch, self.num_heads, self.head_dim, self.chunk_size, max_length)
+        return RATCache.empty(*sizes, dtype=dtype, device=device, **options)
 
     def extra_repr(self) -> str:
         names = ("num_heads", "num_groups", "chunk_size", "head_dim")

@@ -36,6 +36,9 @@ def rat_attention(
     cu_seqlens: Tensor | None = None,
     initial_state: RATCache | None = None,
     return_state: bool = False,
+    max_seqlen: int | None = None,
+    cache: RATCache | None = None,
+    slots: Tensor | None = None,
     deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, RATCache]:
     """RAT: a gated linear recurrence inside chunks of L tokens, softmax attention across the states of the chunks.
@@ -60,7 +63,15 @@ def rat_attention(
         cu_seqlens: ``(N + 1,)`` int32: the tokens of sequence n are ``cu_seqlens[n] : cu_seqlens[n + 1]`` of the only row
             (B = 1). Each sequence has its own chunks from its own start. Empty ones are legal. Never read by the host.
         initial_state: a :class:`RATCache` of B (or N) sequences to continue from, cut anywhere, also inside a chunk.
-        return_state: also return the state after the last token. For packed sequences each gets room for T // L chunks.
+        return_state: also return the state after the last token.
+        max_seqlen: of packed sequences the most new tokens that one has, for the state that is returned: each gets room for
+            max_seqlen // L chunks more. None: the longest, where cu_seqlens is on the CPU, else T. Too small is an error.
+        cache: a :class:`RATCache` that each sequence continues from and that is updated in place, instead of
+            ``initial_state`` and ``return_state``: prefill pieces, single tokens and drafts of a serving batch in one call.
+            Nothing is copied and nothing read by the host, so that a CUDA graph can replay it. No gradient. Outputs have the
+            bits of one forward over all tokens, with any cut and in any batch.
+        slots: ``(B or N,)`` int64, with ``cache``: the entry that each sequence continues, all distinct. A negative one, say
+            -1, skips the sequence, whose y is 0. None: sequence n continues entry n.
         deterministic: gradients have the same bits every time. False lets the backward add up dq in any order, which is
             faster where Hopper's kernels run and changes nothing elsewhere.
 
@@ -75,7 +86,8 @@ def rat_attention(
     Raises:
         ValueError: an argument of wrong rank, shape, dtype, device or stride; G that does not divide H; an unsupported D;
             L < 1; malformed cu_seqlens; a rotary table that is too short.
-        RuntimeError: the same for facts that only the GPU knows; a GPU older than compute capability 8.0.
+        RuntimeError: the same for facts that only the GPU knows; a GPU older than compute capability 8.0. What a GPU finds
+            wrong with ``cache`` (one that is full, a bad slot) does not stop it: :meth:`RATCache.check` raises it.
 
     Example:
         >>> import torch, rat_ext
@@ -89,7 +101,7 @@ def rat_attention(
     return call("rat_attention", dict(
         q=q, k=k, v=v, gate=gate, chunk_size=chunk_size, gate_bias=gate_bias, out_gate=out_gate, rotary_cos=rotary_cos,
         rotary_sin=rotary_sin, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state,
-        deterministic=deterministic,
+        max_seqlen=max_seqlen, cache=cache, slots=slots, deterministic=deterministic,
     ))  # fmt: skip
 
 
@@ -106,6 +118,7 @@ def chunk_attention(
     cu_seqlens: Tensor | None = None,
     initial_state: RATCache | None = None,
     return_state: bool = False,
+    max_seqlen: int | None = None,
     deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, RATCache]:
     """Attention across chunks over per-token states that any recurrence made: the second half of :func:`rat_attention`.
@@ -123,8 +136,8 @@ def chunk_attention(
     """
     given = dict(
         q=q, chunk_size=chunk_size, out_gate=out_gate, rotary_cos=rotary_cos, rotary_sin=rotary_sin, scale=scale,
-        cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state, deterministic=deterministic,
-        k=k_states, v=v_states, gate=None, gate_bias=None,
+        cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state, max_seqlen=max_seqlen,
+        deterministic=deterministic, k=k_states, v=v_states, gate=None, gate_bias=None,
     )  # fmt: skip
     return call("rat_attention", given, op="chunk_attention")
 
@@ -143,6 +156,9 @@ def rat_attention_packed(
     cu_seqlens: Tensor | None = None,
     initial_state: RATCache | None = None,
     return_state: bool = False,
+    max_seqlen: int | None = None,
+    cache: RATCache | None = None,
+    slots: Tensor | None = None,
     deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, RATCache]:
     """:func:`rat_attention` on one projection that holds all its inputs; the gradient comes back as one tensor too.
@@ -170,7 +186,8 @@ def rat_attention_packed(
     return call("rat_attention_packed", dict(
         projection=projection, num_heads=num_heads, num_groups=num_groups, chunk_size=chunk_size, has_out_gate=has_out_gate,
         gate_bias=gate_bias, rotary_cos=rotary_cos, rotary_sin=rotary_sin, scale=scale, cu_seqlens=cu_seqlens,
-        initial_state=initial_state, return_state=return_state, deterministic=deterministic,
+        initial_state=initial_state, return_state=return_state, max_seqlen=max_seqlen, cache=cache, slots=slots,
+        deterministic=deterministic,
     ))  # fmt: skip
 
 
@@ -224,28 +241,34 @@ def rat_decode_step(
     rotary_sin: Tensor | None = None,
     scale: float | None = None,
     slots: Tensor | None = None,
+    exact: bool = False,
 ) -> Tensor:
-    """One new token for every sequence of a batch. Updates ``cache`` in place: states, closed chunks and lengths.
+    """One or a few new tokens for every sequence of a batch. Updates ``cache`` in place: states, closed chunks and lengths.
 
     On a GPU it is one kernel that reads lengths and slots on the device, so a CUDA graph can replay it across chunk
-    boundaries. It has no gradient.
+    boundaries. It has no gradient. A sequence's outputs depend on its own tokens alone, bit for bit, not on the batch; and n
+    tokens at once (a draft, which :meth:`RATCache.rollback` takes back) give the bits of n steps.
 
     Args:
-        q, k: ``(B, G, D)`` of the new token.
-        v, gate: ``(B, H, D)``.
+        q, k: ``(B, G, D)`` of the new token; or ``(B, n, G, D)`` of n tokens.
+        v, gate: ``(B, H, D)`` or ``(B, n, H, D)``.
         cache: states of at least B sequences (:func:`rat_attention` with ``return_state``, :meth:`RATCache.empty`), with room
-            for one more token (:meth:`RATCache.reserve`).
-        gate_bias, out_gate, rotary_cos, rotary_sin, scale: as in :func:`rat_attention`; out_gate is ``(B, H, D)``.
+            for the new tokens (:meth:`RATCache.reserve`).
+        gate_bias, out_gate, rotary_cos, rotary_sin, scale: as in :func:`rat_attention`; out_gate is shaped as v.
         slots: ``(B,)`` int64: which entry of the cache each row continues, all distinct. A negative one, say -1, skips the row,
             whose y is 0. None: row b continues entry b.
+        exact: the forward's arithmetic, that of :func:`rat_attention` with ``cache``: outputs have the bits of one forward
+            over all tokens, if all earlier ones came by a forward or were exact too. It is slower.
 
     Returns:
-        y ``(B, H, D)``.
+        y, shaped as v.
 
     Raises:
-        ValueError: as :func:`rat_attention`; a full cache or a slot outside the cache on the CPU; an input that needs a
-            gradient.
-        RuntimeError: a full cache or a slot outside the cache, found by the GPU.
+        ValueError: as :func:`rat_attention`; an input that needs a gradient; on the CPU, before anything is written, a full
+            cache, a slot outside it or one that is named twice.
+
+    A GPU skips a row whose slot is out of range, named before, or full: its y is 0 and its state stays as it is. The other rows
+    are right, and :meth:`RATCache.check` raises what happened.
 
     Example:
         >>> import torch, rat_ext
@@ -258,7 +281,7 @@ def rat_decode_step(
     """
     return decode(dict(
         q=q, k=k, v=v, gate=gate, cache=cache, gate_bias=gate_bias, out_gate=out_gate, rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin, scale=scale, slots=slots,
+        rotary_sin=rotary_sin, scale=scale, slots=slots, exact=exact,
     ))  # fmt: skip
 
 
@@ -277,6 +300,9 @@ def explain(
     cu_seqlens: Tensor | None = None,
     initial_state: RATCache | None = None,
     return_state: bool = False,
+    max_seqlen: int | None = None,
+    cache: RATCache | None = None,
+    slots: Tensor | None = None,
     deterministic: bool = True,
 ) -> list[dict[str, Any]]:
     """Which kernels a call of :func:`rat_attention` takes, forward and backward, and why. Nothing is computed.
@@ -297,5 +323,5 @@ def explain(
     return _autograd.explain("rat_attention", dict(
         q=q, k=k, v=v, gate=gate, chunk_size=chunk_size, gate_bias=gate_bias, out_gate=out_gate, rotary_cos=rotary_cos,
         rotary_sin=rotary_sin, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state,
-        deterministic=deterministic,
+        max_seqlen=max_seqlen, cache=cache, slots=slots, deterministic=deterministic,
     ))  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cache import RATCache, state_dtype
+from .cache import RATCache, dequantise, quantise, state_dtype
 from .rotary import rotate
 
 
@@ -54,10 +54,11 @@ def _gates(gate: Tensor, gate_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.sigmoid(logits), torch.sigmoid(-logits)
 
 
-def _attend(q, k, v, chunk_size, start, chunk_k, chunk_v, out_gate, rotary_cos, rotary_sin, scale):
+def _attend(q, k, v, chunk_size, start, chunk_k, chunk_v, out_gate, rotary_cos, rotary_sin, scale, fp8=False):
     """Softmax over the closed chunks before each token and its own state. k, v: (B, T, H, D) per-token states.
 
-    ``chunk_k``, ``chunk_v`` are the closed chunks of earlier calls. Returns y and all closed chunks.
+    ``chunk_k``, ``chunk_v`` are the closed chunks of earlier calls. Returns y and all closed chunks. With ``fp8``, chunks are
+    rounded to FP8 when they close; the own state is not.
     """
     batch, tokens, heads, dim = v.shape
     q = _per_head(q, heads)
@@ -71,6 +72,8 @@ def _attend(q, k, v, chunk_size, start, chunk_k, chunk_v, out_gate, rotary_cos, 
         index = torch.arange(first, closed, device=q.device)
         new_k = rotate(new_k, rotary_cos[index][:, None], rotary_sin[index][:, None])
         turned = rotate(q, rotary_cos[chunk][:, None], rotary_sin[chunk][:, None])
+    if fp8:
+        new_k, new_v = (dequantise(*quantise(x), x.dtype) for x in (new_k, new_v))
     chunk_k = torch.cat((chunk_k, new_k.transpose(1, 2)), dim=2)
     chunk_v = torch.cat((chunk_v, new_v.transpose(1, 2)), dim=2)
 
@@ -116,14 +119,23 @@ def rat_attention(
     cu_seqlens: Tensor | None = None,
     initial_state: RATCache | None = None,
     return_state: bool = False,
+    max_seqlen: int | None = None,
+    cache: RATCache | None = None,
+    slots: Tensor | None = None,
     deterministic: bool = True,  # no choice here: sums are taken in one order
 ):
     """:func:`rat_ext.rat_attention` by its definition; without a gate, :func:`rat_ext.chunk_attention`."""
     heads, dim = v.shape[2:]
     scale = dim**-0.5 if scale is None else scale
+    if cache is not None:
+        tables = (rotary_cos, rotary_sin)
+        return _in_place(q, k, v, gate, cache, gate_bias, out_gate, tables, scale, cu_seqlens, slots)
     lengths = None if initial_state is None else initial_state.lengths
     total = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    bound = (0 if initial_state is None else initial_state.length_bound) + v.shape[1]
+    longest = v.shape[1]
+    if cu_seqlens is not None:
+        longest = max(cu_seqlens.diff().tolist(), default=0) if max_seqlen is None else min(max_seqlen, longest)
+    bound = (0 if initial_state is None else initial_state.length_bound) + longest
     rows = max(0 if initial_state is None else initial_state.chunk_k.shape[2], bound // chunk_size)
     acc = state_dtype(v.dtype)
     ys, states = [], []
@@ -174,6 +186,64 @@ def rat_attention(
         chunk_k, chunk_v, running_k, running_v, after = (torch.cat(x, dim=0) for x in zip(*states, strict=True))
         state = RATCache(chunk_k, chunk_v, running_k, running_v, after, chunk_size, bound)
     return y, state
+
+
+def _in_place(q, k, v, gate, cache, gate_bias, out_gate, tables, scale, cu_seqlens, slots):
+    """Every sequence continues its slot of the cache. Whatever is wrong with one is an error before anything is written."""
+    size, ring = cache.chunk_size, cache.ring
+    parts = []
+    for n, row, begin, end, _ in _sequences(v, cu_seqlens, cache.lengths[: v.shape[0]] if cu_seqlens is None else None):
+        slot = n if slots is None else int(slots[n])
+        if slot < 0:
+            continue
+        if slot >= cache.batch or slot in [part[0] for part in parts]:
+            raise ValueError(f"slots: expected distinct entries from 0 to {cache.batch - 1}, got {slot}")
+        before = int(cache.lengths[slot])
+        room = cache.rows if cache.page_table is None else int((cache.page_table[slot] >= 0).sum()) * cache.chunk_k.shape[2]
+        if (before + end - begin) // size > room:
+            raise ValueError(f"cache: expected room for {before + end - begin} tokens in slot {slot}, got {room} chunks")
+        parts.append((slot, row, begin, end, before))
+    y = torch.zeros_like(v)
+    for slot, row, begin, end, before in parts:
+        if begin == end:
+            continue
+        cut = (slice(row, row + 1), slice(begin, end))
+        kept = [_chunks_of(cache, slot, name, before // size, v.dtype) for name in ("k", "v")]
+        running = [getattr(cache, f"running_{name}")[slot] for name in ("k", "v")]
+        if ring > 1:
+            running = [x[(before - 1) % ring] for x in running]
+        keep, take = _gates(gate[cut], gate_bias)
+        ks = _scan(_per_head(k[cut], v.shape[2]), keep, take, size, before, running[0][None])
+        vs = _scan(v[cut], keep, take, size, before, running[1][None])
+        zs = None if out_gate is None else out_gate[cut]
+        y[cut], *closed = _attend(q[cut], ks, vs, size, before, *kept, zs, *tables, scale, cache.fp8)
+        for name, states, per_token in (("k", closed[0], ks), ("v", closed[1], vs)):
+            for c in range(before // size, states.shape[2]):
+                _put_chunk(cache, slot, name, c, states[0, :, c])
+            at = getattr(cache, f"running_{name}")[slot]
+            for t in range(max(begin, end - ring), end):
+                (at[(before + t - begin) % ring] if ring > 1 else at).copy_(per_token[0, t - begin])
+        cache.lengths[slot] = before + end - begin
+    return y
+
+
+def _chunks_of(cache: RATCache, slot: int, name: str, chunks: int, dtype: torch.dtype) -> Tensor:
+    """(1, H, chunks, D): the closed chunks of an entry."""
+    entry = cache.read(torch.tensor([slot], device=cache.lengths.device))
+    x = getattr(entry, f"chunk_{name}")[:, :, :chunks]
+    return dequantise(x, getattr(entry, f"scale_{name}")[:, :, :chunks], dtype) if cache.fp8 else x
+
+
+def _put_chunk(cache: RATCache, slot: int, name: str, chunk: int, state: Tensor) -> None:
+    """Writes the state (H, D) of a chunk that closed."""
+    block, row = slot, chunk
+    if cache.page_table is not None:
+        page = cache.chunk_k.shape[2]
+        block, row = int(cache.page_table[slot, chunk // page]), chunk % page
+    if cache.fp8:
+        state, scale = quantise(state)
+        getattr(cache, f"scale_{name}")[block, :, row] = scale
+    getattr(cache, f"chunk_{name}")[block, :, row] = state
 
 
 def chunk_attention(q, k_states, v_states, chunk_size, **options):
@@ -228,34 +298,13 @@ def rat_decode_step(
     rotary_sin: Tensor | None = None,
     scale: float | None = None,
     slots: Tensor | None = None,
+    exact: bool = False,  # no choice here: there is one arithmetic
 ) -> Tensor:
-    """:func:`rat_ext.rat_decode_step` by its definition: a forward of one token that continues from the cache."""
-    y = torch.zeros_like(v)
-    for b in range(v.shape[0]):
-        slot = b if slots is None else int(slots[b])
-        if slot < 0:
-            continue
-        one = torch.tensor([slot], device=v.device)
-        state = cache.read(one)
-        length = int(state.lengths)
-        state.length_bound = length
-        if (length + 1) // cache.chunk_size > cache.chunk_k.shape[2]:
-            raise ValueError(f"rat_decode_step: cache: expected room for {length + 1} tokens, got {cache.capacity}")
-        row = slice(b, b + 1)
-        y1, state = rat_attention(
-            q[row, None],
-            k[row, None],
-            v[row, None],
-            gate[row, None],
-            cache.chunk_size,
-            gate_bias=gate_bias,
-            out_gate=None if out_gate is None else out_gate[row, None],
-            rotary_cos=rotary_cos,
-            rotary_sin=rotary_sin,
-            scale=scale,
-            initial_state=state,
-            return_state=True,
-        )
-        y[row] = y1[0]
-        cache.write(one, state)
-    return y
+    """:func:`rat_ext.rat_decode_step` by its definition: a forward of a few tokens that continues from the cache."""
+    one = v.dim() == 3
+    if one:
+        q, k, v, gate = q[:, None], k[:, None], v[:, None], gate[:, None]
+        out_gate = None if out_gate is None else out_gate[:, None]
+    scale = v.shape[-1] ** -0.5 if scale is None else scale
+    y = _in_place(q, k, v, gate, cache, gate_bias, out_gate, (rotary_cos, rotary_sin), scale, None, slots)
+    return y[:, 0] if one else y

@@ -29,7 +29,7 @@ if __name__ == "__main__":
 import torch
 
 import rat_ext
-from rat_ext.testing import Random, attention_case, evaluate, make_state, name, recurrence_case
+from rat_ext.testing import Random, attention_case, cu_seqlens_of, evaluate, make_state, name, recurrence_case
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PADDED_HEAD_SIZES = (24, 64, 96, 128, 192, 256)
@@ -59,6 +59,19 @@ def attention(dtype: torch.dtype, **arguments: Any) -> Case:
     return differentiable(attention_case, arguments.get("op", "rat_attention"), dtype, arguments)
 
 
+def not_finite(dtype: torch.dtype, **arguments: Any) -> Case:
+    """A value that is not finite, which some tokens of a tile see and others do not."""
+
+    def run(device: torch.device) -> None:
+        case = attention_case(device, dtype, **arguments)
+        case.tensors["v"].data[:, 50] = float("inf")
+        with torch.no_grad():
+            y = rat_ext.rat_attention(**case.tensors, chunk_size=case.chunk_size, **case.options)
+        assert y[:, :50].isfinite().all() and not y[:, 60:].isfinite().any()
+
+    return title("not_finite", dtype, arguments), run
+
+
 def recurrence(dtype: torch.dtype, **arguments: Any) -> Case:
     return differentiable(recurrence_case, "chunk_recurrence", dtype, arguments)
 
@@ -78,6 +91,43 @@ def decode(dtype: torch.dtype, dim: int, lengths: list[int], rows: int, slots: l
         assert y.isfinite().all()
 
     return title("rat_decode_step", dtype, {"dim": dim, "lengths": lengths, "slots": slots}), run
+
+
+def cached(
+    dtype: torch.dtype,
+    dim: int,
+    counts: list[int],
+    slots: list[int],
+    lengths: list[int],
+    rows: int = 40,
+    chunk_size: int = 4,
+    page_rows: int = 0,
+    fp8: bool = False,
+    heads: int = 4,
+) -> Case:
+    """Rows of a pool: two calls of packed ``counts`` on sequences that hold ``lengths`` tokens. Slot 9 is an error: skipped."""
+    arguments = {key: x for key, x in locals().items() if key != "dtype"}
+
+    def run(device: torch.device) -> None:
+        random, count = Random(0, device, dtype), len(lengths)
+        blocks = (count * rows // page_rows, heads, page_rows, dim) if page_rows else (count, heads, rows, dim)
+        states = [random.normal(*blocks, dtype=torch.float32).to(torch.float8_e4m3fn if fp8 else dtype) for _ in "kv"]
+        scales = [torch.ones(blocks[:3], device=device) if fp8 else None for _ in "kv"]
+        running = [random.normal(count, 2, heads, dim, dtype=torch.float32) for _ in "kv"]
+        table = torch.arange(blocks[0], dtype=torch.int32, device=device).flip(0).view(count, -1) if page_rows else None
+        error, held = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0] * 4, lengths))
+        cu, slot = cu_seqlens_of(counts, device), torch.tensor(slots, device=device)
+        if device.type == "cpu":
+            slot[slot == 9] = -1
+        q, k = (random.normal(1, sum(counts), heads // 2, dim) for _ in "qk")
+        v, gate, out_gate = (random.normal(1, sum(counts), heads, dim) for _ in range(3))
+        tables = rat_ext.rotary_tables(rows + 1, dim, device=device)
+        inputs = (q, k, v, gate, None, out_gate, *tables, cu, slot, table, *states, *scales, *running, held, error)
+        for _ in range(2):
+            y = torch.ops.rat_ext.rat_attention_cached.default(*inputs, chunk_size, dim**-0.5)
+        assert y.isfinite().all()
+
+    return title("rat_attention_cached", dtype, arguments), run
 
 
 def cases() -> Iterator[Case]:
@@ -106,6 +156,19 @@ def cases() -> Iterator[Case]:
         for dim in PADDED_HEAD_SIZES:
             yield decode(dtype, dim, [0, 3, 7], 4, [2, -1, 0])
         yield decode(dtype, 64, [2000, 5], 502, [0, 1])
+        mixed = {"counts": [1, 30, 0, 7, 3, 2], "slots": [3, 0, 1, -1, 9, 2], "lengths": [3, 16, 0, 31]}
+        for dim in PADDED_HEAD_SIZES:
+            yield cached(dtype, dim, **mixed)
+            yield cached(dtype, dim, **mixed, page_rows=8)
+        yield cached(dtype, 64, **mixed, fp8=True)
+        yield cached(dtype, 128, **mixed, fp8=True, page_rows=8)
+        yield cached(dtype, 64, [170, 40], [1, 0], [20, 131], rows=4, chunk_size=150)
+        if dtype != torch.float32:
+            for dim in (64, 128):  # blocks for few keys and for many, tiles of one warpgroup and of several
+                yield cached(dtype, dim, [70, 300], [1, 0], [4080, 1000], rows=4800, chunk_size=1, page_rows=16)
+                yield cached(dtype, dim, [1100, 1000], [1, 0], [4080, 1000], rows=6400, chunk_size=1, heads=16)
+        unseen = {"chunk_size": 4, "dim": 64, "tokens": 90, "batch": 1, "heads": 2, "groups": 1}
+        yield not_finite(dtype, **unseen)
 
 
 def main(arguments: list[str] | None = None) -> None:

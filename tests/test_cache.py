@@ -68,7 +68,7 @@ def test_copies(device, way):
     decode(cache)
     assert cache.workspace is not None
     made = COPIES[way](cache)
-    assert isinstance(made, RATCache) and made.workspace is None
+    assert isinstance(made, RATCache) and made.workspace is not cache.workspace
     assert_equal(made, cache)
     assert not {x.data_ptr() for x in made.tensors()} & {x.data_ptr() for x in cache.tensors()}
     assert torch.equal(decode(made), decode(cache))
@@ -127,11 +127,13 @@ def test_errors_of_empty(change, words):
 def test_pytree(device):
     cache = state(device)
     leaves, spec = pytree.tree_flatten({"a": [cache]})
-    assert all(a is b for a, b in zip(leaves, cache.tensors(), strict=True)) and len(leaves) == 5
-    assert_equal(pytree.tree_unflatten(leaves, spec)["a"][0], cache)
+    assert all(a is b for a, b in zip(leaves, (*cache.tensors(), cache.error), strict=True))
+    again = pytree.tree_unflatten(leaves, spec)["a"][0]
+    assert all(a is b for a, b in zip(again.tensors(), cache.tensors(), strict=True)) and again.error is cache.error
+    assert again.chunk_size == L and again.length_bound == again.capacity
     assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec
     paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(cache)[0]]
-    assert paths == [".chunk_k", ".chunk_v", ".running_k", ".running_v", ".lengths"]
+    assert paths == [".chunk_k", ".chunk_v", ".running_k", ".running_v", ".lengths", ".error"]
     doubled = pytree.tree_map(lambda x: 2 * x, cache)
     assert torch.equal(doubled.lengths, 2 * cache.lengths) and doubled.chunk_size == L
 
@@ -165,8 +167,9 @@ def test_export(device):
     args = [x[:, 0] for x in args]
     first, second = state(device).reserve(40), state(device).reserve(40)
     step = torch.export.export(Step(), (*args, first.clone())).module()
-    for _ in range(6):
-        torch.testing.assert_close(step(*args, first.replace(length_bound=20)), Step()(*args, second))
+    for _ in range(6):  # also at a bound that the export did not see
+        torch.testing.assert_close(step(*args, first), Step()(*args, second))
+        first.length_bound += 1
     assert first.lengths.tolist() == second.lengths.tolist()
     torch.testing.assert_close(first.chunk_k[:, :, :2], second.chunk_k[:, :, :2])
 
@@ -190,9 +193,11 @@ def test_a_wrong_entry_changes_nothing(slots):
     slots = torch.tensor(slots)
     other = state(lengths=[1] * len(slots))
     for method, args in (("reset", (slots,)), ("read", (slots,)), ("write", (slots, other))):
-        with pytest.raises(ValueError, match=rf"^RATCache.{method}: slots: expected entries from 0 to 3, got -?\d+$") as found:
-            getattr(pool, method)(*args)
-        assert isinstance(found.value, IndexError)
+        for slots_given in (args, (args[0].tolist(), *args[1:])):
+            words = rf"^RATCache.{method}: slots: expected entries from 0 to 3, got -?\d+$"
+            with pytest.raises(ValueError, match=words) as found:
+                getattr(pool, method)(*slots_given)
+            assert isinstance(found.value, IndexError)
     assert_equal(pool, before)
 
 
@@ -216,8 +221,15 @@ def test_entries(slots):
 @pytest.mark.parametrize(
     ("slots", "words"),
     [
-        ([0], "expected a tensor, got list"),
-        (0, "expected a tensor, got int"),
+        (["x"], "expected ints, got str"),
+        ([True], "expected ints, got bool"),
+        ([0.0], "expected ints, got float"),
+        ([3], "expected entries from 0 to 2, got 3"),
+        ([-1], "expected entries from 0 to 2, got -1"),
+        ([-(2**70)], "expected entries from 0 to 2, got -1"),
+        ([2**70], "expected entries from 0 to 2, got 4611686018427387904"),
+        (0, "expected a tensor or a list of ints, got int"),
+        (None, "expected a tensor or a list of ints, got NoneType"),
         (torch.zeros(1, dtype=torch.int32), "expected dtype int64, got int32"),
         (torch.zeros(1, dtype=torch.bool), "expected dtype int64, got bool"),
         (torch.zeros(1), "expected dtype int64, got float32"),
@@ -229,6 +241,8 @@ def test_entries(slots):
 def test_errors_of_slots(slots, words):
     pool = state()
     for method, args in (("read", ()), ("write", (state(lengths=[1], rows=0),)), ("reset", ())):
+        if slots is None and method == "reset":
+            continue
         with pytest.raises(ValueError, match=f"^RATCache.{method}: slots: {words}$"):
             getattr(pool, method)(slots, *args)
 
@@ -263,21 +277,40 @@ def test_entries_on_the_device(device):
 
 
 def test_bounds(device):
-    """The bound never falls under a length, and rises by no more than it has to."""
+    """The bound never falls under a length, and rises by no more than it has to. The host knows the slots of lists."""
     pool = RATCache.empty(4, H, D, L, 40, device=device)
     assert pool.length_bound == 0
-    pool.write(torch.tensor([1], device=device), filled(device, 1, 20))
+    pool.write([1], filled(device, 1, 20))
     assert pool.length_bound == 20
-    pool.write(torch.tensor([2], device=device), filled(device, 1, 3))
-    assert pool.length_bound == 20
-    pool.reset(torch.tensor([1], device=device))
+    pool.write([2], filled(device, 1, 3))
     assert pool.length_bound == 20
     decode(pool)
-    assert pool.length_bound == 21 and pool.lengths.tolist() == [1, 1, 4, 1]
-    for made in (pool.clone(), pool.detach(), pool.read(torch.tensor([0], device=device)), pool.reserve(99), pool.to(device)):
+    assert pool.length_bound == 21 and pool.lengths.tolist() == [1, 21, 4, 1]
+    for made in (pool.clone(), pool.detach(), pool.read([1]), pool.reserve(99), pool.to(device)):
         assert made.length_bound == 21
+    assert pool.read([2]).length_bound == 4
+    pool.copy([1], [0])
+    pool.reset([1])
+    assert pool.length_bound == 21
+    pool.copy([2], [0])
+    assert pool.length_bound == 4
     pool.reset()
     assert pool.length_bound == 0 and not pool.lengths.any()
+
+
+def test_bounds_where_the_device_knows_the_slots(device):
+    """Where the host cannot know the slots, the bound stays one; with either, it is never above the capacity."""
+    pool = RATCache.empty(4, H, D, L, 40, device=device)
+    slots = [torch.tensor([n], device=device) for n in range(4)]
+    pool.write(slots[1], filled(device, 1, 20))
+    pool.write(slots[2], filled(device, 1, 3))
+    pool.reset(slots[1])
+    assert pool.length_bound == (3 if device.type == "cpu" else 20)
+    for _ in range(100):  # one sequence after another in the same slot
+        decode(pool, 1, slots=slots[3])
+        pool.reset(slots[3])
+    assert pool.length_bound == (3 if device.type == "cpu" else pool.capacity == 47 and 47)
+    assert pool.lengths.tolist() == [0, 0, 3, 0]
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -323,18 +356,18 @@ def test_decoding_in_inference_mode(device):
 
 
 @pytest.mark.gpu
-def test_a_workspace_first_made_in_a_capture():
-    """It belongs to the graph: a step outside does not use what only a replay zeroes."""
+def test_a_first_step_in_a_capture():
+    """What a step writes beside the states is made with the cache: nothing of it belongs to a graph."""
     device = torch.device("cuda", torch.cuda.current_device())
     caches = [filled(device, 2, 300).reserve(400) for _ in range(2)]
     token = new_token(caches[0])
+    workspace, error = caches[0].workspace, caches[0].error
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = rat_ext.rat_decode_step(*token, caches[0])
-    assert caches[0].workspace is None
+    assert caches[0].workspace is workspace and caches[0].error is error
     for _ in range(3):
         want = decode(caches[1])
         graph.replay()
         assert torch.equal(y, want)
     torch.testing.assert_close(decode(caches[0]), decode(caches[1]))
-    assert caches[0].workspace is not None

@@ -31,23 +31,25 @@ def good(op: str) -> dict:
     cos, sin = rat_ext.rotary_tables(9, D)
     tables = {"gate_bias": random.normal(H, D), "rotary_cos": cos, "rotary_sin": sin}
     q, k, v, gate, out_gate = (random.normal(B, T, n, D) for n in (G, G, H, H, H))
-    options = {"scale": 0.25, "cu_seqlens": None, "initial_state": None, "return_state": False, "deterministic": True}
+    options = {"scale": 0.25, "cu_seqlens": None, "initial_state": None, "return_state": False, "max_seqlen": None}
+    options["deterministic"] = True
+    pool = {"cache": None, "slots": None}
     if op == "rat_attention":
-        return {"q": q, "k": k, "v": v, "gate": gate, "chunk_size": L, "out_gate": out_gate, **tables, **options}
+        return {"q": q, "k": k, "v": v, "gate": gate, "chunk_size": L, "out_gate": out_gate, **tables, **options, **pool}
     if op == "chunk_attention":
         del tables["gate_bias"]
         return {"q": q, "k_states": v, "v_states": gate, "chunk_size": L, "out_gate": out_gate, **tables, **options}
     if op == "rat_attention_packed":
         projection = random.normal(B, T, (2 * G + 3 * H) * D)
         numbers = {"num_heads": H, "num_groups": G, "chunk_size": L, "has_out_gate": True}
-        return {"projection": projection, **numbers, **tables, **options}
+        return {"projection": projection, **numbers, **tables, **options, **pool}
     if op == "chunk_recurrence":
         state = {"initial_state": random.normal(B, H, D), "lengths": torch.tensor([3, 9], dtype=torch.int32)}
         return {"x": k, "gate": gate, "chunk_size": L, "gate_bias": tables["gate_bias"], "cu_seqlens": None, **state,
                 "return_state": False}  # fmt: skip
     cache = make_state(random, [3, 9], H, D, L, rows=4)
     tokens = {"q": q[:, 0], "k": k[:, 0], "v": v[:, 0], "gate": gate[:, 0], "out_gate": out_gate[:, 0]}
-    return {**tokens, "cache": cache, **tables, "scale": 0.25, "slots": torch.tensor([1, 0])}
+    return {**tokens, "cache": cache, **tables, "scale": 0.25, "slots": torch.tensor([1, 0]), "exact": False}
 
 
 OPS = ("rat_attention", "chunk_attention", "rat_attention_packed", "chunk_recurrence", "rat_decode_step")
@@ -137,7 +139,8 @@ KINDS = {
     **dict.fromkeys(("q", "k", "v", "gate", "out_gate", "k_states", "v_states", "projection", "x"), ROWS),
     **dict.fromkeys(("gate_bias", "rotary_cos", "rotary_sin"), TABLES),
     **dict.fromkeys(("chunk_size", "num_heads", "num_groups"), INTEGERS),
-    **dict.fromkeys(("has_out_gate", "return_state", "deterministic"), FLAGS),
+    **dict.fromkeys(("has_out_gate", "return_state", "deterministic", "exact"), FLAGS),
+    "max_seqlen": {key: f for key, f in INTEGERS.items() if key not in ("none", "zero")},
     "scale": REALS,
     "lengths": {key: f for key, f in STATES.items() if key != "float16"} | {"int16": lambda x: x.to(torch.int16)},
 }
@@ -148,7 +151,7 @@ def kinds(op: str, argument: str) -> dict:
     if argument == "initial_state":
         return STATES if op == "chunk_recurrence" else CACHES
     if argument == "cache":
-        return CACHES | {"none": lambda x: None}
+        return CACHES | ({"none": lambda x: None} if op == "rat_decode_step" else {})
     if argument in ("cu_seqlens", "slots"):
         integers = {key: f for key, f in STATES.items() if key not in ("float16", "int64", "strided")}
         return integers | {"int16": lambda x: x.to(torch.int16), "float32": lambda x: x.float()}
@@ -164,14 +167,16 @@ TABLE = [
     (op, argument, kind) for op in OPS for argument in good(op) for kind in kinds(op, argument) if (argument, kind) not in FINE
 ]
 TABLE += [("rat_attention", f"initial_state.{name}", kind) for name in STATE for kind in STATES]
-TABLE += [("rat_decode_step", f"cache.{name}", kind) for name in STATE for kind in STATES]
+TABLE += [(op, f"cache.{name}", kind) for op in ("rat_attention", "rat_decode_step") for name in STATE for kind in STATES]
 # Sizes come from these arguments, so that another one may be found not to fit them.
 LEADS = ("q", "v", "v_states", "x", "gate", "projection", "num_heads", "num_groups", "rotary_cos", "cache.chunk_k")
 
 
 def arguments_of(op: str, argument: str) -> dict:
     arguments = good(op)
-    if argument == "cu_seqlens":
+    if op.startswith("rat_attention") and argument.partition(".")[0] in ("cache", "slots"):
+        arguments |= {name: good("rat_decode_step")[name] for name in ("cache", "slots")}
+    if argument in ("cu_seqlens", "max_seqlen"):
         one = {name: x[:1] if isinstance(x, torch.Tensor) and x.dim() > 2 else x for name, x in arguments.items()}
         arguments = one | {"cu_seqlens": torch.tensor([0, T], dtype=torch.int32)}
         if op == "chunk_recurrence":
@@ -211,7 +216,9 @@ def test_a_wrong_argument(device, op, argument, kind):
     with torch.enable_grad():
         arguments = moved(
             arguments_of(op, argument),
-            lambda x: x.to(device).requires_grad_(op != "rat_decode_step" and x.is_floating_point() and x.shape[-1] != D // 2),
+            lambda x: x.to(device).requires_grad_(
+                arguments_of(op, argument).get("cache") is None and x.is_floating_point() and x.shape[-1] != D // 2
+            ),
         )
         places["with gradients"] = said(op, spoil(arguments))
     if kind not in OF_NO_KIND and kind != "beside":
@@ -610,9 +617,6 @@ DEVICE_ERRORS = {
     "negative length": ("lengths", "forward(lengths=[-5], rows=1)"),
     "rotary and state": ("rotary", "forward(lengths=[9], rows=1, table=2)"),
     "rotary and packing": ("rotary", "forward(cu=[0, 2, 20], table=2)"),
-    "full cache": ("full", "decode(length=23)"),
-    "slot": ("slots", "decode(slot=7)"),
-    "rotary and decode": ("rotary", "decode(length=16, table=2)"),
 }
 
 DEVICE_SCRIPT = """
@@ -635,12 +639,6 @@ def forward(cu=None, lengths=None, rows=0, table=0):
     return rat_ext.rat_attention(q, q, v, v, 8, cu_seqlens=cu, initial_state=state, **tables(table))
 def recurrence(cu):
     return rat_ext.chunk_recurrence(wide(2, 1, 20), wide(4, 1, 20), 8, cu_seqlens=ints(cu))
-def decode(length=0, slot=0, table=0):
-    cache = RATCache.empty(1, 4, 16, 8, 16, device="cuda")
-    cache.lengths.fill_(length)
-    q, v = wide(2, 1), wide(4, 1)
-    slots = torch.tensor([slot], device="cuda")
-    return rat_ext.rat_decode_step(q, q, v, v, cache, slots=slots, **tables(table))
 try:
     CALL
     torch.cuda.synchronize()
@@ -674,15 +672,12 @@ def test_names_of_the_states(device):
 
 @pytest.mark.parametrize("bound", [-5, 1.5, "x", 2**31, 2**63])
 def test_a_wrong_bound_of_lengths(device, bound):
-    """Before anything is computed or written."""
+    """Where it is set."""
     cache = rat_ext.RATCache.empty(1, 2, 8, 4, 16, device=device)
-    cache.length_bound = bound
-    x = torch.randn(1, 3, 2, 8, device=device)
-    with pytest.raises(ValueError, match="initial_state.length_bound: expected an int from 0 to 2147483647"):
-        rat_ext.rat_attention(x, x, x, x, 4, initial_state=cache)
-    with pytest.raises(ValueError, match="cache.length_bound: expected an int from 0 to 2147483647"):
-        rat_ext.rat_decode_step(x[:, 0], x[:, 0], x[:, 0], x[:, 0], cache)
-    assert int(cache.lengths[0]) == 0
+    for change in (lambda: setattr(cache, "length_bound", bound), lambda: RATCache(*cache.tensors(), 4, bound)):
+        with pytest.raises(ValueError, match="^RATCache: length_bound: expected an int from 0 to 2147483647, got .{1,40}$"):
+            change()
+    assert cache.length_bound == 0
 
 
 # ---- memory, and what the ops cannot do ---------------------------------------------------------------------------------

@@ -113,16 +113,22 @@ def test_numbers_of_other_kinds():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"return_state": True}, "cache: expected no initial_state, return_state or cu_seqlens"),
-        ({"initial_state": "state"}, "cache: expected no initial_state, return_state or cu_seqlens"),
-        ({"cu_seqlens": "cuts"}, "cache: expected no initial_state, return_state or cu_seqlens"),
-        ({"cache": None, "slots": "slots"}, "slots: expected a cache that they index, got cache=None"),
+        ({"return_state": True}, "cache: expected no initial_state or return_state"),
+        ({"initial_state": RATCache.empty(2, 4, 16, 8, 20)}, "cache: expected no initial_state or return_state"),
+        ({"initial_state": "state"}, "initial_state: expected a RATCache or None, got str"),
+        ({"cu_seqlens": "cuts"}, r"cu_seqlens: expected x \(1, T, d_model\) and exact"),
+        ({"cu_seqlens": "cuts", "x": torch.zeros(1, 3, 64), "exact": False}, "cu_seqlens: expected .* exact arithmetic"),
+        (
+            {"cache": None, "x": torch.zeros(2, 3, 64), "slots": "slots"},
+            "slots: expected a cache that it is for, got cache=None",
+        ),
+        ({"cache": None, "x": torch.zeros(2, 3, 64), "exact": True}, "exact: expected a cache that it is for, got cache=None"),
     ],
 )
 def test_errors_of_decoding(options, words):
     layer = RATLayer(64, 4, 2, 8)
     with pytest.raises(ValueError, match=f"^RATLayer: {words}"):
-        layer(torch.zeros(2, 64), **{"cache": layer.new_cache(2, 20)} | options)
+        layer(**{"x": torch.zeros(2, 64), "cache": layer.new_cache(2, 20)} | options)
 
 
 def test_decoding_is_a_call(device):
@@ -325,7 +331,10 @@ def test_autocast_leaves_float64_alone():
         (lambda layer, x, cache: layer(x[:, 0], cache=(cache,)), "cache: expected a RATCache or None, got tuple"),
         (lambda layer, x, cache: layer.step(x[:, 0], None), "cache: expected a RATCache, got NoneType"),
         (lambda layer, x, cache: layer(x[0, 0]), r"x: expected a tensor \(B, T, d_model\), got shape \(16,\)"),
-        (lambda layer, x, cache: layer.step(x, cache), r"x: expected a tensor \(B, d_model\) beside a cache, got shape"),
+        (
+            lambda layer, x, cache: layer.step(x[None], cache),
+            r"x: expected a tensor \(B, d_model\) or .* beside a cache, got shape",
+        ),
         (lambda layer, x, cache: layer(None), "x: expected a tensor .*, got NoneType"),
         (lambda layer, x, cache: layer(x, rotary=()), r"rotary: expected a pair \(cos, sin\) or None, got tuple"),
         (lambda layer, x, cache: layer(x, rotary=x), r"rotary: expected a pair \(cos, sin\) or None, got Tensor"),

@@ -38,6 +38,8 @@ def assert_alike(function, tensors, chunk_size, state=None, options=None):
     tensors = {key: x.detach().requires_grad_(x.is_floating_point()) for key, x in tensors.items()}
     if state is not None:
         state = state.replace(**{key: getattr(state, key).detach().requires_grad_() for key in STATE})
+    if "x" not in tensors and options and options.get("cu_seqlens") is not None and options["return_state"]:
+        options = options | {"max_seqlen": 35}  # which a CPU can find by itself
     real = run(function, tensors, chunk_size, state, dict(options or {}))
     meta = run(
         function,

@@ -112,5 +112,20 @@ def test_rat_decode_step(device):
     workspace = torch.zeros(size, dtype=torch.uint8, device=device)
     q, k, v, gate = random.normal(3, G, D), random.normal(3, G, D), random.normal(3, H, D), random.normal(3, H, D)
     slots = torch.tensor([2, -1, 0], device=device)
-    tensors = [cache.chunk_k, cache.chunk_v, cache.running_k, cache.running_v, cache.lengths]
-    opcheck(OPS.rat_decode_step.default, [q, k, v, gate, None, None, None, None, slots, *tensors, workspace, L, D**-0.5])
+    states = [cache.chunk_k, cache.chunk_v, None, None, cache.running_k, cache.running_v, cache.lengths, cache.error]
+    opcheck(OPS.rat_decode_step.default, [q, k, v, gate, None, None, None, None, slots, None, *states, workspace, L, D**-0.5])
+
+
+@pytest.mark.parametrize("pages", [False, True])
+def test_rat_attention_cached(device, pages):
+    random = Random(0, device, torch.float32)
+    q, k, v, gate = random.normal(1, 9, G, D), random.normal(1, 9, G, D), random.normal(1, 9, H, D), random.normal(1, 9, H, D)
+    cu = cu_seqlens_of([5, 0, 4], device)
+    slots = torch.tensor([2, -1, 0], device=device)
+    lengths = torch.tensor([3, 16, 7], dtype=torch.int32, device=device)
+    table = torch.tensor([[4], [0], [2]], dtype=torch.int32, device=device) if pages else None
+    states = [random.normal(5 if pages else 3, H, 8, D) for _ in "kv"]
+    running = [random.normal(3, 2, H, D) for _ in "kv"]
+    error = torch.zeros(4, dtype=torch.int32, device=device)
+    args = [q, k, v, gate, None, None, None, None, cu, slots, table, *states, None, None, *running, lengths, error, L, D**-0.5]
+    opcheck(OPS.rat_attention_cached.default, args)

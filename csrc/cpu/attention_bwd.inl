@@ -322,16 +322,8 @@ void attention_backward(const AttentionBwdParams& b, const Plan& plan, const Wor
   const Sizes& z = p.size;
   const int64_t tiles = plan.all_tiles(), lanes = plan.sequences * z.heads;
   if (plan.segmented) {
-    for_each_task(tiles * z.heads, w.workers, [&](int64_t id, int worker) { states_task<T>(p, plan, w, id, worker); });
-    for_each_task(lanes, w.workers, [&](int64_t id, int worker) {
-      const Scratch<A> s(w, worker, plan.padded_dim);
-      const int64_t n = id / z.heads, head = id % z.heads;
-      const auto ignore = [](const Tile&, A*) {};
-      combine_forward(plan, z, n, head, w.forward.k, w.forward.product, p.initial.running_k, s.vector[0], s.vector[1],
-                      ignore);
-      combine_forward(plan, z, n, head, w.forward.v, w.forward.product, p.initial.running_v, s.vector[0], s.vector[1],
-                      ignore);
-    });
+    for_each_task(tiles * z.heads, w.workers,
+                  [&](int64_t id, int worker) { long_chunk_task<T>(p, plan, w, id, worker, false); });
   }
   for_each_task(plan.sequences * z.q_groups * w.parts, w.workers,
                 [&](int64_t id, int worker) { part_task<T>(b, plan, w, id, worker); });

@@ -1,8 +1,8 @@
 // Forward of rat_attention and chunk_attention.
 //
 // Phase 1, a task for each (head, tile): scans keys and values, writes the states of the chunks that close. Where
-// chunks are longer than tiles it leaves what the tile ends with from zero, and phase 1b, a task for each (sequence,
-// head), turns that into the state each tile starts with.
+// chunks are longer than tiles, the task of a chunk's first tile walks all of its tiles, and leaves what each starts
+// with. So a token's bits depend on its own sequence alone, however that is cut into calls.
 // Phase 2, a task for each (head, tile): scans again, so that per-token states never leave the cache, and attends.
 // Scores and sums are kept with a column for each query: softmax is then vertical, keys and values are read as they
 // lie, and one microkernel serves both products. The running softmax starts from the self term (m = s_tt, l = 1), whose
@@ -42,21 +42,41 @@ void scan_tile(const AttentionFwdParams& p, const Plan& plan, const Carries* car
   scan(plan, t, ld, s, s.input, state, s.state_v);
 }
 
-// First element of state 0 of (n, head).
+// First element of state 0 of (n, head), where states follow each other: not in pages.
 template <class T>
 RAT_INLINE T* chunk_row(const Sizes& z, const Plan& plan, const ChunkStates& c, void* base, int64_t n, int64_t head) {
-  const int64_t first = c.compact ? plan.begin(n) / z.chunk_size + n : 0;
-  return static_cast<T*>(base) + n * c.sequence + head * c.head + first * z.head_dim;
+  const int64_t first = c.compact ? plan.begin(n) / z.chunk_size + n : 0, owner = c.entry ? c.entry[n] : n;
+  return static_cast<T*>(base) + owner * c.sequence + head * c.head + first * z.head_dim;
+}
+
+// Offset of a state of (n, head) in a pool.
+RAT_INLINE int64_t pool_offset(const ChunkStates& c, int64_t dim, int64_t n, int64_t head, int64_t chunk) {
+  const int64_t owner = c.entry[n];
+  if (!c.page_table) return owner * c.sequence + head * c.head + chunk * dim;
+  const int64_t page = c.page_table[owner * c.columns + (chunk >> c.page_shift)];
+  return page * c.sequence + head * c.head + (chunk & ((int64_t{1} << c.page_shift) - 1)) * dim;
 }
 
 // Stores the state of chunk `chunk`; rotates `key` in place.
 template <class T>
-void store_chunk(const AttentionFwdParams& p, const Plan& plan, int64_t n, int64_t head, int64_t chunk, Acc<T>* key,
-                 const Acc<T>* value) {
+void store_chunk(const AttentionFwdParams& p, const Plan& plan, const Pool* pool, int64_t n, int64_t head,
+                 int64_t chunk, Acc<T>* key, const Acc<T>* value) {
+  const ChunkStates& c = p.chunks;
   const int64_t D = p.size.head_dim;
   rotate_row<Acc<T>>(p.rotary, chunk, D, 1, key);
-  store_row(key, D, chunk_row<T>(p.size, plan, p.chunks, p.chunks.k, n, head) + chunk * D);
-  store_row(value, D, chunk_row<T>(p.size, plan, p.chunks, p.chunks.v, n, head) + chunk * D);
+  if (!pool) {
+    store_row(key, D, chunk_row<T>(p.size, plan, c, c.k, n, head) + chunk * D);
+    store_row(value, D, chunk_row<T>(p.size, plan, c, c.v, n, head) + chunk * D);
+    return;
+  }
+  const int64_t at = pool_offset(c, D, n, head, chunk);
+  if (pool->scale_k) {
+    store_state(key, D, static_cast<e4m3*>(c.k) + at, pool->scale_k + at / D);
+    store_state(value, D, static_cast<e4m3*>(c.v) + at, pool->scale_v + at / D);
+  } else {
+    store_row(key, D, static_cast<T*>(c.k) + at);
+    store_row(value, D, static_cast<T*>(c.v) + at);
+  }
 }
 
 template <class A>
@@ -67,6 +87,7 @@ void store_running(const AttentionFwdParams& p, int64_t n, int64_t head, const A
   __builtin_memcpy(static_cast<A*>(p.running_v) + row, value, static_cast<size_t>(D) * sizeof(A));
 }
 
+// Chunks of a tile that holds them whole.
 template <class T>
 void states_task(const AttentionFwdParams& p, const Plan& plan, const Workspace& w, int64_t task, int worker) {
   using A = Acc<T>;
@@ -75,22 +96,45 @@ void states_task(const AttentionFwdParams& p, const Plan& plan, const Workspace&
   int64_t head;
   const Tile t = plan.tile_by_task(task, p.size.heads, &head);
   const Carries none;
-  scan_tile<T>(p, plan, plan.segmented ? nullptr : &none, t, head, s, s.vector[0], s.vector[1]);
+  scan_tile<T>(p, plan, &none, t, head, s, s.vector[0], s.vector[1]);
   const int64_t end = (t.rows - 1) * ld;
-  if (plan.segmented) {
-    const int64_t row = (t.id * p.size.heads + head) * ld;
-    __builtin_memcpy(static_cast<A*>(w.forward.k) + row, s.state_k + end, static_cast<size_t>(ld) * sizeof(A));
-    __builtin_memcpy(static_cast<A*>(w.forward.v) + row, s.state_v + end, static_cast<size_t>(ld) * sizeof(A));
-    gate_product(t.rows, ld, s.f, static_cast<A*>(w.forward.product) + row);
-    return;
-  }
   if (t.last) store_running(p, t.sequence, head, s.state_k + end, s.state_v + end);  // before keys are rotated
   for (int64_t i = L - 1 - t.position % L; i < t.rows; i += L) {
-    store_chunk<T>(p, plan, t.sequence, head, (t.position + i) / L, s.state_k + i * ld, s.state_v + i * ld);
+    store_chunk<T>(p, plan, w.pool, t.sequence, head, (t.position + i) / L, s.state_k + i * ld, s.state_v + i * ld);
   }
 }
 
-// Sequence and head, once: combines segments, copies what the initial state holds.
+// The tiles of one chunk, in their order: what each starts with, the product of its gates where that is wanted, and, if
+// `states`, the states that the chunk and the sequence leave. One task for each tile, of which the chunk's first works.
+template <class T>
+void long_chunk_task(const AttentionFwdParams& p, const Plan& plan, const Workspace& w, int64_t task, int worker,
+                     bool states) {
+  using A = Acc<T>;
+  const Sizes& z = p.size;
+  const int64_t ld = plan.padded_dim, L = plan.chunk_size;
+  const size_t bytes = static_cast<size_t>(ld) * sizeof(A);
+  Scratch<A> s(w, worker, ld);
+  int64_t head;
+  Tile t = plan.tile_by_task(task, z.heads, &head);
+  if (!t.first && t.position % L != 0) return;
+  const auto carry = [&](void* carries) { return static_cast<A*>(carries) + (t.id * z.heads + head) * ld; };
+  state_before<A>(plan, t, z, head, nullptr, p.initial.running_k, carry(w.forward.k));
+  state_before<A>(plan, t, z, head, nullptr, p.initial.running_v, carry(w.forward.v));
+  for (;;) {
+    scan_tile<T>(p, plan, &w.forward, t, head, s, s.vector[0], s.vector[1]);
+    if (w.forward.product) gate_product(t.rows, ld, s.f, carry(w.forward.product));
+    A *const k = s.state_k + (t.rows - 1) * ld, *const v = s.state_v + (t.rows - 1) * ld;
+    const int64_t end = t.position + t.rows;
+    if (states && t.last) store_running(p, t.sequence, head, k, v);
+    if (states && end % L == 0) store_chunk<T>(p, plan, w.pool, t.sequence, head, end / L - 1, k, v);
+    if (t.last || end % L == 0) return;
+    t = plan.tile(t.sequence, t.index + 1);
+    __builtin_memcpy(carry(w.forward.k), k, bytes);
+    __builtin_memcpy(carry(w.forward.v), v, bytes);
+  }
+}
+
+// Sequence and head, once: copies what the initial state holds.
 template <class T>
 void sequence_task(const AttentionFwdParams& p, const Plan& plan, const Workspace& w, int64_t task, int worker) {
   using A = Acc<T>;
@@ -107,42 +151,15 @@ void sequence_task(const AttentionFwdParams& p, const Plan& plan, const Workspac
       __builtin_memmove(v, static_cast<const T*>(p.initial.v) + from, bytes);
     }
   }
-  if (plan.length(n) == 0) {
-    A *const k = s.vector[0], *const v = s.vector[1];
-    zero(k, D);
-    zero(v, D);
-    const size_t bytes = static_cast<size_t>(D) * sizeof(A);
-    const int64_t from = (n * z.heads + head) * D;
-    if (p.initial.running_k) __builtin_memcpy(k, static_cast<const A*>(p.initial.running_k) + from, bytes);
-    if (p.initial.running_v) __builtin_memcpy(v, static_cast<const A*>(p.initial.running_v) + from, bytes);
-    store_running(p, n, head, k, v);
-    return;
-  }
-  if (!plan.segmented) return;
-  // A state that closes a chunk, or the sequence, is stored.
-  combine_forward(plan, z, n, head, w.forward.v, w.forward.product, p.initial.running_v, s.vector[0], s.vector[1],
-                  [&](const Tile& t, A* state) {
-                    const int64_t end = t.position + t.rows;
-                    if (end % L == 0) {
-                      store_row(state, D, chunk_row<T>(z, plan, p.chunks, p.chunks.v, n, head) + (end / L - 1) * D);
-                    }
-                    if (t.last && p.running_v) {
-                      __builtin_memcpy(static_cast<A*>(p.running_v) + (n * z.heads + head) * D, state,
-                                       static_cast<size_t>(D) * sizeof(A));
-                    }
-                  });
-  combine_forward(plan, z, n, head, w.forward.k, w.forward.product, p.initial.running_k, s.vector[0], s.vector[1],
-                  [&](const Tile& t, A* state) {
-                    const int64_t end = t.position + t.rows;
-                    if (t.last && p.running_k) {
-                      __builtin_memcpy(static_cast<A*>(p.running_k) + (n * z.heads + head) * D, state,
-                                       static_cast<size_t>(D) * sizeof(A));
-                    }
-                    if (end % L == 0) {  // the recurrence starts anew after it: the state may be rotated in place
-                      rotate_row<A>(p.rotary, end / L - 1, D, 1, state);
-                      store_row(state, D, chunk_row<T>(z, plan, p.chunks, p.chunks.k, n, head) + (end / L - 1) * D);
-                    }
-                  });
+  if (plan.length(n) > 0) return;
+  A *const k = s.vector[0], *const v = s.vector[1];
+  zero(k, D);
+  zero(v, D);
+  const size_t bytes = static_cast<size_t>(D) * sizeof(A);
+  const int64_t from = (n * z.heads + head) * D;
+  if (p.initial.running_k) __builtin_memcpy(k, static_cast<const A*>(p.initial.running_k) + from, bytes);
+  if (p.initial.running_v) __builtin_memcpy(v, static_cast<const A*>(p.initial.running_v) + from, bytes);
+  store_running(p, n, head, k, v);
 }
 
 // Chunk states [first, first + count) as acc: where they lie, or converted into scratch.
@@ -156,6 +173,29 @@ template <class T, class A>
 const A* key_block(const T* states, int64_t first, int64_t count, int64_t dim, int64_t ld, A* scratch,
                    int64_t* stride) {
   for (int64_t j = 0; j < count; ++j) load_row(states + (first + j) * dim, dim, ld, scratch + j * ld);
+  *stride = ld;
+  return scratch;
+}
+
+// The same of (n, head) wherever they are.
+template <class T>
+const Acc<T>* key_block_of(const AttentionFwdParams& p, const Plan& plan, void* base, const float* scales, int64_t n,
+                           int64_t head, int64_t first, int64_t count, Acc<T>* scratch, int64_t* stride) {
+  using A = Acc<T>;
+  const int64_t D = p.size.head_dim, ld = plan.padded_dim;
+  if (!p.chunks.page_table && !scales) {
+    return key_block(chunk_row<T>(p.size, plan, p.chunks, base, n, head), first, count, D, ld, scratch, stride);
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t at = pool_offset(p.chunks, D, n, head, first + j);
+    A* const row = scratch + j * ld;
+    if (scales) {
+      load_row(static_cast<const e4m3*>(base) + at, D, ld, row);
+      scale_rows(row, ld, static_cast<A>(scales[at / D]));
+    } else {
+      load_row(static_cast<const T*>(base) + at, D, ld, row);
+    }
+  }
   *stride = ld;
   return scratch;
 }
@@ -244,24 +284,38 @@ void add_values(int64_t first, int64_t count, int64_t columns, int64_t dim, cons
 
 // The keys that the queries of a tile see, if any: updates the running softmax m, l and its sums of values, s.sum_t.
 template <class T>
-void attend_keys(const AttentionFwdParams& p, const Plan& plan, const Tile& t, int64_t head,
+void attend_keys(const AttentionFwdParams& p, const Plan& plan, const Pool* pool, const Tile& t, int64_t head,
                  const Visible<Acc<T>>& visible, Scratch<Acc<T>>& s, Acc<T>* m, Acc<T>* l, Acc<T>* factor) {
   using A = Acc<T>;
   constexpr int64_t W = Simd<A>::width;
   const int64_t D = p.size.head_dim, ld = plan.padded_dim, columns = (t.rows + W - 1) / W * W;
   rotate_rows<A>(p.rotary, t, plan.chunk_size, D, ld, 1, s.query);
   transpose_in(s.query, t.rows, ld, s.query_t);
-  const T* const keys = chunk_row<T>(p.size, plan, p.chunks, p.chunks.k, t.sequence, head);
-  const T* const values = chunk_row<T>(p.size, plan, p.chunks, p.chunks.v, t.sequence, head);
   for (int64_t first = 0; first < visible.any; first += kKeys) {
     const int64_t count = minimum(kKeys, visible.any - first);
     int64_t stride;
-    const A* const k = key_block(keys, first, count, D, ld, s.keys, &stride);
+    const A* const k = key_block_of<T>(p, plan, p.chunks.k, pool ? pool->scale_k : nullptr, t.sequence, head, first,
+                                       count, s.keys, &stride);
     multiply<A, true>(count, columns, D, k, stride, s.query_t, kTile, s.score, kTile, false);
     const bool rescale = softmax_block(first, count, columns, visible, s.score, m, l, factor);
     if (rescale && first > 0) scale_columns(s.sum_t, D, columns, factor);
-    const A* const v = key_block(values, first, count, D, ld, s.values, &stride);
+    const A* const v = key_block_of<T>(p, plan, p.chunks.v, pool ? pool->scale_v : nullptr, t.sequence, head, first,
+                                       count, s.values, &stride);
     add_values(first, count, columns, D, visible, v, stride, s.score, s.sum_t, first > 0);
+  }
+}
+
+// The running states of the tile's tokens that stay in a pool.
+template <class A>
+void store_ring(const AttentionFwdParams& p, const Pool& pool, const Plan& plan, const Tile& t, int64_t head,
+                const Scratch<A>& s) {
+  const int64_t D = p.size.head_dim, ld = plan.padded_dim;
+  const int64_t stop = plan.start(t.sequence) + plan.length(t.sequence);
+  for (int64_t i = maximum(0, stop - pool.ring - t.position); i < t.rows; ++i) {
+    const int64_t place = p.chunks.entry[t.sequence] * pool.ring + (t.position + i) % pool.ring;
+    const int64_t to = (place * p.size.heads + head) * D;
+    __builtin_memcpy(static_cast<A*>(pool.running_k) + to, s.state_k + i * ld, static_cast<size_t>(D) * sizeof(A));
+    __builtin_memcpy(static_cast<A*>(pool.running_v) + to, s.state_v + i * ld, static_cast<size_t>(D) * sizeof(A));
   }
 }
 
@@ -279,6 +333,7 @@ void attend_task(const AttentionFwdParams& p, const Plan& plan, const Workspace&
   scan_tile<T>(p, plan, &w.forward, t, head, s, s.vector[0], s.vector[1]);
 
   prefetch_rows<T>(p.out_gate, t, head, D);
+  if (w.pool) store_ring(p, *w.pool, plan, t, head, s);
   A *const self = s.vector[2], *const m = s.vector[3], *const l = s.vector[4], *const factor = s.vector[5];
   load_rows<T>(p.q, t, head / (z.heads / z.q_groups), D, ld, s.query);
   scale_rows(s.query, t.rows * ld, static_cast<A>(p.scale));
@@ -291,7 +346,7 @@ void attend_task(const AttentionFwdParams& p, const Plan& plan, const Workspace&
   }
 
   const Visible<A> visible(t, plan.chunk_size, s.vector[6]);
-  if (visible.any > 0) attend_keys<T>(p, plan, t, head, visible, s, m, l, factor);
+  if (visible.any > 0) attend_keys<T>(p, plan, w.pool, t, head, visible, s, m, l, factor);
   for (int64_t q = 0; q < columns; q += W) {
     store(factor + q, A(1) / load(l + q));
     store(self + q, exp(load(self + q) - load(m + q)) * load(factor + q));
@@ -319,8 +374,41 @@ void attend_task(const AttentionFwdParams& p, const Plan& plan, const Workspace&
 template <class T>
 void attention_forward(const AttentionFwdParams& p, const Plan& plan, const Workspace& w) {
   const int64_t tile_tasks = plan.all_tiles() * p.size.heads;
-  for_each_task(tile_tasks, w.workers, [&](int64_t id, int worker) { states_task<T>(p, plan, w, id, worker); });
-  for_each_task(plan.sequences * p.size.heads, w.workers,
-                [&](int64_t id, int worker) { sequence_task<T>(p, plan, w, id, worker); });
+  for_each_task(tile_tasks, w.workers, [&](int64_t id, int worker) {
+    plan.segmented ? long_chunk_task<T>(p, plan, w, id, worker, true) : states_task<T>(p, plan, w, id, worker);
+  });
+  if (!w.pool) {
+    for_each_task(plan.sequences * p.size.heads, w.workers,
+                  [&](int64_t id, int worker) { sequence_task<T>(p, plan, w, id, worker); });
+  }
   for_each_task(tile_tasks, w.workers, [&](int64_t id, int worker) { attend_task<T>(p, plan, w, id, worker); });
+}
+
+// Rows of a pool, in place. What they start from is in p.initial, apart from the pool: tiles of a row read it while others
+// write.
+template <class T>
+void attention_on_pool(const AttentionFwdParams& p, const Plan& plan, const Workspace& w) {
+  using A = Acc<T>;
+  const Sizes& z = p.size;
+  const Pool& pool = *w.pool;
+  for (int64_t n = 0; n < plan.sequences; ++n) {
+    const int64_t count = z.heads * z.head_dim, owner = p.chunks.entry[n];
+    if (owner < 0) {
+      const int64_t begin = z.cu_seqlens ? z.cu_seqlens[n] : 0, end = z.cu_seqlens ? z.cu_seqlens[n + 1] : z.tokens;
+      for (int64_t t = begin; t < end; ++t) {
+        for (int64_t head = 0; head < z.heads; ++head) {
+          zero(row_of<T>(p.y, z.cu_seqlens ? 0 : n, t, head), z.head_dim);
+        }
+      }
+      continue;
+    }
+    if (plan.length(n) == 0 || plan.start(n) % plan.chunk_size == 0) continue;
+    const int64_t from = (owner * pool.ring + (plan.start(n) - 1) % pool.ring) * count;
+    const size_t bytes = static_cast<size_t>(count) * sizeof(A);
+    __builtin_memcpy(static_cast<A*>(p.initial.running_k) + n * count, static_cast<const A*>(pool.running_k) + from,
+                     bytes);
+    __builtin_memcpy(static_cast<A*>(p.initial.running_v) + n * count, static_cast<const A*>(pool.running_v) + from,
+                     bytes);
+  }
+  attention_forward<T>(p, plan, w);
 }

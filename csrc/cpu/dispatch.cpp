@@ -6,6 +6,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "../wrong_value.h"
 #include "plan.h"
@@ -80,26 +81,45 @@ Plan attention_plan(const AttentionFwdParams& p) {
   return plan;
 }
 
-void check_decode(const DecodeParams& p) {
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t slot = p.slots ? p.slots[b] : b;
+// Rows of a call on a pool: row b brings tokens(b) new tokens for sequence slots[b].
+template <class Tokens>
+void check_rows(const Pool& pool, const int64_t* slots, int64_t rows, int64_t chunk_size, const Rotary& rotary,
+                const Tokens& tokens_of) {
+  std::vector<int64_t> named;  // (P): the row that names it, + 1
+  if (slots) named.resize(static_cast<size_t>(pool.sequences));
+  for (int64_t b = 0; b < rows; ++b) {
+    const int64_t slot = slots ? slots[b] : b, tokens = tokens_of(b);
     if (slot < 0) continue;
-    if (slot >= p.pool) {
-      fail(entry("slots", b), "less than the cache's " + std::to_string(p.pool) + " entries", std::to_string(slot));
+    if (slot >= pool.sequences) {
+      fail(entry("slots", b), "less than the cache's " + std::to_string(pool.sequences) + " entries",
+           std::to_string(slot));
     }
-    const int64_t length = p.lengths[slot];
+    if (slots) {
+      int64_t& row = named[static_cast<size_t>(slot)];
+      if (row != 0) fail(entry("slots", b), "an entry that no other row names", std::to_string(slot));
+      row = b + 1;
+    }
+    if (tokens == 0) continue;
+    const int64_t length = pool.lengths[slot], after = length + tokens;
     if (length < 0) fail(entry("lengths", slot), "0 or more", std::to_string(length));
-    if ((length + 1) / p.chunk_size > p.rows || length == std::numeric_limits<int32_t>::max()) {
+    if (after / chunk_size > pool.rows || after > std::numeric_limits<int32_t>::max()) {
       // The chunk that comes after the last row may fill up but for its last token.
       fail(entry("lengths", slot),
-           "room for one more token (cache full: " + std::to_string(p.rows) + " chunks of " +
-               std::to_string(p.chunk_size) + ", capacity " + std::to_string(p.rows * p.chunk_size + p.chunk_size - 1) +
-               " tokens)",
+           "room for " + (tokens == 1 ? "one more token" : std::to_string(tokens) + " more tokens") +
+               " (cache full: " + std::to_string(pool.rows) + " chunks of " + std::to_string(chunk_size) +
+               ", capacity " + std::to_string(pool.rows * chunk_size + chunk_size - 1) + " tokens)",
            std::to_string(length) + " tokens");
     }
-    if (p.rotary.cos && length / p.chunk_size >= p.rotary.rows) {
-      fail("rotary_cos", "at least " + std::to_string(length / p.chunk_size + 1) + " rows, one for each chunk",
-           std::to_string(p.rotary.rows));
+    for (int64_t page = 0; pool.page_table && page * pool.page_rows < after / chunk_size; ++page) {
+      const int64_t at = pool.page_table[slot * (pool.rows / pool.page_rows) + page];
+      if (at < 0 || at >= pool.pages) {
+        fail("page_table[" + std::to_string(slot) + ", " + std::to_string(page) + "]",
+             "one of the cache's " + std::to_string(pool.pages) + " pages (cache full)", std::to_string(at));
+      }
+    }
+    if (rotary.cos && (after - 1) / chunk_size >= rotary.rows) {
+      fail("rotary_cos", "at least " + std::to_string((after - 1) / chunk_size + 1) + " rows, one for each chunk",
+           std::to_string(rotary.rows));
     }
   }
 }
@@ -111,7 +131,7 @@ int64_t bytes_of(const DecodeParams& p) {
   int64_t keys = 0;
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t slot = p.slots ? p.slots[b] : b;
-    if (slot >= 0) keys += p.lengths[slot] / p.chunk_size + kToken;
+    if (slot >= 0) keys += p.pool.lengths[slot] / p.chunk_size + kToken;
   }
   return 2 * keys * p.heads * p.head_dim * element;
 }
@@ -162,7 +182,7 @@ const char* isa() { return kernels().name; }
 
 void attention_fwd(const AttentionFwdParams& p, const Allocator& allocator) {
   const Plan plan = attention_plan(p);
-  kernels().attention_fwd(p, plan, attention_fwd_workspace(p, plan, allocator));
+  kernels().attention_fwd(p, plan, attention_fwd_workspace(p, plan, nullptr, allocator));
   for (int64_t n = 0; p.lengths_out && n < plan.sequences; ++n) {
     p.lengths_out[n] = static_cast<int32_t>(plan.start(n) + plan.length(n));
   }
@@ -171,6 +191,43 @@ void attention_fwd(const AttentionFwdParams& p, const Allocator& allocator) {
 void attention_bwd(const AttentionBwdParams& p, const Allocator& allocator) {
   const Plan plan = attention_plan(p.fwd);
   kernels().attention_bwd(p, plan, attention_bwd_workspace(p, plan, allocator));
+}
+
+void attention_cached(const AttentionCachedParams& c, const Allocator& allocator) {
+  AttentionFwdParams p = c.fwd;
+  Sizes& s = p.size;
+  const Pool& pool = c.pool;
+  const Plan lengths_of(s, true);  // checks cu_seqlens
+  check_rows(pool, c.slots, s.sequences, s.chunk_size, p.rotary, [&](int64_t n) { return lengths_of.length(n); });
+  std::vector<int32_t> owner(static_cast<size_t>(s.sequences)), start(owner.size());
+  for (int64_t n = 0; n < s.sequences; ++n) {
+    const int64_t slot = c.slots ? c.slots[n] : n;
+    owner[static_cast<size_t>(n)] = slot < 0 ? -1 : static_cast<int32_t>(slot);
+    start[static_cast<size_t>(n)] = slot < 0 || lengths_of.length(n) == 0 ? 0 : pool.lengths[slot];
+  }
+  s.lengths = start.data();
+  ChunkStates& chunks = p.chunks;
+  chunks.k = pool.chunk_k;
+  chunks.v = pool.chunk_v;
+  chunks.head = pool.page_rows * s.head_dim;
+  chunks.sequence = s.heads * chunks.head;
+  chunks.rows = pool.rows;
+  chunks.entry = owner.data();
+  chunks.page_table = pool.page_table;
+  if (pool.page_table) {
+    chunks.columns = pool.rows / pool.page_rows;
+    while ((int64_t{1} << chunks.page_shift) < pool.page_rows) ++chunks.page_shift;
+  }
+  const Plan plan(s, true, owner.data());
+  const Workspace w = attention_fwd_workspace(p, plan, &pool, allocator);
+  p.initial.running_k = w.initial_k;
+  p.initial.running_v = w.initial_v;
+  p.lse = w.lse;
+  kernels().attention_on_pool(p, plan, w);
+  for (int64_t n = 0; n < s.sequences; ++n) {
+    const int64_t length = plan.length(n);
+    if (length > 0) pool.lengths[owner[static_cast<size_t>(n)]] += static_cast<int32_t>(length);
+  }
 }
 
 void recurrence_fwd(const RecurrenceFwdParams& p, const Allocator& allocator) {
@@ -184,17 +241,20 @@ void recurrence_bwd(const RecurrenceBwdParams& p, const Allocator& allocator) {
 }
 
 void decode_step(const DecodeParams& p, const Allocator& allocator) {
-  check_decode(p);
+  check_rows(p.pool, p.slots, p.batch, p.chunk_size, p.rotary, [&](int64_t) { return p.tokens; });
   if (p.batch == 0 || p.heads == 0) return;
   DecodeWorkspace w = decode_workspace(p, allocator);
-  const Alone alone(bytes_of(p));
+  const Alone alone(bytes_of(p) * p.tokens);
   w.workers = alone ? 1 : std::max(1, num_threads());
-  kernels().decode_step(p, w);
-  alone.done();
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t slot = p.slots ? p.slots[b] : b;
-    if (slot >= 0) ++p.lengths[slot];
+  for (int64_t token = 0; token < p.tokens; ++token) {
+    std::fill(w.done, w.done + p.batch * p.heads, 0);
+    kernels().decode_step(p, w, token);
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const int64_t slot = p.slots ? p.slots[b] : b;
+      if (slot >= 0) ++p.pool.lengths[slot];
+    }
   }
+  alone.done();
 }
 
 }  // namespace rat::cpu

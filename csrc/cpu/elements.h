@@ -11,6 +11,10 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+// Of chunk states alone: 4 bits of exponent, 3 of fraction, no infinity.
+struct e4m3 {
+  uint8_t bits;
+};
 
 // The type that sums are kept in.
 template <class T>

@@ -38,6 +38,10 @@ void run_attention_fwd(const AttentionFwdParams& p, const Plan& plan, const Work
   with_type(p.size.dtype, [&](auto type) { attention_forward<decltype(type)>(p, plan, w); });
 }
 
+void run_attention_on_pool(const AttentionFwdParams& p, const Plan& plan, const Workspace& w) {
+  with_type(p.size.dtype, [&](auto type) { attention_on_pool<decltype(type)>(p, plan, w); });
+}
+
 void run_attention_bwd(const AttentionBwdParams& p, const Plan& plan, const Workspace& w) {
   with_type(p.fwd.size.dtype, [&](auto type) { attention_backward<decltype(type)>(p, plan, w); });
 }
@@ -50,8 +54,11 @@ void run_recurrence_bwd(const RecurrenceBwdParams& p, const Plan& plan, const Wo
   with_type(p.fwd.size.dtype, [&](auto type) { recurrence_backward<decltype(type)>(p, plan, w); });
 }
 
-void run_decode_step(const DecodeParams& p, const DecodeWorkspace& w) {
-  with_type(p.dtype, [&](auto type) { decode<decltype(type)>(p, w); });
+void run_decode_step(const DecodeParams& p, const DecodeWorkspace& w, int64_t token) {
+  with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    p.pool.scale_k ? decode<T, e4m3>(p, w, token) : decode<T, T>(p, w, token);
+  });
 }
 
 }  // namespace
@@ -59,7 +66,7 @@ void run_decode_step(const DecodeParams& p, const DecodeWorkspace& w) {
 #define RAT_TEXT(x) #x
 #define RAT_NAME(x) RAT_TEXT(x)
 
-const Kernels kernels = {RAT_NAME(RAT_ISA),  run_attention_fwd,  run_attention_bwd,
+const Kernels kernels = {RAT_NAME(RAT_ISA),  run_attention_fwd,  run_attention_on_pool, run_attention_bwd,
                          run_recurrence_fwd, run_recurrence_bwd, run_decode_step};
 
 }  // namespace rat::cpu::RAT_ISA

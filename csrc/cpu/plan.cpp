@@ -60,7 +60,7 @@ struct Job {
 
 }  // namespace
 
-Plan::Plan(const Sizes& size, bool has_gate)
+Plan::Plan(const Sizes& size, bool has_gate, const int32_t* entry)
     : sequences(size.sequences),
       chunk_size(size.chunk_size),
       reset(has_gate ? size.chunk_size : 1),
@@ -91,7 +91,7 @@ Plan::Plan(const Sizes& size, bool has_gate)
     }
     if (size.lengths && size.lengths[n] < 0) fail("lengths" + index, "0 or more", size.lengths[n]);
     begin_[at(n)] = cu ? cu[n] : 0;
-    length_[at(n)] = cu ? cu[n + 1] - cu[n] : size.tokens;
+    length_[at(n)] = entry && entry[n] < 0 ? 0 : cu ? cu[n + 1] - cu[n] : size.tokens;
     start_[at(n)] = size.lengths ? size.lengths[n] : 0;
     const int64_t total = start_[at(n)] + length_[at(n)];
     if (size.lengths && total > std::numeric_limits<int32_t>::max()) {
@@ -175,11 +175,19 @@ void run_tasks(int64_t tasks, int workers, Task task, void* context) {
       &job);
 }
 
-Workspace attention_fwd_workspace(const AttentionFwdParams& p, const Plan& plan, const Allocator& allocator) {
-  const size_t acc = acc_bytes(p.size.dtype);
+Workspace attention_fwd_workspace(const AttentionFwdParams& p, const Plan& plan, const Pool* pool,
+                                  const Allocator& allocator) {
+  const Sizes& s = p.size;
+  const size_t acc = acc_bytes(s.dtype);
   Layout layout;
   Workspace w;
-  take_carries(w.forward, layout, plan, p.size.heads, true, true, acc);
+  w.pool = pool;
+  take_carries(w.forward, layout, plan, s.heads, true, false, acc);
+  if (pool) {
+    layout.take(w.initial_k, s.sequences * s.heads * s.head_dim, acc);
+    layout.take(w.initial_v, s.sequences * s.heads * s.head_dim, acc);
+    layout.take(w.lse, s.batch * s.heads * s.tokens, acc);
+  }
   take_scratch(w, layout, plan, acc);
   layout.commit(allocator);
   return w;
@@ -230,21 +238,29 @@ Workspace recurrence_bwd_workspace(const RecurrenceBwdParams& p, const Plan& pla
   return w;
 }
 
+int64_t decode_slices(const DecodeParams& p, int64_t slot) {
+  return std::max<int64_t>(1, ceil_div(p.pool.lengths[slot] / p.chunk_size, kSlice));
+}
+
 DecodeWorkspace decode_workspace(const DecodeParams& p, const Allocator& allocator) {
   const size_t acc = acc_bytes(p.dtype);
   const int64_t items = p.batch * p.heads;
   Layout layout;
   DecodeWorkspace w;
-  w.splits = std::max<int64_t>(1, std::min(ceil_div(p.rows, 256), 32 / items));
+  int64_t keys = 0;  // of the last token of the longest sequence
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t slot = p.slots ? p.slots[b] : b;
+    if (slot >= 0) keys = std::max(keys, (p.pool.lengths[slot] + p.tokens - 1) / p.chunk_size);
+  }
+  w.slices = std::max<int64_t>(1, ceil_div(keys, kSlice));
   w.padded_dim = ceil_div(p.head_dim, kPad) * kPad;
   layout.take(w.state, items * w.padded_dim, acc);
   layout.take(w.self, items, acc);
-  layout.take(w.sum, items * w.splits * w.padded_dim, acc);
-  layout.take(w.maximum, items * w.splits, acc);
-  layout.take(w.weight, items * w.splits, acc);
+  layout.take(w.sum, items * w.slices * w.padded_dim, acc);
+  layout.take(w.maximum, items * w.slices, acc);
+  layout.take(w.weight, items * w.slices, acc);
   layout.take(w.done, items, sizeof(int64_t));
   layout.commit(allocator);
-  std::fill(w.done, w.done + items, 0);
   return w;
 }
 

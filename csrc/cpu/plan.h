@@ -37,8 +37,9 @@ struct Tile {
 // they are not what launchers.h says.
 class Plan {
  public:
-  // has_gate = false: the states are given for each token, the recurrence resets at each token.
-  Plan(const Sizes& size, bool has_gate);
+  // has_gate = false: the states are given for each token, the recurrence resets at each token. `entry`, of a pool: sequences
+  // whose entry is below 0 have no tokens.
+  Plan(const Sizes& size, bool has_gate, const int32_t* entry = nullptr);
 
   int64_t tiles(int64_t n) const;  // of sequence n
   int64_t all_tiles() const;       // of all sequences
@@ -93,9 +94,13 @@ struct Workspace {
   void* ds_self = nullptr;  // (B, H, T) acc, scale not included
   void* dkeys = nullptr;    // (parts, H, closed chunks, padded_dim) acc: gradients of the rotated chunk keys
   void* dvalues = nullptr;
-  int64_t parts = 1;         // of the queries of a sequence and group; each sums its own dkeys and dvalues
-  int64_t key_rows = 0;      // closed chunks of all sequences
-  void* dbias = nullptr;     // (tiles, H, padded_dim) acc: sums of dgate over a tile
+  int64_t parts = 1;           // of the queries of a sequence and group; each sums its own dkeys and dvalues
+  int64_t key_rows = 0;        // closed chunks of all sequences
+  void* dbias = nullptr;       // (tiles, H, padded_dim) acc: sums of dgate over a tile
+  const Pool* pool = nullptr;  // of rows of a pool: the forward's chunks are those of the pool,
+  void* initial_k = nullptr;   // (N, H, D) acc: what rows start from,
+  void* initial_v = nullptr;
+  void* lse = nullptr;       // (B, H, T) acc: wanted by nobody
   char* scratch = nullptr;   // a slab for each worker
   size_t scratch_bytes = 0;  // of one slab
   int workers = 1;
@@ -108,34 +113,40 @@ constexpr int64_t kScoreBuffers = 2;    // (kKeys, kTile)
 constexpr int64_t kKeyBuffers = 2;      // (kKeys, padded_dim)
 constexpr int64_t kVectorBuffers = 16;  // 256 each
 
-Workspace attention_fwd_workspace(const AttentionFwdParams&, const Plan&, const Allocator&);
+Workspace attention_fwd_workspace(const AttentionFwdParams&, const Plan&, const Pool*, const Allocator&);
 Workspace attention_bwd_workspace(const AttentionBwdParams&, const Plan&, const Allocator&);
 Workspace recurrence_fwd_workspace(const RecurrenceFwdParams&, const Plan&, const Allocator&);
 Workspace recurrence_bwd_workspace(const RecurrenceBwdParams&, const Plan&, const Allocator&);
 
-// Of one decode step. The keys of a (row, head), an item, are cut into `splits` runs, a task each; the task that is the
-// last of its item joins them. The number must not depend on the threads, or the result would.
+// A decode step attends to chunk states in slices of this many keys, from the first one on.
+constexpr int64_t kSlice = 256;
+
+// Of one decode step. The keys of a (row, head), an item, are cut into slices, a task each; the task that is the last of its
+// item joins them.
 struct DecodeWorkspace {
-  int64_t splits = 1;
+  int64_t slices = 1;      // of the longest sequence
   int64_t padded_dim = 0;  // D rounded up to kPad
   int workers = 1;
   void* state = nullptr;    // (items, padded_dim) acc: v~ of the new token
   void* self = nullptr;     // (items) acc: s_tt
-  void* sum = nullptr;      // (items, splits, padded_dim) acc: sum of e^(s - maximum) V
-  void* maximum = nullptr;  // (items, splits) acc
-  void* weight = nullptr;   // (items, splits) acc: sum of e^(s - maximum)
+  void* sum = nullptr;      // (items, slices, padded_dim) acc: sum of e^(s - maximum) V
+  void* maximum = nullptr;  // (items, slices) acc
+  void* weight = nullptr;   // (items, slices) acc: sum of e^(s - maximum)
   int64_t* done = nullptr;  // (items): tasks that are done
 };
+// For the row's next token.
+int64_t decode_slices(const DecodeParams&, int64_t slot);
 DecodeWorkspace decode_workspace(const DecodeParams&, const Allocator&);
 
 // What one instruction set offers.
 struct Kernels {
   const char* name;
   void (*attention_fwd)(const AttentionFwdParams&, const Plan&, const Workspace&);
+  void (*attention_on_pool)(const AttentionFwdParams&, const Plan&, const Workspace&);
   void (*attention_bwd)(const AttentionBwdParams&, const Plan&, const Workspace&);
   void (*recurrence_fwd)(const RecurrenceFwdParams&, const Plan&, const Workspace&);
   void (*recurrence_bwd)(const RecurrenceBwdParams&, const Plan&, const Workspace&);
-  void (*decode_step)(const DecodeParams&, const DecodeWorkspace&);
+  void (*decode_step)(const DecodeParams&, const DecodeWorkspace&, int64_t token);
 };
 
 namespace baseline {

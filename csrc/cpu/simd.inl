@@ -158,6 +158,45 @@ RAT_INLINE void convert8(const float* from, f16* to) {
   narrow(to, h | sign);
 }
 
+typedef uint8_t Byte8 __attribute__((vector_size(8)));
+
+RAT_INLINE void convert8(const e4m3* from, float* to) {
+  Byte8 b;
+  __builtin_memcpy(&b, from, sizeof b);
+  const Word8 w = __builtin_convertvector(b, Word8);
+  // As of halves: exponent and fraction moved, then 2^120 for the two exponent biases.
+  const Word8 scaled = (Word8)((Float8)((w & 0x7f) << 20) * 0x1p120f);
+  const Word8 result = ((w & 0x7f) == 0x7f ? Word8{} + 0x7fc00000 : scaled) | (w & 0x80) << 24;
+  __builtin_memcpy(to, &result, sizeof result);
+}
+
+RAT_INLINE void convert8(const float* from, e4m3* to) {
+  Word8 w;
+  __builtin_memcpy(&w, from, sizeof w);
+  const Word8 sign = w >> 24 & 0x80;
+  const Word8 magnitude = w & 0x7fffffff;
+  const Word8 normal = (magnitude - 0x3c000000 + 0x7ffff + (magnitude >> 20 & 1)) >> 20;
+  // Below 2^-6 the unit is 2^-9, which is the unit of floats from 2^14 on: the addition rounds.
+  const Word8 subnormal = (Word8)((Float8)magnitude + 16384.0f) - 0x46800000;
+  Word8 b = magnitude < 0x3c800000 ? subnormal : normal;
+  b = magnitude > 0x43e00000 ? Word8{} + 0x7e : b;  // the largest, 448
+  b = magnitude > 0x7f800000 ? Word8{} + 0x7f : b;
+  const Byte8 bytes = __builtin_convertvector(b | sign, Byte8);
+  __builtin_memcpy(to, &bytes, sizeof bytes);
+}
+
+RAT_INLINE void convert8(const e4m3* from, double* to) {
+  float x[8];
+  convert8(from, x);
+  for (int64_t i = 0; i < 8; ++i) to[i] = x[i];
+}
+
+RAT_INLINE void convert8(const double* from, e4m3* to) {
+  float x[8];
+  for (int64_t i = 0; i < 8; ++i) x[i] = static_cast<float>(from[i]);
+  convert8(x, to);
+}
+
 template <class A>
 RAT_INLINE void convert8(const A* from, A* to) {
   __builtin_memcpy(to, from, 8 * sizeof(A));

@@ -60,8 +60,8 @@ RAT_INLINE void zero(A* p, int64_t n) {
   __builtin_memset(p, 0, static_cast<size_t>(n) * sizeof(A));
 }
 
-template <class T>
-void load_row(const T* from, int64_t dim, int64_t ld, Acc<T>* to) {
+template <class T, class A>
+void load_row(const T* from, int64_t dim, int64_t ld, A* to) {
   for (int64_t d = 0; d < dim; d += 8) convert8(from + d, to + d);
   zero(to + dim, ld - dim);
 }
@@ -70,6 +70,35 @@ template <class T>
 void store_row(const Acc<T>* from, int64_t dim, T* to) {
   for (int64_t d = 0; d < dim; d += 8) convert8(from + d, to + d);
 }
+
+// A chunk state in the dtype of the rows. There are no scales.
+template <class T>
+void store_state(const Acc<T>* from, int64_t dim, T* to, float*) {
+  store_row(from, dim, to);
+}
+
+// In e4m3: the scale is the least power of two that brings the largest element to 448; 1 for zeros. What is not finite makes all
+// of the state NaN.
+template <class A>
+void store_state(const A* from, int64_t dim, e4m3* to, float* scale) {
+  A amax = 0, scaled[256];
+  for (int64_t d = 0; d < dim; ++d) {
+    const A x = from[d] < 0 ? -from[d] : from[d];
+    if (!(x <= amax)) amax = x;
+    if (amax != amax) break;
+  }
+  *scale = amax == 0 ? 1.0f : static_cast<float>(amax);
+  if (amax > 0 && *scale <= __FLT_MAX__) {
+    int exponent;
+    const double fraction = __builtin_frexp(static_cast<double>(amax), &exponent);  // in [1/2, 1); 448 is 7/8 of 2^9
+    exponent += fraction <= 0.875 ? -9 : -8;
+    *scale = static_cast<float>(__builtin_ldexp(1.0, exponent < -117 ? -117 : exponent));
+  }
+  for (int64_t d = 0; d < dim; ++d) scaled[d] = from[d] / static_cast<A>(*scale);
+  for (int64_t d = 0; d < dim; d += 8) convert8(scaled + d, to + d);
+}
+
+RAT_INLINE float scale_of(const float* scales, int64_t row) { return scales ? scales[row] : 1.0f; }
 
 // Rows of one head lie H * D apart, too far for most hardware prefetchers. Asked for ahead, they arrive while others
 // are worked on.

@@ -17,6 +17,7 @@ struct Choice {
 };
 
 std::vector<Choice> explain_attention_fwd(const AttentionFwdParams&);
+std::vector<Choice> explain_attention_cached(const AttentionCachedParams&);
 std::vector<Choice> explain_attention_bwd(const AttentionBwdParams&);
 std::vector<Choice> explain_recurrence_bwd(const AttentionBwdParams&);
 

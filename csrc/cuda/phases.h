@@ -33,7 +33,9 @@ void check_sequences(const Sizes&, int64_t chunk_rows, int64_t rotary_rows, int6
 
 // Forward phase 1 (recurrence/forward.cu): scans k and v; writes v~ into y, s_self, closed chunk states (rotated), running
 // states; copies the initial chunk states to the front.
-Launch chunk_prepare_fwd(const AttentionFwdParams&, const FwdScratch&, Arena&);
+// `pool`: rows of a pool, in place; it lives as long as the params. null: no pool.
+struct PoolStates;  // recurrence/scan.cuh
+Launch chunk_prepare_fwd(const AttentionFwdParams&, const FwdScratch&, const PoolStates* pool, Arena&);
 
 // Forward phase 2 (attention/*_fwd.cu, f32.cu): softmax over earlier chunks and self; overwrites v~ in y by y, writes lse.
 Launch chunk_attention_fwd(const AttentionFwdParams&, const FwdScratch&, Arena&);
@@ -66,6 +68,7 @@ KernelList chunk_attention_bwd_sm80_kernels();
 KernelList chunk_attention_f32_kernels();
 KernelList chunk_attention_rotate_reduce_kernels();
 KernelList decode_kernels();
+KernelList rat_attention_cached_kernels();
 KernelList chunk_attention_fwd_sm90_kernels();
 KernelList chunk_attention_bwd_sm90_kernels();
 

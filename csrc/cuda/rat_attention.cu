@@ -41,7 +41,7 @@ void attention_fwd(const AttentionFwdParams& a, const Allocator& allocator, void
   FwdScratch scratch{};
   scratch.s_self = arena.take<float>(a.size.batch * a.size.heads * a.size.tokens);
   const size_t mark = arena.mark();
-  const Launch prepare = chunk_prepare_fwd(a, scratch, arena);
+  const Launch prepare = chunk_prepare_fwd(a, scratch, nullptr, arena);
   arena.rewind(mark);
   const Launch attend = tokens ? chunk_attention_fwd(a, scratch, arena) : Launch();
   arena.commit(allocator);

@@ -1,361 +1,312 @@
-// One decode step for every row of a batch, in one launch: scan one token, attend to the chunk states, append, advance.
+// One or several decode steps for every row of a batch, in one launch: scan the new tokens, attend to the chunk states, append,
+// advance.
 //
-// A block takes a slice of the chunk states of one (row, head). Its lane groups (rows.cuh) take keys in turn, four at a
-// time, each with a running softmax in registers; groups are merged by shuffles and through shared memory. Bytes: the chunk
-// states, 2 C D per (row, head), read once, 16 bytes per lane; the rest is small.
+// Bytes: the chunk states, 2 C D per (row, head), read once; the rest is small. Blocks stay and take (row, head) pairs in turn.
+// In each, one warp fetches: it reads slots and lengths, checks the row, and copies chunk states into a ring of shared memory,
+// as far ahead as the ring allows, into the next pairs too (fetch.cuh). One scans the new tokens (states.cuh). Eight attend:
+// their lane groups take keys in turn, a few at a time, each with a running softmax in registers (attend.cuh).
 //
-//   slice 0          advances the running state, starts its softmax from the own state, appends the chunk state that closes.
-//                    No one else reads what it writes: the keys of this token are the chunks closed before it.
-//   last slice       to arrive at a (row, head) (atomic counter; partial results are published by a fence before it) merges
-//                    the slices in order, applies the output gate, stores y.
-//   last head        to arrive at a row, after all of its blocks have read the length, advances it.
+// Keys are cut into slices of a fixed number. A slice has its own softmax, and slices are joined in order. So a row's bits
+// depend on its own length alone: not on the batch, not on how many blocks share a pair, and not on the number of new tokens.
+// Where blocks share a pair (a way is the part of one), the slices meet in scratch memory, and the last of the ways joins them.
 //
-// The counters belong to the entries of the pool, the partial results to the call: steps over disjoint entries may run at
-// the same time. A counter wraps to zero with the last arrival, so the workspace is zeroed once, when the cache is made.
-// Every decision from a length is taken on the device: a CUDA graph may replay the step.
+// Nothing from a length is decided on the host: a CUDA graph may replay the step. A length is read once in each way, by its
+// fetching warp; the last way of a row to have read it advances it. Counters belong to the sequences of the pool, partial
+// results to the call: steps over disjoint sequences may run at the same time. A counter wraps to zero with the last arrival, so
+// the workspace is zeroed once, when the cache is made.
 //
 // What is not finite becomes what the definition makes of it: a score of -inf weighs 0, also where a group has seen
 // nothing else; one of +inf or NaN, or nothing but -inf, makes y NaN; and the weight of each key that the token sees
 // multiplies its value, 0 * inf = NaN, but no value that it does not see.
 #include <algorithm>
-#include <cfloat>
-#include <cstdio>
 
+#include "decode/attend.cuh"
+#include "decode/fetch.cuh"
 #include "recurrence/scan_launch.h"
 
 namespace rat::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / 32;
-// Blocks that a launch splits (row, head) pairs into, at most: bounds the partial results.
-constexpr int64_t kMaxBlocks = 1056;
-constexpr int64_t kMaxSlices = 64;
-
-// The maximum of a softmax over no keys: below no finite score, and finite, so that e^(-inf - maximum) is 0.
-constexpr float kNoScore = -FLT_MAX;
-
-struct Decode {
-  DecodeParams p;
-  int slices;
-  float* partial;      // (batch * H * slices, D + 8): unnormalised values, then maximum and sum; null if slices == 1
-  unsigned* arrived;   // (pool, H): slices that are done
-  unsigned* heads_in;  // (pool): heads that are done
-};
-
-// A softmax over some of the keys: sum of weights relative to exp(maximum), values weighted likewise. Each lane of a group
-// holds eight values.
-struct Running {
-  float maximum, sum;
-  float value[8];
-};
-
-__device__ __forceinline__ void clear(Running& r) {
-  r.maximum = kNoScore;
-  r.sum = 0.0f;
-  zero(r.value);
-}
-
-// a, joined by b.
-__device__ __forceinline__ void merge(Running& a, float maximum, float sum, const float (&value)[8]) {
-  const float top = fmaxf(a.maximum, maximum);
-  const float mine = a.maximum == top ? 1.0f : expf(a.maximum - top);
-  const float other = maximum == top ? 1.0f : expf(maximum - top);
-  a.maximum = top;
-  a.sum = a.sum * mine + sum * other;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) a.value[j] = a.value[j] * mine + value[j] * other;
-}
-
-// Merges all lane groups of the block; the result is in the groups of warp 0. `shared`: kWarps x (W * 8 + 2) floats.
-template <int W>
-__device__ __forceinline__ void merge_block(Running& r, float* shared) {
-#pragma unroll
-  for (int distance = W; distance < 32; distance *= 2) {
-    float value[8];
-    const float maximum = __shfl_xor_sync(kFullWarp, r.maximum, distance);
-    const float sum = __shfl_xor_sync(kFullWarp, r.sum, distance);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) value[j] = __shfl_xor_sync(kFullWarp, r.value[j], distance);
-    merge(r, maximum, sum, value);
-  }
-  constexpr int kRow = W * 8 + 2;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  __syncthreads();  // `shared` may still be read from the last merge
-  if (lane < W) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) shared[warp * kRow + j * W + lane] = r.value[j];
-    if (lane == 0) {
-      shared[warp * kRow + 8 * W] = r.maximum;
-      shared[warp * kRow + 8 * W + 1] = r.sum;
-    }
-  }
-  __syncthreads();  // every warp's result is there
-  if (warp == 0) {
-#pragma unroll
-    for (int w = 1; w < kWarps; ++w) {
-      float value[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) value[j] = shared[w * kRow + j * W + lane % W];
-      merge(r, shared[w * kRow + 8 * W], shared[w * kRow + 8 * W + 1], value);
-    }
-  }
-}
-
-// Counts an arrival; true for the last of `all`. The counter is back at zero after each round of `all`, and so it is after
-// a call that names one entry twice: what its y is nobody says, but later calls are right.
-__device__ __forceinline__ bool last_of(unsigned* counter, unsigned all) {
-  return atomicInc(counter, all - 1) == all - 1;
-}
-
-// The token of a block, and where it stands.
-struct Token {
-  int64_t b, h;  // row, head
-  int64_t entry;
-  int64_t length;  // of the sequence, without this token
-  int64_t chunk, offset;
-  bool closes;  // its chunk
-};
-
-// Stops the kernel with a message where the token has no place.
-__device__ __forceinline__ bool has_place(const DecodeParams& p, const Token& t) {
-  if (t.length < 0 || t.chunk > p.rows || (t.closes && t.chunk >= p.rows) || t.length >= INT32_MAX) {
-    if (threadIdx.x == 0) {
-      printf(
-          "rat_ext.rat_decode_step: cache: sequence %lld has %lld tokens; its %lld chunk states of %lld tokens have no "
-          "room for one more token (cache full)\n",
-          static_cast<long long>(t.entry), static_cast<long long>(t.length), static_cast<long long>(p.rows),
-          static_cast<long long>(p.chunk_size));
-      __trap();  // here, so that nobody stops the kernel before the message is out
-    }
-    return false;
-  }
-  if (p.rotary.cos && t.chunk >= p.rotary.rows) {
-    if (threadIdx.x == 0) {
-      printf("rat_ext.rat_decode_step: rotary_cos: expected more than %lld rows, one for each chunk, got %lld\n",
-             static_cast<long long>(t.chunk), static_cast<long long>(p.rotary.rows));
-      __trap();  // here, so that nobody stops the kernel before the message is out
-    }
-    return false;
-  }
-  return true;
-}
-
-// Advances the running state, starts the softmax of the group that stores from it, and appends the chunk state that
-// closes. For one warp: keys first, then values, to hold few registers. All groups of it compute, the first stores; each
-// barrier stands between the last read of a running state and its update. q: scaled, not rotated.
-template <class T, int W, bool kVector>
-__device__ __forceinline__ void advance_states(const DecodeParams& p, const Token& t, const Lane& lane,
-                                               const float (&q)[8], T* chunk_k, T* chunk_v, Running& r) {
-  const bool leads = threadIdx.x < W;
-  const int64_t at = (t.entry * p.heads + t.h) * p.head_dim + lane.d;
-  float* const running_k = static_cast<float*>(p.running_k) + at;
-  float* const running_v = static_cast<float*>(p.running_v) + at;
-  float state[8], f[8], g[8], x[8];
-  zero(x);
-  if (p.gate_bias) load_floats(static_cast<const float*>(p.gate_bias) + t.h * p.head_dim + lane.d, x);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) x[j] *= kLogitUnit<T>;
-  gates_of(load_raw<kVector>(row_of<T>(p.gate, t.b, 0, t.h, lane.d)), x, true, f, g);
-
-  zero(state);
-  if (t.offset > 0) load_floats(running_k, state);
-  load_row<kVector>(row_of<T>(p.k, t.b, 0, t.h / (p.heads / p.k_groups), lane.d), x);
-  advance(f, g, x, state);
-  const float own = group_sum<W>(lane.live ? dot(q, state) : 0.0f);
-  __syncwarp();
-  if (leads && lane.live) store_floats(running_k, state);
-  if (t.closes) {
-    if (p.rotary.cos) rotate<W>(p.rotary, t.chunk, p.head_dim, lane, 1.0f, state);
-    if (leads && lane.live) store_row<kVector>(chunk_k + t.chunk * p.head_dim, state);
-  }
-
-  zero(state);
-  if (t.offset > 0) load_floats(running_v, state);
-  load_row<kVector>(row_of<T>(p.v, t.b, 0, t.h, lane.d), x);
-  advance(f, g, x, state);
-  __syncwarp();
-  if (leads) {
-    r.maximum = fmaxf(own, kNoScore);
-    r.sum = expf(own - r.maximum);  // 1 for a finite score
-#pragma unroll
-    for (int j = 0; j < 8; ++j) r.value[j] = r.sum * state[j];
-  }
-  if (leads && lane.live) {
-    store_floats(running_v, state);
-    if (t.closes) store_row<kVector>(chunk_v + t.chunk * p.head_dim, state);
-  }
-}
-
-// Attends to keys [begin, end), which is the same range for all groups of the block: shuffles need whole warps.
-template <class T, int W, bool kVector>
-__device__ __forceinline__ void attend(const T* chunk_k, const T* chunk_v, int64_t head_dim, int64_t begin, int64_t end,
-                                       const Lane& lane, const float (&q)[8], Running& r) {
-  constexpr int kGroups = kThreads / W;
-  constexpr int kKeys = sizeof(T) == 4 ? 2 : 4;
-  const int group = static_cast<int>(threadIdx.x) / W;
+// All tokens of a (row, head) that is skipped.
+template <class T>
+__device__ __forceinline__ void store_zeros(const Decode& a, const Item& item) {
+  const int d = static_cast<int>(threadIdx.x);
+  if (d >= a.p.head_dim) return;
 #pragma unroll 1
-  for (int64_t base = begin; base < end; base += kGroups * kKeys) {
-    Raw8<T> k_raw[kKeys], v_raw[kKeys];
-#pragma unroll
-    for (int u = 0; u < kKeys; ++u) {
-      const int64_t key = min(base + u * kGroups + group, end - 1);
-      k_raw[u] = load_raw<kVector>(chunk_k + key * head_dim);
-      v_raw[u] = load_raw<kVector>(chunk_v + key * head_dim);
-    }
-    float score[kKeys];
-    float top = r.maximum;
-#pragma unroll
-    for (int u = 0; u < kKeys; ++u) {
-      float x[8];
-      unpack(k_raw[u], x);
-      score[u] = group_sum<W>(lane.live ? dot(q, x) : 0.0f);
-      if (base + u * kGroups + group < end) top = fmaxf(top, score[u]);
-    }
-    const float shrink = r.maximum == top ? 1.0f : expf(r.maximum - top);
-    r.maximum = top;
-    r.sum *= shrink;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) r.value[j] *= shrink;
-#pragma unroll
-    for (int u = 0; u < kKeys; ++u) {
-      if (base + u * kGroups + group >= end) break;  // a key that another group has: 0 times its value may be NaN
-      const float weight = expf(score[u] - top);
-      r.sum += weight;
-      float x[8];
-      unpack(v_raw[u], x);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) r.value[j] = fmaf(weight, x[j], r.value[j]);
-    }
-  }
+  for (int i = 0; i < a.tokens; ++i) *out_row_of<T>(a.p.y, item.row, i, item.head, d) = from_float<T>(0.0f);
 }
 
-// Publishes the result of a slice. False for all threads of the block unless it is the last one of its (row, head); r is
-// then the sum of all slices, in the groups of warp 0.
-template <int W>
-__device__ __forceinline__ bool merge_slices(const Decode& a, const Token& t, int64_t pair, int slice, const Lane& lane,
-                                             float* shared, bool& is_last, Running& r) {
-  const int64_t D = a.p.head_dim, row = D + 8;
-  float* const mine = a.partial + (pair * a.slices + slice) * row;
-  if (threadIdx.x < W && lane.live) {
-    store_scratch(mine + lane.d, r.value);
-    if (lane.index == 0) {
-      mine[D] = r.maximum;
-      mine[D + 1] = r.sum;
-    }
-    __threadfence();
+// The tokens and elements that a thread joins: token `first`, `first` + step ..., element d.
+template <class K>
+struct Share {
+  static constexpr int kStep = kConsumers / K::kColumns;
+  static constexpr int kTokens = (K::N + kStep - 1) / kStep;
+  int first, d;
+  bool live;
+  __device__ __forceinline__ explicit Share(const Decode& a)
+      : first(static_cast<int>(threadIdx.x) / K::kColumns), d(static_cast<int>(threadIdx.x) % K::kColumns) {
+    live = d < a.p.head_dim;
   }
-  __syncthreads();  // partial results are published before the arrival is counted
+};
+
+// Of a pair that blocks share, by the last of its ways.
+template <class K>
+__device__ __forceinline__ void finish_ways(const Decode& a, SharedHead& head, const Item& item, const Share<K>& share,
+                                            const float* out_gate) {
+  __threadfence();
+  consumers_sync();  // partial results are stored before the arrival is counted
   if (threadIdx.x == 0) {
-    is_last = last_of(a.arrived + t.entry * a.p.heads + t.h, static_cast<unsigned>(a.slices));
+    unsigned* const arrived = a.arrived + static_cast<int64_t>(item.entry) * a.heads + item.head;
+    head.last = last_of(arrived, static_cast<unsigned>(item.ways));
     __threadfence();  // and the others' are read after it
   }
-  __syncthreads();
-  if (!is_last) return false;
-  clear(r);
-  for (int i = static_cast<int>(threadIdx.x) / W; i < a.slices; i += kThreads / W) {
-    const float* from = a.partial + (pair * a.slices + i) * row;
-    float value[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) value[j] = __ldcg(from + lane.d + j);
-    merge(r, __ldcg(from + D), __ldcg(from + D + 1), value);
+  consumers_sync();
+  if (head.last == 0) return;
+#pragma unroll 1
+  for (int i = share.first; i < a.tokens && share.live; i += Share<K>::kStep) {
+    const int slices = static_cast<int>((keys_of(a, item, i) + kSlice - 1) / kSlice);
+    const Joined joined = join_slices<K>(a, item, i, slices, share.d);
+    const float* const state = partial_row(a, item, i, 0);
+    store_output<K>(a, item, i, share.d, joined, __ldcg(state + a.p.head_dim), __ldcg(state + share.d),
+                    out_gate[i * K::kColumns + share.d]);
   }
-  merge_block<W>(r, shared);
-  return true;
 }
 
-template <class T, bool kVector>
-__device__ __forceinline__ void store_output(const DecodeParams& p, const Token& t, const Lane& lane, T* y,
-                                             Running& r) {
-  const float inverse = 1.0f / r.sum;
+template <class K>
+__device__ __forceinline__ void consume_item(const Decode& a, char* memory, const SharedLayout& layout, const Item& item,
+                                             RingPlace& place, Ring<kPrepared>& prepared) {
+  using S = typename K::S;
+  constexpr int N = K::N, kTokens = Share<K>::kTokens;
+  SharedHead& head = *reinterpret_cast<SharedHead*>(memory);
+  float* const values = reinterpret_cast<float*>(memory + layout.values);
+  const int D = static_cast<int>(a.p.head_dim), at = static_cast<int>(prepared.slot());
+  const float* const rows = reinterpret_cast<const float*>(memory + layout.prepared) + at * 3 * N * K::kColumns;
+  const float *const out_gate = rows + N * K::kColumns, *const own_value = rows + 2 * N * K::kColumns;
+  const S* const fresh = reinterpret_cast<const S*>(memory + layout.fresh) + at * 2 * N * D;
+  const uint32_t scanned = shared_address(&head.scanned[at]), round = prepared.count / kPrepared % 2;
+  const Lane lane = lane_of<K::W>(item.head, a.heads, D);
+  const Share<K> share(a);
+
+  Queries<N> queries;
+  prepared.wait_full();
+  load_queries<K>(a, item, lane, rows, queries);
+  const uint32_t all_keys = queries.keys[N - 1];
+  if (N > 1 && item.tail && all_keys > item.keys) mbarrier_wait(scanned, round);  // the chunk states that close are there
+
+  // The tail has the new keys too, which may reach into a slice of their own.
+  const int end_slice = item.tail ? max(item.slices, static_cast<int>((all_keys + kSlice - 1) / kSlice)) : item.slices;
+  Joined joined[kTokens];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) r.value[j] *= inverse;
-  if (p.out_gate.ptr) {
-    float z[8];
-    load_row<kVector>(row_of<T>(p.out_gate, t.b, 0, t.h, lane.d), z);
+  for (Joined& j : joined) j = {kNoScore, 0.0f, 0.0f};
+#pragma unroll 1
+  for (int slice = item.way; slice < end_slice; slice += slice + 1 < item.slices ? item.ways : 1) {
+    const uint32_t first = static_cast<uint32_t>(slice) * kSlice;
+    const uint32_t last = min(first + kSlice, slice + 1 < item.slices ? item.keys : all_keys);
+    Running r[N];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float open, shut;
-      gates<T>(kLogitUnit<T> * z[j], open, shut);
-      r.value[j] *= open;
+    for (int i = 0; i < N; ++i) clear(r[i]);
+#pragma unroll 1
+    for (uint32_t base = first; base < last; base += K::kStageKeys) {
+      const S* const stage = reinterpret_cast<const S*>(memory + layout.ring + place.slot * a.stage_bytes);
+      const bool fetched = base < item.keys;
+      if (fetched) mbarrier_wait(shared_address(&head.full[place.slot]), place.round);
+      if (N > 1 && base + K::kStageKeys <= item.keys) {
+        attend<K, true>(queries, lane, D, base, item.keys, stage, fresh, head.fresh_scale[at], r);
+      } else {
+        attend<K, false>(queries, lane, D, base, item.keys, stage, fresh, head.fresh_scale[at], r);
+      }
+      if (fetched) {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&head.empty[place.slot]));
+        place.next(a.stages);
+      }
+    }
+    consumers_sync();  // the last slice's have been read
+    share_slice<K>(head, values, lane, r);
+    mbarrier_wait(scanned, round);
+    consumers_sync();
+    if (!share.live) continue;
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) {
+      const int i = share.first + j * Share<K>::kStep;
+      // A token that comes before the slice's first key has the bits that it has without it.
+      if (i >= a.tokens || (N > 1 && slice > 0 && keys_of(a, item, i) <= first)) continue;
+      const Joined part = join_warps<K>(head, values, i, share.d);
+      if (item.ways == 1) {
+        join<typename K::T>(joined[j], part);
+      } else {
+        store_partial(a, item, i, 1 + slice, share.d, part);
+        if (slice + 1 == item.slices) {
+          store_partial(a, item, i, 0, share.d, {head.own_score[at][i], 1.0f, own_value[i * K::kColumns + share.d]});
+        }
+      }
     }
   }
-  store_row<kVector>(y, r.value);
+  if (item.ways > 1) {
+    finish_ways<K>(a, head, item, share, out_gate);
+  } else if (share.live) {
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) {
+      const int i = share.first + j * Share<K>::kStep, own = i * K::kColumns + share.d;
+      if (i < a.tokens) {
+        store_output<K>(a, item, i, share.d, joined[j], head.own_score[at][i], own_value[own], out_gate[own]);
+      }
+    }
+  }
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(prepared.empty());
+  prepared.next();
 }
 
-template <class T, int W, bool kVector>
-__global__ void __launch_bounds__(kThreads, kVector && sizeof(T) == 2 ? 5 : 4)
-    decode_step_kernel(const __grid_constant__ Decode a) {
-  __shared__ float shared[kWarps * (W * 8 + 2)];
-  __shared__ bool is_last;
-  const DecodeParams& p = a.p;
-  const int slice = static_cast<int>(blockIdx.x % a.slices);
-  const int64_t pair = blockIdx.x / a.slices;
-  Token t;
-  t.b = pair / p.heads;
-  t.h = pair % p.heads;
-  const Lane lane = lane_of<W>(t.h, p.heads, p.head_dim);
-  const bool stores = threadIdx.x < W && lane.live;  // a lane of the group that stores
-
-  t.entry = p.slots ? p.slots[t.b] : t.b;
-  T* const y = static_cast<T*>(p.y.ptr) + t.b * p.y.batch + t.h * p.y.head + lane.d;
-  if (t.entry < 0) {
-    float none[8];
-    zero(none);
-    if (slice == 0 && stores) store_row<false>(y, none);
-    return;
-  }
-  if (t.entry >= p.pool) {
-    if (threadIdx.x == 0) {
-      printf("rat_ext.rat_decode_step: slots[%lld]: expected less than %lld, the sequences of the cache, got %lld\n",
-             static_cast<long long>(t.b), static_cast<long long>(p.pool), static_cast<long long>(t.entry));
-      __trap();  // here, so that nobody stops the kernel before the message is out
+template <class K>
+__device__ __forceinline__ void consume(const Decode& a, char* memory, const SharedLayout& layout) {
+  SharedHead& head = *reinterpret_cast<SharedHead*>(memory);
+  Ring<kItems> items(head.items);
+  Ring<kPrepared> prepared(head.prepared);
+  RingPlace place;
+#pragma unroll 1
+  for (;;) {
+    items.wait_full();
+    const Item item = head.item[items.slot()];
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(items.empty());
+    items.next();
+    if (item.kind == ItemKind::end) return;
+    if (item.kind == ItemKind::zeros) {
+      store_zeros<typename K::T>(a, item);
+    } else {
+      consume_item<K>(a, memory, layout, item, place, prepared);
     }
-    return;
   }
-  t.length = p.lengths[t.entry];
-  t.chunk = t.length / p.chunk_size;
-  t.offset = t.length - t.chunk * p.chunk_size;
-  t.closes = t.offset == p.chunk_size - 1;
-  if (!has_place(p, t)) return;
+}
 
-  // q, scaled, unrotated for the own state and rotated for the chunks.
-  float q[8];
-  load_row<kVector>(row_of<T>(p.q, t.b, 0, t.h / (p.heads / p.q_groups), lane.d), q);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) q[j] = lane.live ? static_cast<float>(p.scale) * q[j] : 0.0f;
+// That a multiprocessor holds at once: registers and shared memory are planned for them.
+template <class K>
+constexpr int kBlocks = K::N > 1 ? 1 : 2;
 
-  Running r;
-  clear(r);
-  const int64_t states = (t.entry * p.heads + t.h) * p.rows * p.head_dim + lane.d;
-  T* const chunk_k = static_cast<T*>(p.chunk_k) + states;
-  T* const chunk_v = static_cast<T*>(p.chunk_v) + states;
-  if (slice == 0 && threadIdx.x < 32) advance_states<T, W, kVector>(p, t, lane, q, chunk_k, chunk_v, r);
-  if (p.rotary.cos) rotate<W>(p.rotary, t.chunk, p.head_dim, lane, 1.0f, q);
-  const int64_t begin = t.chunk * slice / a.slices, end = t.chunk * (slice + 1) / a.slices;
-  attend<T, W, kVector>(chunk_k, chunk_v, p.head_dim, begin, end, lane, q, r);
-  merge_block<W>(r, shared);
-  if (a.slices > 1 && !merge_slices<W>(a, t, pair, slice, lane, shared, is_last, r)) return;
-  if (stores) store_output<T, kVector>(p, t, lane, y, r);
-
-  // All threads of this block have read the length, long before merge_block's barriers.
+template <class K>
+__global__ void __launch_bounds__(kDecodeThreads, kBlocks<K>) decode_step_kernel(const __grid_constant__ Decode a) {
+  extern __shared__ __align__(128) char memory[];
+  SharedHead& head = *reinterpret_cast<SharedHead*>(memory);
+  const SharedLayout layout = shared_layout<K>(static_cast<int>(a.p.head_dim));
   if (threadIdx.x == 0) {
-    __threadfence();
-    if (last_of(a.heads_in + t.entry, static_cast<unsigned>(p.heads))) {
-      p.lengths[t.entry] = static_cast<int32_t>(t.length + 1);
+    head.items.init(1, kConsumerWarps + 1);
+    head.prepared.init(1, kConsumerWarps);
+    for (uint64_t& scanned : head.scanned) mbarrier_init(shared_address(&scanned), 1);
+    for (int i = 0; i < a.stages; ++i) {
+      mbarrier_init(shared_address(&head.full[i]), fills<K>(a));
+      mbarrier_init(shared_address(&head.empty[i]), kConsumerWarps);
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  let_next_kernel_start();
+  const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 32, 0);  // the compiler sees that a warp is of one mind
+  if (warp < kConsumerWarps) {
+    warm_tokens<K>(a);
+    wait_for_earlier_kernels();
+    consume<K>(a, memory, layout);
+  } else if (warp == kConsumerWarps) {
+    warm_states<K>(a);
+    wait_for_earlier_kernels();
+    fetch<K>(a, head, shared_address(memory) + layout.ring);
+  } else {
+    wait_for_earlier_kernels();
+    scan<K>(a, memory, layout);
+  }
+}
+
+// The slots of rows that a draft in several launches takes, all or none: -1 for one that has an error. A warp for each row.
+__global__ void __launch_bounds__(128) decode_admit_kernel(const __grid_constant__ Decode a, int64_t* slots) {
+  const int row = static_cast<int>((blockIdx.x * blockDim.x + threadIdx.x) / 32),
+            lane = static_cast<int>(threadIdx.x) % 32;
+  if (row >= a.p.batch) return;
+  const int64_t firsts = a.p.slots && lane < a.p.batch ? a.p.slots[lane] : -1;
+  int64_t slot = a.p.slots ? a.p.slots[row] : row;
+  if (slot >= 0) {
+    const int64_t length = slot < a.p.pool.sequences ? a.p.pool.lengths[slot] : 0;
+    PoolError error = refusal(a, slot, length);
+    if (error == PoolError::none) {
+      error = refusal_among(a, row, static_cast<int>(slot), static_cast<uint32_t>(length), firsts);
+    }
+    if (error != PoolError::none) {
+      if (lane == 0) report(a, error, row, slot, length);
+      slot = -1;
     }
   }
+  if (lane == 0) slots[row] = slot;
 }
 
 struct Counters {
-  Piece<unsigned> heads_in, arrived;
+  Piece<unsigned> heads_in, read, arrived;
 };
 
 Counters take_counters(const DecodeParams& p, Arena& workspace) {
   Counters c;
-  c.heads_in = workspace.take<unsigned>(p.pool);
-  c.arrived = workspace.take<unsigned>(p.pool * p.heads);
+  c.heads_in = workspace.take<unsigned>(p.pool.sequences);
+  c.read = workspace.take<unsigned>(p.pool.sequences * p.heads);
+  c.arrived = workspace.take<unsigned>(p.pool.sequences * p.heads);
   return c;
+}
+
+template <class K>
+void launch(Decode a, cudaStream_t stream) {
+  auto* const kernel = decode_step_kernel<K>;
+  const int head_dim = static_cast<int>(a.p.head_dim);
+  const int fixed = shared_layout<K>(head_dim).ring;
+  a.stage_bytes = stage_bytes<K>(head_dim);
+  a.bulk = device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9 && head_dim * sizeof(typename K::S) % 16 == 0;
+  // The ring takes what shared memory is left to a block: 1 KB of each is the system's.
+  const int most = std::min(device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>() / kBlocks<K> - 1024,
+                            device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>());
+  a.stages = std::clamp((most - fixed) / a.stage_bytes, 2, kMostStages);
+  const int bytes = fixed + a.stages * a.stage_bytes;
+  allow_shared_memory(kernel, bytes, "decode_step");
+  const int64_t resident = int64_t{device_attribute<cudaDevAttrMultiProcessorCount>()} * kBlocks<K>;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(a.candidates, resident)));
+  config.blockDim = dim3(kDecodeThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, a), "decode_step");
+  check_launch("decode_step");
+}
+
+// Calls f with the Kind that serves the call.
+template <class T, class S, int W, class F>
+void with_tokens(int64_t tokens, F&& f) {
+  if (tokens == 1) return f(Kind<T, S, W, 1>());
+  f(Kind<T, S, W, kMostTokens>());
+}
+template <class T, class S, class F>
+void with_columns(const DecodeParams& p, int64_t tokens, F&& f) {
+  if (p.head_dim <= 64) return with_tokens<T, S, 8>(tokens, f);
+  if (p.head_dim <= 128) return with_tokens<T, S, 16>(tokens, f);
+  with_tokens<T, S, 32>(tokens, f);
+}
+template <class T, class F>
+void with_states(const DecodeParams& p, int64_t tokens, F&& f) {
+  p.pool.scale_k ? with_columns<T, e4m3>(p, tokens, f) : with_columns<T, T>(p, tokens, f);
+}
+template <class F>
+void with_kind(const DecodeParams& p, int64_t tokens, F&& f) {
+  switch (p.dtype) {
+#ifndef RAT_FAST
+    case DType::f32: return with_states<float>(p, tokens, f);
+    case DType::f16: return with_states<f16>(p, tokens, f);
+#endif
+    case DType::bf16: return with_states<bf16>(p, tokens, f);
+    default: throw std::runtime_error("rat_ext.rat_decode_step: dtype: expected a dtype of CUDA, got float64");
+  }
+}
+
+void* advanced(const Rows& rows, int64_t tokens, int64_t element) {
+  return rows.ptr ? static_cast<char*>(rows.ptr) + tokens * rows.token * element : nullptr;
 }
 
 }  // namespace
@@ -366,8 +317,9 @@ size_t decode_workspace(const DecodeParams& p) {
   return workspace.bytes();
 }
 
-void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream) {
-  if (p.batch == 0 || p.heads == 0) return;
+void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream_) {
+  if (p.batch == 0 || p.heads == 0 || p.tokens == 0) return;
+  const auto stream = static_cast<cudaStream_t>(stream_);
   Decode a{};
   a.p = p;
   // The counters live as long as the cache, the partial results as long as the call.
@@ -375,36 +327,85 @@ void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream
   const Counters counters = take_counters(p, workspace);
   workspace.commit({[](void* memory, size_t) { return memory; }, p.workspace});
   a.heads_in = counters.heads_in;
+  a.read = counters.read;
   a.arrived = counters.arrived;
-  // Enough slices to fill the chip, each of at least 16 keys of a full cache.
-  const int64_t pairs = p.batch * p.heads;
-  const int64_t useful = std::min(kMaxSlices, ceil_div(p.rows, 16));
-  a.slices = static_cast<int>(std::max<int64_t>(1, std::min(useful, kMaxBlocks / pairs)));
+  const int64_t most_slices = std::max<int64_t>(1, ceil_div(p.pool.rows, kSlice)), pairs = p.batch * p.heads;
+  const int64_t most_tokens = std::min<int64_t>(p.tokens, kMostTokens);
+  a.entries = 1 + most_slices;
+  // Enough ways to fill the chip. Blocks go on with the next pair when they are done: with many pairs one is enough.
+  const int64_t resident = 2 * int64_t{device_attribute<cudaDevAttrMultiProcessorCount>()};
+  a.ways = static_cast<int>(std::clamp<int64_t>(ceil_div(2 * resident, pairs), 1, most_slices));
   Piece<float> partial;
-  if (a.slices > 1) partial = scratch.take<float>(pairs * a.slices * (p.head_dim + 8));
+  Piece<int64_t> admitted;
+  if (a.ways > 1) partial = scratch.take<float>(pairs * most_tokens * a.entries * (p.head_dim + 8));
+  if (p.tokens > kMostTokens) admitted = scratch.take<int64_t>(p.batch);
   scratch.commit(allocator);
   a.partial = partial;
-  Sizes s;
-  s.dtype = p.dtype;
-  s.head_dim = p.head_dim;
-  s.aligned16 = p.aligned16 && reinterpret_cast<uintptr_t>(p.chunk_k) % 16 == 0 &&
-                reinterpret_cast<uintptr_t>(p.chunk_v) % 16 == 0 && reinterpret_cast<uintptr_t>(p.y.ptr) % 16 == 0;
-  const unsigned blocks = grid_x(pairs * a.slices, "decode_step");
-  with_variant(s, "rat_decode_step", [&](auto variant) {
-    using V = decltype(variant);
-    decode_step_kernel<typename V::T, V::W, V::kVector><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a);
-    check_launch("decode_step");
-  });
+  a.chunk_size = static_cast<uint32_t>(std::min<int64_t>(p.chunk_size, int64_t{1} << 31));
+  grid_x(pairs * a.ways, "decode_step");
+  a.heads = static_cast<uint32_t>(p.heads);
+  a.q_share = static_cast<uint32_t>(p.heads / p.q_groups);
+  a.k_share = static_cast<uint32_t>(p.heads / p.k_groups);
+  a.pairs = static_cast<uint32_t>(pairs);
+  a.candidates = static_cast<uint32_t>(pairs * a.ways);
+  for (int64_t rows = p.pool.page_rows; p.pool.page_table && rows > 1; rows /= 2) ++a.page_shift;
+  a.vector = p.aligned16;
+  a.scale = static_cast<float>(p.scale * 1.4426950408889634);
+  if (p.tokens > kMostTokens) {
+    a.reserve = static_cast<int>(p.tokens);
+    decode_admit_kernel<<<grid_x(ceil_div(p.batch, 4), "decode_admit"), 128, 0, stream>>>(a, admitted);
+    check_launch("decode_admit");
+    a.p.slots = admitted;
+  }
+  const int64_t element = p.dtype == DType::f32 ? 4 : 2;
+  for (int64_t done = 0; done < p.tokens; done += a.tokens) {
+    a.tokens = static_cast<int>(std::min<int64_t>(p.tokens - done, kMostTokens));
+    a.reserve = a.tokens;
+    for (auto [rows, of] : {std::pair(&a.p.q, &p.q),
+                            {&a.p.k, &p.k},
+                            {&a.p.v, &p.v},
+                            {&a.p.gate, &p.gate},
+                            {&a.p.out_gate, &p.out_gate},
+                            {&a.p.y, &p.y}}) {
+      rows->ptr = advanced(*of, done, element);
+    }
+    with_kind(a.p, a.tokens, [&](auto kind) { launch<decltype(kind)>(a, stream); });
+  }
 }
+
+namespace {
+
+template <class T, class S, int W, int N>
+void add_kernel(KernelTable& t, const char* types) {
+  t.add("decode_step<" + std::string(types) + ", " + std::to_string(W) + ", " + std::to_string(N) + ">",
+        decode_step_kernel<Kind<T, S, W, N>>);
+}
+template <class T, class S, int W>
+void add_counts(KernelTable& t, const char* types) {
+  add_kernel<T, S, W, 1>(t, types);
+  add_kernel<T, S, W, kMostTokens>(t, types);
+}
+template <class T, class S>
+void add_widths(KernelTable& t, const char* types) {
+  add_counts<T, S, 8>(t, types);
+  add_counts<T, S, 16>(t, types);
+  add_counts<T, S, 32>(t, types);
+}
+
+}  // namespace
 
 KernelList decode_kernels() {
   static const KernelTable table = [] {
     KernelTable t;
-    for_each_variant([&](auto variant, const char* type) {
-      using V = decltype(variant);
-      auto* const kernel = decode_step_kernel<typename V::T, V::W, V::kVector>;
-      t.add("decode_step", variant, type, reinterpret_cast<const void*>(kernel));
-    });
+    add_widths<bf16, bf16>(t, "bf16");
+    add_widths<bf16, e4m3>(t, "bf16, e4m3");
+#ifndef RAT_FAST
+    add_widths<float, float>(t, "f32");
+    add_widths<f16, f16>(t, "f16");
+    add_widths<float, e4m3>(t, "f32, e4m3");
+    add_widths<f16, e4m3>(t, "f16, e4m3");
+#endif
+    t.add("decode_admit", decode_admit_kernel);
     return t;
   }();
   return table.list();

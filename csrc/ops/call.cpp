@@ -109,7 +109,8 @@ int64_t View::numel() const {
 }
 
 std::string CallBase::shown(std::string_view argument) const {
-  constexpr std::string_view kState[] = {"chunk_k", "chunk_v", "running_k", "running_v", "lengths", "workspace"};
+  constexpr std::string_view kState[] = {"chunk_k",   "chunk_v", "running_k", "running_v", "lengths",
+                                         "workspace", "error",   "scale_k",   "scale_v",   "page_table"};
   const std::string_view name = argument.substr(0, argument.find('['));  // "lengths[3]"
   if (!state_.empty() && std::ranges::find(kState, name) != std::end(kState)) {
     return std::string(state_) + "." + std::string(argument);
@@ -338,6 +339,17 @@ void explain(CallBase& call, [[maybe_unused]] const AttentionBwdParams& p) {
   }
 #endif
   explain_single(call, "attention_bwd");
+}
+
+void explain(CallBase& call, [[maybe_unused]] const AttentionCachedParams& p) {
+#ifdef RAT_EXT_CUDA
+  if (call.on_gpu()) {
+    call.check_can_run();
+    const torch::stable::accelerator::DeviceGuard guard(call.device);
+    return add(call, cuda::explain_attention_cached(p));
+  }
+#endif
+  explain_single(call, "attention_fwd");
 }
 
 void explain(CallBase& call, const RecurrenceFwdParams&) { explain_single(call, "recurrence_fwd"); }

@@ -60,8 +60,7 @@ struct Signature {
 };
 
 consteval Kind kind_of(std::string_view type) {
-  if (type == "Tensor?") return Kind::maybe_tensor;
-  if (type.starts_with("Tensor")) return Kind::tensor;  // also "Tensor(a!)"
+  if (type.starts_with("Tensor")) return type.ends_with("?") ? Kind::maybe_tensor : Kind::tensor;  // also "Tensor(a!)?"
   if (type == "SymInt") return Kind::integer;
   if (type == "float") return Kind::real;
   if (type == "bool") return Kind::boolean;
@@ -137,10 +136,15 @@ struct View {
   void* data = nullptr;
 };
 
+// Users know an op that updates a cache in place by the name of the one that does not.
+inline constexpr std::string_view kCached = "_cached";
+
 // What does not depend on the op's schema.
 class CallBase {
  public:
-  CallBase(std::string_view op_, std::string_view state, Mode mode_) : op(op_), mode(mode_), state_(state) {}
+  CallBase(std::string_view op_, std::string_view state, Mode mode_) : op(op_), mode(mode_), state_(state) {
+    if (op.ends_with(kCached)) op.remove_suffix(kCached.size());
+  }
   CallBase(const CallBase&) = delete;
 
   template <class... Parts>
@@ -413,6 +417,7 @@ void explain(CallBase&, const AttentionBwdParams&);
 void explain(CallBase&, const RecurrenceFwdParams&);
 void explain(CallBase&, const RecurrenceBwdParams&);
 void explain(CallBase&, const DecodeParams&);
+void explain(CallBase&, const AttentionCachedParams&);
 
 // Runs the launcher of the tensors' device; on a GPU there, on the current stream.
 template <class Params>
@@ -445,6 +450,7 @@ void run(Call<RatAttentionPackedBackward>&);
 void run(Call<ChunkRecurrence>&);
 void run(Call<ChunkRecurrenceBackward>&);
 void run(Call<RatDecodeStep>&);
+void run(Call<RatAttentionCached>&);
 int64_t decode_workspace(int64_t pool, int64_t heads, int64_t chunk_rows, int64_t head_dim);
 
 }  // namespace rat

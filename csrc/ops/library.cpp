@@ -57,6 +57,7 @@ void for_each_op(F&& f) {
   f(static_cast<ChunkRecurrence*>(nullptr));
   f(static_cast<ChunkRecurrenceBackward*>(nullptr));
   f(static_cast<RatDecodeStep*>(nullptr));
+  f(static_cast<RatAttentionCached*>(nullptr));
 }
 
 template <class Op>

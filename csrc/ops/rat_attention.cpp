@@ -1,5 +1,5 @@
-// rat_attention, chunk_attention (the same without a gate), rat_attention_packed, and their backwards.
-#include "call.h"
+// rat_attention, chunk_attention (the same without a gate), rat_attention_packed, and their backwards; rat_attention on a pool.
+#include "pool.h"
 
 namespace rat {
 namespace {
@@ -106,7 +106,9 @@ void set_chunk_states(Call<Op>& call, AttentionFwdParams& p, int64_t chunk_rows)
   const Sizes& s = p.size;
   const bool carried = given<"lengths">(call);
   const bool compact = given<"cu_seqlens">(call) && !carried && !value<"return_state">(call);
-  const int64_t needed = carried ? p.initial.rows : s.tokens / s.key_every + (compact ? s.sequences : 0);
+  // Of packed sequences whose states are returned the caller knows the longest; kernels check each.
+  int64_t needed = carried ? p.initial.rows : s.tokens / s.key_every + (compact ? s.sequences : 0);
+  if (!carried && !compact && given<"cu_seqlens">(call)) needed = 0;
   if (chunk_rows < needed) {
     call.fail("chunk_rows", "expected room for at least ", needed, " chunk states, got ", chunk_rows);
   }
@@ -235,7 +237,32 @@ void finish_backward(Call<Op>& call, AttentionBwdParams& b) {
   }
 }
 
+// ---- on a pool ----------------------------------------------------------------------------------------------------------
+
+// Pages of fewer rows are no whole swizzle of Hopper's copy engine, and another family would give a token other bits.
+constexpr int64_t kLeastPageRows = 8;
+
 }  // namespace
+
+void run(Call<RatAttentionCached>& call) {
+  AttentionCachedParams p;
+  AttentionFwdParams& a = p.fwd;
+  read_rows(call, a);
+  Sizes& s = a.size;
+  s.dtype = call.kernel_dtype();
+  set_sequences(call, s);
+  a.gate_bias = gate_bias_of(call, s.heads, s.head_dim);
+  a.rotary = rotary_of(call, s.head_dim);
+  a.scale = value<"scale">(call);
+  p.pool = read_pool(call, s.heads, s.head_dim);
+  p.slots = read_slots(call, p.pool, s.sequences);
+  if (call.on_gpu() && p.pool.page_table && p.pool.page_rows < kLeastPageRows) {
+    call.fail("chunk_k", "expected pages of at least ", kLeastPageRows, " rows on a GPU, got ", p.pool.page_rows);
+  }
+  a.y = make_rows<"y">(call, {s.batch, s.tokens, s.heads, s.head_dim});
+  s.aligned16 = call.aligned;
+  if (has_work(s, true)) launch(call, p, RAT_LAUNCHERS(attention_cached));
+}
 
 void run(Call<RatAttention>& call) { forward(call); }
 void run(Call<RatAttentionPacked>& call) { forward(call); }

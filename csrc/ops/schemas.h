@@ -81,15 +81,29 @@ struct ChunkRecurrenceBackward {
 
 #undef RAT_INPUTS
 
-// ---- decode -----------------------------------------------------------------------------------------------------------
+// ---- a pool of cached sequences ---------------------------------------------------------------------------------------
+
+#define RAT_POOL                                                                                                       \
+  "Tensor? slots, Tensor? page_table, Tensor(a!) chunk_k, Tensor(b!) chunk_v, Tensor(c!)? scale_k, "                   \
+  "Tensor(d!)? scale_v, Tensor(e!) running_k, Tensor(f!) running_v, Tensor(g!) lengths, Tensor(h!) error, "
 
 struct RatDecodeStep {
   static constexpr std::string_view kState = "cache";
   static constexpr const char* kSchema =
       "rat_decode_step(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor? gate_bias, Tensor? out_gate, "
-      "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? slots, Tensor(a!) chunk_k, Tensor(b!) chunk_v, "
-      "Tensor(c!) running_k, Tensor(d!) running_v, Tensor(e!) lengths, Tensor(f!) workspace, SymInt chunk_size, "
-      "float scale) -> (Tensor y)";
+      "Tensor? rotary_cos, Tensor? rotary_sin, " RAT_POOL
+      "Tensor(i!) workspace, SymInt chunk_size, float scale) -> (Tensor y)";
 };
+
+// The forward of rat_attention for rows that continue sequences of a pool. No gradient.
+struct RatAttentionCached {
+  static constexpr std::string_view kState = "cache";
+  static constexpr const char* kSchema =
+      "rat_attention_cached(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor? gate_bias, Tensor? out_gate, "
+      "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? cu_seqlens, " RAT_POOL
+      "SymInt chunk_size, float scale) -> (Tensor y)";
+};
+
+#undef RAT_POOL
 
 }  // namespace rat

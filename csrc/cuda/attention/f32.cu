@@ -89,10 +89,10 @@ __device__ __forceinline__ void scores(float (&s)[Traits::kRows][Traits::kRows],
   }
 }
 
-// sum[i][c] += sum over k of weights[row y*R + i][k] * b[row k][columns 64c + 4x ...]
-template <class Traits, int DPAD>
+// sum[i][c] += sum over k of weights[row y*R + i][k] * b[row k][columns 64c + 4x ...], where takes(i, k).
+template <class Traits, int DPAD, class Takes>
 __device__ __forceinline__ void accumulate(float4 (&sum)[Traits::kRows][DPAD / 64], const float* weights,
-                                           const float* b) {
+                                           const float* b, const Takes& takes) {
   constexpr int R = Traits::kRows;
   const int x = threadIdx.x % 16, y = threadIdx.x / 16;
 #pragma unroll 4
@@ -105,6 +105,7 @@ __device__ __forceinline__ void accumulate(float4 (&sum)[Traits::kRows][DPAD / 6
       const float4 v = *reinterpret_cast<const float4*>(b + k * Traits::kStride + c * 64 + x * 4);
 #pragma unroll
       for (int i = 0; i < R; ++i) {
+        if (!takes(i, k)) continue;
         sum[i][c].x = fmaf(w[i], v.x, sum[i][c].x);
         sum[i][c].y = fmaf(w[i], v.y, sum[i][c].y);
         sum[i][c].z = fmaf(w[i], v.z, sum[i][c].z);
@@ -112,6 +113,12 @@ __device__ __forceinline__ void accumulate(float4 (&sum)[Traits::kRows][DPAD / 6
       }
     }
   }
+}
+
+template <class Traits, int DPAD>
+__device__ __forceinline__ void accumulate(float4 (&sum)[Traits::kRows][DPAD / 64], const float* weights,
+                                           const float* b) {
+  accumulate<Traits, DPAD>(sum, weights, b, [](int, int) { return true; });
 }
 
 template <class Traits>
@@ -135,6 +142,25 @@ __device__ __forceinline__ void clear(float4 (&sum)[R][C]) {
   }
 }
 
+// Chunk states [first, first + kTile) of a head; rows from `keys` on become zeros.
+template <class Traits, int DPAD>
+__device__ __forceinline__ void load_states(float* tile, const F32Params& p, const void* states, int64_t owner,
+                                            int64_t head, int first, int keys, int head_dim) {
+  const float* base = static_cast<const float*>(states);
+  if (p.chunks.page_table == nullptr) {
+    const int64_t offset = chunk_offset(p.size, p.chunks, owner, head) + static_cast<int64_t>(first) * head_dim;
+    return load_rows<Traits, DPAD>(tile, base + offset, head_dim, keys - first, head_dim);
+  }
+  for (int index = threadIdx.x; index < Traits::kTile * (DPAD / 4); index += kThreads) {
+    const int row = index / (DPAD / 4), column = index % (DPAD / 4) * 4;
+    float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (first + row < keys && column < head_dim) {
+      x = *reinterpret_cast<const float4*>(base + pool_offset(p.size, p.chunks, owner, head, first + row) + column);
+    }
+    *reinterpret_cast<float4*>(tile + row * Traits::kStride + column) = x;
+  }
+}
+
 template <int DPAD>
 __global__ void __launch_bounds__(kThreads, 1) chunk_attention_fwd_f32_kernel(const __grid_constant__ F32Params p) {
   using Traits = F32Traits<DPAD, false>;
@@ -148,13 +174,13 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_fwd_f32_kernel(co
   const WorkItem item = ordered_item(p.size, p.order, blockIdx.x, Traits::kTile, &head);
   const Sequence& sequence = item.sequence;
   const int64_t first_token = sequence.begin + item.tile * Traits::kTile;
-  if (first_token >= sequence.end) return;
+  const int64_t owner = states_owner(p.chunks, sequence.index);
+  if (first_token >= sequence.end || owner < 0) return;
   const int rows = static_cast<int>(min(static_cast<int64_t>(Traits::kTile), sequence.end - first_token));
   const int head_dim = static_cast<int>(p.size.head_dim);
   const int64_t position = sequence.start + item.tile * Traits::kTile;
   const VisibleKeys visible(p.size, position);
   const int keys = visible.to_any(rows);
-  const int64_t chunk_base = chunk_offset(p.size, p.chunks, sequence.index, head);
   const int64_t scalar_base = (sequence.batch * p.size.heads + head) * p.size.tokens + first_token;
   const int x = threadIdx.x % 16, y = threadIdx.x / 16;
 
@@ -193,9 +219,8 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_fwd_f32_kernel(co
   }
 
   for (int first = 0; first < keys; first += Traits::kTile) {
-    const int64_t offset = chunk_base + static_cast<int64_t>(first) * head_dim;
     __syncthreads();  // states and weights of the block before are used up
-    load_rows<Traits, DPAD>(states, static_cast<const float*>(p.chunks.k) + offset, head_dim, keys - first, head_dim);
+    load_states<Traits, DPAD>(states, p, p.chunks.k, owner, head, first, keys, head_dim);
     __syncthreads();  // K (and the first time Q) is whole
     float s[R][R];
     scores<Traits, DPAD>(s, query, states);
@@ -227,9 +252,13 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_fwd_f32_kernel(co
     }
     store_weights<Traits>(weights, s);
     __syncthreads();  // K is used up, the weights are whole
-    load_rows<Traits, DPAD>(states, static_cast<const float*>(p.chunks.v) + offset, head_dim, keys - first, head_dim);
+    load_states<Traits, DPAD>(states, p, p.chunks.v, owner, head, first, keys, head_dim);
     __syncthreads();  // V is whole
-    accumulate<Traits, DPAD>(o, weights, states);
+    if (first + Traits::kTile <= visible.to_all()) {
+      accumulate<Traits, DPAD>(o, weights, states);
+    } else {  // a weight of 0 would not silence a value that is not finite
+      accumulate<Traits, DPAD>(o, weights, states, [&](int i, int k) { return first + k < end[i]; });
+    }
   }
 
 #pragma unroll

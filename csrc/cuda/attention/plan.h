@@ -43,18 +43,16 @@ inline int64_t states_extent(const Sizes& s, const ChunkStates& c) {
   return (c.compact ? 0 : (s.sequences - 1) * c.sequence) + (s.heads - 1) * c.head + c.rows * s.head_dim;
 }
 
-// Chunk rows of a sequence; of packed ones their mean.
-inline int64_t rows_of_a_sequence(const Sizes& s, const ChunkStates& c) {
-  return c.compact && s.sequences > 0 ? c.rows / s.sequences : c.rows;
-}
-
 inline bool is_aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Rows of a head that follow each other: of a page, or all.
+inline int64_t rows_of_a_block(const ChunkStates& c) { return c.page_table ? int64_t{1} << c.page_shift : c.rows; }
 
 // What bulk copies of chunk states want of them; null where it is so, else what is wrong.
 inline const char* no_state_map(const Sizes& s, const ChunkStates& c) {
   if (c.rows <= 0) return "there are no chunk states";
   if (c.rows > INT64_C(1) << 30) return "there are over 2^30 chunk states per head";
-  if (c.head != c.rows * s.head_dim || (!c.compact && c.sequence != s.heads * c.head)) {
+  if (c.head != rows_of_a_block(c) * s.head_dim || (!c.compact && c.sequence != s.heads * c.head)) {
     return "chunk states are not contiguous";
   }
   if (!is_aligned16(c.k) || !is_aligned16(c.v)) return "chunk states are not 16-byte aligned";

@@ -12,8 +12,11 @@
 // Shared memory: the rotated Q tile [BM][DPAD], then a ring of three key/value tiles [BN][DPAD] that holds K(0), V(0), K(1),
 // V(1), ... Step i works on tile i while tiles i+1 and i+2 are in flight. The one barrier at the start of step i says both
 // that tile i has landed for all threads and that all are done with tile i-1, whose slot tile i+2 then takes.
+//
+// Where a value that some queries of the tile see and others do not is not finite, they are attended one by one (alone.cuh).
 #include "../ptx/mma.cuh"
 #include "../ptx/opaque.cuh"
+#include "alone.cuh"
 #include "families.h"
 #include "plan.h"
 #include "softmax.cuh"
@@ -23,11 +26,12 @@
 namespace rat::cuda {
 namespace {
 
-template <int DPAD>
+template <int DPAD, bool PAGED>
 struct FwdTraits {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kRowTiles = DPAD <= 128 ? 2 : 1;  // 16-row tiles of a warp
+  // 16-row tiles of a warp: as many as registers allow, where looking up pages takes some.
+  static constexpr int kRowTiles = DPAD <= (PAGED ? 96 : 128) ? 2 : 1;
   static constexpr int kQueries = 16 * kRowTiles * kWarps;
   static constexpr int kKeys = DPAD == 256 ? 32 : 64;
   static constexpr int kSlots = 3;
@@ -54,18 +58,21 @@ struct FwdKernelParams {
 // What a block needs rarely, or at its end: in shared memory, out of the main loop's registers.
 struct TileFacts {
   int64_t batch, first_token, head;
-  int64_t states;   // offset of the head's first chunk state
-  int blocks;       // of keys that some row sees into
-  int keys;         // that the last row sees; the others see a prefix of them
-  int full_blocks;  // seen whole by every row
+  int64_t states;        // offset of the head's first chunk state; in a page where there are pages
+  const int32_t* pages;  // of the sequence
+  bool one_by_one;       // no product will do
+  int blocks;            // of keys that some row sees into
+  int keys;              // that the last row sees; the others see a prefix of them
+  int full_blocks;       // seen whole by every row
   int rows;
   VisibleKeys visible;
+  RowAngles angles;
 };
 
 // A block at work. Members are this thread's registers; rows are g and g + 8 of each of its row tiles.
-template <class T, int DPAD>
+template <class T, int DPAD, bool PAGED>
 struct QueryTile {
-  using Traits = FwdTraits<DPAD>;
+  using Traits = FwdTraits<DPAD, PAGED>;
   using Layout = SwizzledTile<DPAD>;
   static constexpr int MT = Traits::kRowTiles, NT = Traits::kKeys / 8, OT = DPAD / 8;
 
@@ -106,14 +113,31 @@ struct QueryTile {
     }
   }
 
+  // Where the state of a key begins, from facts.states on.
+  __device__ __forceinline__ int64_t state_offset(int key) const {
+    if constexpr (PAGED) {
+      const int shift = p.chunks.page_shift;
+      return facts.pages[key >> shift] * p.chunks.sequence + (key & ((1 << shift) - 1)) * p.size.head_dim;
+    } else {
+      return key * p.size.head_dim;
+    }
+  }
+
   // A block of keys or values into a slot; a group of cp.async, empty past the last block. Rows past the last key are zeros:
   // stale memory may hold NaN, and a weight of 0 would not silence it.
   __device__ __forceinline__ void load(const void* states, int block, int index) const {
     if (block < facts.blocks) {
       const int head_dim = static_cast<int>(p.size.head_dim), first = block * Traits::kKeys;
-      load_tile<T, Traits::kKeys, DPAD, Traits::kThreads>(
-          slot(index), static_cast<const T*>(states) + facts.states + static_cast<int64_t>(first) * head_dim, head_dim,
-          facts.keys - first, head_dim, opaque(thread));
+      const T* const base = static_cast<const T*>(states);
+      if constexpr (PAGED) {
+        const auto row_at = [&](int row) { return base + facts.states + state_offset(first + row); };
+        load_scattered_tile<T, Traits::kKeys, DPAD, Traits::kThreads>(slot(index), base, row_at, facts.keys - first,
+                                                                      head_dim, opaque(thread));
+      } else {
+        load_tile<T, Traits::kKeys, DPAD, Traits::kThreads>(
+            slot(index), base + facts.states + static_cast<int64_t>(first) * head_dim, head_dim, facts.keys - first,
+            head_dim, opaque(thread));
+      }
     }
     cp_async_commit();
   }
@@ -203,6 +227,39 @@ struct QueryTile {
     }
   }
 
+  // The values that some rows see and others do not.
+  __device__ __forceinline__ bool find_not_finite_values() const {
+    const int first = facts.visible.to_all();
+    return find_not_finite(
+        static_cast<const T*>(p.chunks.v) + facts.states, [&](int row) { return state_offset(first + row); },
+        facts.keys - first, static_cast<int>(p.size.head_dim), thread, Traits::kThreads);
+  }
+
+  // In place of the epilogue: the warp's rows one by one.
+  __device__ __forceinline__ void attend_one_by_one() const {
+    const int64_t batch = facts.batch, head = facts.head;
+    const int half = static_cast<int>(p.size.head_dim) / 2;
+#pragma unroll 1
+    for (int row = warp_row; row < min(warp_row + MT * 16, facts.rows); ++row) {
+      const int64_t token = facts.first_token + row, angle = static_cast<int64_t>(facts.angles.of(row)) * half;
+      const int64_t scalar = (batch * p.size.heads + head) * p.size.tokens + token;
+      LoneQuery<T> query;
+      query.q = row_pointer<T>(p.q, batch, token, head / (p.size.heads / p.size.q_groups));
+      query.cos = p.cos ? p.cos + angle : nullptr;
+      query.sin = p.sin + angle;
+      query.out_gate = p.out_gate.ptr ? row_pointer<T>(p.out_gate, batch, token, head) : nullptr;
+      query.y = const_cast<T*>(row_pointer<T>(p.y, batch, token, head));
+      query.lse = p.lse + scalar;
+      query.own = p.s_self[scalar] * kLog2e;
+      query.scale_log2 = p.scale_log2;
+      query.sign = p.sign;
+      query.keys = facts.visible.end(row);
+      query.head_dim = 2 * half;
+      attend_alone(query, static_cast<const T*>(p.chunks.k) + facts.states,
+                   static_cast<const T*>(p.chunks.v) + facts.states, [&](int key) { return state_offset(key); });
+    }
+  }
+
   // v~ joins; y and lse.
   __device__ __forceinline__ void epilogue() const {
     const int head_dim = static_cast<int>(p.size.head_dim);
@@ -244,10 +301,10 @@ struct QueryTile {
   }
 };
 
-template <class T, int DPAD>
-__global__ void __launch_bounds__(FwdTraits<DPAD>::kThreads, 2)
+template <class T, int DPAD, bool PAGED>
+__global__ void __launch_bounds__(FwdTraits<DPAD, PAGED>::kThreads, 2)
     chunk_attention_fwd_sm80_kernel(const __grid_constant__ FwdKernelParams p) {
-  using Traits = FwdTraits<DPAD>;
+  using Traits = FwdTraits<DPAD, PAGED>;
   using Layout = SwizzledTile<DPAD>;
   constexpr int MT = Traits::kRowTiles, NT = Traits::kKeys / 8;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -257,7 +314,8 @@ __global__ void __launch_bounds__(FwdTraits<DPAD>::kThreads, 2)
   const WorkItem item = ordered_item(p.size, p.order, blockIdx.x, Traits::kQueries, &head);
   const Sequence& sequence = item.sequence;
   const int64_t first_token = sequence.begin + item.tile * Traits::kQueries;
-  if (first_token >= sequence.end) return;
+  const int64_t owner = states_owner(p.chunks, sequence.index);
+  if (first_token >= sequence.end || owner < 0) return;
   const int rows = static_cast<int>(min(static_cast<int64_t>(Traits::kQueries), sequence.end - first_token));
   const int64_t position = sequence.start + item.tile * Traits::kQueries;
   const VisibleKeys visible(p.size, position);
@@ -267,20 +325,24 @@ __global__ void __launch_bounds__(FwdTraits<DPAD>::kThreads, 2)
     facts.batch = sequence.batch;
     facts.first_token = first_token;
     facts.head = head;
-    facts.states = chunk_offset(p.size, p.chunks, sequence.index, head);
+    facts.states = chunk_offset(p.size, p.chunks, PAGED ? 0 : owner, head);
+    if constexpr (PAGED) facts.pages = p.chunks.page_table + owner * p.chunks.columns;
     facts.blocks = blocks;
     facts.keys = visible.to_any(rows);
     facts.full_blocks = visible.first_masked_block(Traits::kKeys);
     facts.rows = rows;
     facts.visible = visible;
+    facts.angles = RowAngles(p.size, position);
+    facts.one_by_one = false;
   }
   __syncthreads();  // the facts are written
 
-  QueryTile<T, DPAD> tile(p, facts, shared);
+  QueryTile<T, DPAD, PAGED> tile(p, facts, shared);
   tile.begin(p.s_self + (sequence.batch * p.size.heads + head) * p.size.tokens + first_token, rows);
   if (blocks > 0) {
     tile.load(p.chunks.k, 0, 0);
     tile.load(p.chunks.v, 0, 1);
+    if (tile.find_not_finite_values()) facts.one_by_one = true;
     tile.load_queries(row_pointer<T>(p.q, sequence.batch, first_token, head / (p.size.heads / p.size.q_groups)),
                       RowAngles(p.size, position), rows);
     __syncthreads();  // the Q tile is whole
@@ -306,12 +368,12 @@ __global__ void __launch_bounds__(FwdTraits<DPAD>::kThreads, 2)
     }
     cp_async_wait<0>();
   }
-  tile.epilogue();
+  facts.one_by_one ? tile.attend_one_by_one() : tile.epilogue();
 }
 
-template <class T, int DPAD>
-void launch(const AttentionFwdParams& p, const FwdScratch& scratch, cudaStream_t stream) {
-  using Traits = FwdTraits<DPAD>;
+template <class T, int DPAD, bool PAGED>
+void launch_kernel(const AttentionFwdParams& p, const FwdScratch& scratch, cudaStream_t stream) {
+  using Traits = FwdTraits<DPAD, PAGED>;
   FwdKernelParams k;
   k.size = p.size;
   k.q = p.q;
@@ -328,9 +390,16 @@ void launch(const AttentionFwdParams& p, const FwdScratch& scratch, cudaStream_t
   const int64_t blocks = tile_blocks(p.size, Traits::kQueries, k.order);
   if (blocks == 0) return;
   const char* name = "chunk_attention_fwd_sm80_kernel";
-  allow_shared_memory(chunk_attention_fwd_sm80_kernel<T, DPAD>, Traits::kSharedBytes, name);
-  chunk_attention_fwd_sm80_kernel<T, DPAD><<<grid_x(blocks, name), Traits::kThreads, Traits::kSharedBytes, stream>>>(k);
+  allow_shared_memory(chunk_attention_fwd_sm80_kernel<T, DPAD, PAGED>, Traits::kSharedBytes, name);
+  chunk_attention_fwd_sm80_kernel<T, DPAD, PAGED>
+      <<<grid_x(blocks, name), Traits::kThreads, Traits::kSharedBytes, stream>>>(k);
   check_launch(name);
+}
+
+template <class T, int DPAD>
+void launch(const AttentionFwdParams& p, const FwdScratch& scratch, cudaStream_t stream) {
+  p.chunks.page_table ? launch_kernel<T, DPAD, true>(p, scratch, stream)
+                      : launch_kernel<T, DPAD, false>(p, scratch, stream);
 }
 
 template <class T>
@@ -368,9 +437,11 @@ Launch fwd(const AttentionFwdParams& p, const FwdScratch& scratch, Arena&) {
 
 KernelList chunk_attention_fwd_sm80_kernels() {
 #define RAT_ENTRY(T, DPAD)                                                                                             \
+  {"chunk_attention_fwd_sm80<" #T ", " #DPAD ">",                                                                      \
+   reinterpret_cast<const void*>(&chunk_attention_fwd_sm80_kernel<T, DPAD, false>)},                                   \
   {                                                                                                                    \
-    "chunk_attention_fwd_sm80<" #T ", " #DPAD ">",                                                                     \
-        reinterpret_cast<const void*>(&chunk_attention_fwd_sm80_kernel<T, DPAD>)                                       \
+    "chunk_attention_fwd_sm80<" #T ", " #DPAD ", pages>",                                                              \
+        reinterpret_cast<const void*>(&chunk_attention_fwd_sm80_kernel<T, DPAD, true>)                                 \
   }
   static const KernelEntry entries[] = {
       RAT_ENTRY(bf16, 32),  RAT_ENTRY(bf16, 64),  RAT_ENTRY(bf16, 96), RAT_ENTRY(bf16, 128),

@@ -3,8 +3,8 @@
 // Reads per token and head, in elements of T: v~ (from y) and out_gate, D each; q, D per group; s_self, 4 bytes. Writes y over
 // v~, D, and lse, 4 bytes. Keys and values are re-read from L2 once for each query tile. 4 D FLOP per query and visible key.
 //
-// A persistent grid, one block per multiprocessor. A tile is kRows queries of one head; it walks blocks of kKeys chunk states
-// from the last visible one to the first, so that only its first blocks need a mask.
+// A persistent grid, one or two blocks per multiprocessor. A tile is kRows queries of one head; it walks blocks of kKeys chunk
+// states from the last visible one to the first, so that only its first blocks need a mask.
 //   warp 0           one thread decides which tile is next, tells the others, and feeds its K and V blocks through the copy
 //                    engine into two rings.
 //   warps 1 ... 3    load q and s_self of the next tile, rotate q by chunk index, store it as wgmma reads it; and start
@@ -23,7 +23,12 @@
 //   k, v    the copy engine's bytes fill;   each consumer warp leaves, when its products have read the block
 //
 // Rows of the last block that no query of the tile sees may hold anything, NaN too. Their scores are masked; their values
-// are set to zero in shared memory before the product, since 0 NaN is NaN.
+// are set to zero in shared memory before the product, since 0 NaN is NaN. Keys that some queries of the tile see and others
+// do not are looked at by the loaders: where a value of theirs is not finite, queries of the tile are attended one by one (alone.cuh).
+//
+// What a query becomes depends on itself and the keys that it sees alone, bit for bit: not on its tile, the call, or the room that
+// there is for states. kKeys is part of the arithmetic (blocks start at multiples of it), so the number of keys that a query
+// sees decides it, and a call with queries of both kinds is two launches. kConsumers is not: it follows the call.
 #include <cuda.h>
 
 #include <algorithm>
@@ -40,6 +45,7 @@
 #include "../ptx/target.cuh"
 #include "../ptx/tma.cuh"
 #include "../ptx/wgmma.cuh"
+#include "alone.cuh"
 #include "families.h"
 #include "plan.h"
 #include "softmax.cuh"
@@ -58,14 +64,16 @@ struct Traits {
   static constexpr int kKeys = KEYS;            // chunk states per block
   static constexpr int kStages = DIM == 64 ? 3 : 2;
   static constexpr int kThreads = 128 * (CONSUMERS + 1);
-  static constexpr int kLoaders = 96;  // warps 1 ... 3
+  static constexpr int kLoaders = 96;                                         // warps 1 ... 3
+  static constexpr int kBlocks = CONSUMERS == 1 && KEYS + DIM < 256 ? 2 : 1;  // per multiprocessor
   // Registers per thread: the roles share what the block was launched with, a multiple of 8 for each.
-  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kLaunchRegisters = 65536 / (kThreads * kBlocks) / 8 * 8;
   static constexpr int kProducerRegisters = KEYS + DIM > 128 ? 56 : 80;
   static constexpr int kConsumerRegisters =
-      (kLaunchRegisters * (CONSUMERS + 1) - kProducerRegisters) / CONSUMERS / 8 * 8;
+      std::min(240, (kLaunchRegisters * (CONSUMERS + 1) - kProducerRegisters) / CONSUMERS / 8 * 8);
+  static constexpr bool kShareRegisters = kLaunchRegisters < kConsumerRegisters;
   // The epilogue's operands of both rows of a thread before the last product ends, where registers allow.
-  static constexpr bool kFetchBoth = DIM == 64 || CONSUMERS == 2;
+  static constexpr bool kFetchBoth = DIM == 64 || CONSUMERS < 3;
   static_assert(DIM % 64 == 0 && KEYS % 16 == 0 && KEYS <= 256 && kConsumerRegisters <= 240);
 };
 
@@ -76,8 +84,10 @@ struct QueryTile {
   int32_t head;
   int32_t rows;     // queries; 0: no more tiles
   int32_t keys;     // chunk states that its last query sees
-  int32_t key_row;  // of its first chunk state in the tensor map
+  int32_t key_row;  // of its first chunk state in the tensor map; in pages, 0
   int32_t key_outer;
+  const int32_t* pages;  // of the sequence, or null
+  bool one_by_one;       // no product will do: set by the loaders
   VisibleKeys visible;
   RowAngles angles;
 };
@@ -117,6 +127,8 @@ struct Schedule {
   uint32_t per_row = 1;  // dense: tiles of a sequence
   uint32_t pairs = 1;
   uint32_t section = 1;
+  uint32_t from = 0, to = kAllPositions;  // positions of the queries that this launch serves
+  static constexpr uint32_t kAllPositions = INT32_MAX;
 };
 
 struct Arguments {
@@ -126,9 +138,8 @@ struct Arguments {
   ChunkStates chunks;
   const float* s_self;
   float* lse;
-  float scale_log2;    // |scale| log2(e), above zero
-  float q_sign;        // sign of the scale: q carries it
-  bool queries_by_16;  // rows of q and of the rotary tables may be read in 16-byte pieces
+  float scale_log2;  // |scale| log2(e), above zero
+  float q_sign;      // sign of the scale: q carries it
   uint32_t heads_per_group;
   Schedule schedule;
 };
@@ -136,6 +147,19 @@ struct Arguments {
 // Index of this block's round-th tile: rounds alternate in direction, so that no block always gets the heaviest.
 __device__ __forceinline__ uint32_t tile_index(uint32_t round) {
   return round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+}
+
+// Queries of sequence n that the launch serves: positions [low, high).
+struct Positions {
+  uint32_t begin, start;  // its first token, and the position of that
+  uint32_t low, high;
+};
+__device__ __forceinline__ Positions positions(const Arguments& a, uint32_t n) {
+  const uint32_t begin = a.size.cu_seqlens ? static_cast<uint32_t>(a.size.cu_seqlens[n]) : 0;
+  const uint32_t end =
+      a.size.cu_seqlens ? static_cast<uint32_t>(a.size.cu_seqlens[n + 1]) : static_cast<uint32_t>(a.size.tokens);
+  const uint32_t start = a.size.lengths ? static_cast<uint32_t>(a.size.lengths[n]) : 0;
+  return {begin, start, max(start, a.schedule.from), min(start + (end - begin), a.schedule.to)};
 }
 
 // In 32-bit arithmetic: 64-bit divisions would take longer than a small tile.
@@ -159,22 +183,43 @@ __device__ __forceinline__ void describe_tile(const Arguments& a, uint32_t index
     n = pair / heads;
     in_sequence = s.per_row - 1 - inside / width;
   }
-  const uint32_t begin = a.size.cu_seqlens ? static_cast<uint32_t>(a.size.cu_seqlens[n]) : 0;
-  const uint32_t end =
-      a.size.cu_seqlens ? static_cast<uint32_t>(a.size.cu_seqlens[n + 1]) : static_cast<uint32_t>(a.size.tokens);
-  const uint32_t start = a.size.lengths ? static_cast<uint32_t>(a.size.lengths[n]) : 0;
-  const uint32_t token = begin + in_sequence * ROWS;
-  tile.token = token;
+  const Positions served = positions(a, n);
+  const uint32_t position = served.low + in_sequence * ROWS;
+  const int32_t owner = a.chunks.entry ? a.chunks.entry[n] : static_cast<int32_t>(n);
+  tile.token = served.begin + (position - served.start);
   tile.batch = a.size.cu_seqlens ? 0 : n;
   tile.head = static_cast<int>(head);
-  const int rows = token < end ? static_cast<int>(min(static_cast<uint32_t>(ROWS), end - token)) : 0;
+  const int rows = position < served.high && owner >= 0
+                       ? static_cast<int>(min(static_cast<uint32_t>(ROWS), served.high - position))
+                       : 0;
   tile.rows = rows;
-  const int64_t position = start + in_sequence * ROWS;
+  tile.one_by_one = false;
   tile.visible = VisibleKeys(a.size, position);
   tile.angles = RowAngles(a.size, position);
   tile.keys = rows > 0 ? tile.visible.to_any(rows) : 0;
-  tile.key_row = a.chunks.compact ? static_cast<int>(begin / tile.visible.every + n) : 0;
-  tile.key_outer = static_cast<int>(a.chunks.compact ? head : n * heads + head);
+  tile.key_row = a.chunks.compact ? static_cast<int>(served.begin / tile.visible.every + n) : 0;
+  tile.key_outer = a.chunks.compact ? static_cast<int>(head) : owner * static_cast<int>(heads) + static_cast<int>(head);
+  tile.pages = a.chunks.page_table ? a.chunks.page_table + owner * a.chunks.columns : nullptr;
+}
+
+// Where the state of key j of the tile begins.
+__device__ __forceinline__ int64_t state_offset(const Arguments& a, const QueryTile& tile, int j) {
+  int64_t row = static_cast<int64_t>(tile.key_outer) * a.chunks.rows + tile.key_row + j;
+  if (tile.pages != nullptr) {
+    const int shift = a.chunks.page_shift;
+    row = ((tile.pages[j >> shift] * a.size.heads + tile.head) << shift) + (j & ((1 << shift) - 1));
+  }
+  return row * a.size.head_dim;
+}
+
+// Where a launch serves a part of the positions: is there a query?
+__device__ __forceinline__ bool any_query(const Arguments& a) {
+  bool any = false;
+  for (uint32_t n = threadIdx.x; n < static_cast<uint32_t>(a.size.sequences); n += blockDim.x) {
+    const Positions served = positions(a, n);
+    any |= served.low < served.high;
+  }
+  return __syncthreads_or(any);
 }
 
 __device__ __forceinline__ float sigmoid_fast(float x) { return reciprocal_fast(1.0f + exp2_fast(x * -kLog2e)); }
@@ -187,8 +232,16 @@ __device__ __forceinline__ uint32_t swizzled(int rows, int row, int column) {
 
 // ---- producers --------------------------------------------------------------------------------------------------------
 
-// Warp 0, one thread: describes tiles, one ahead of feeding them, and asks the copy engine for their blocks.
+// Rows of a box of the tensor maps: a block of keys, or a part of a page.
 template <class C>
+__host__ __device__ constexpr int box_rows(int page_rows) {
+  constexpr int kPart = C::kKeys & -C::kKeys;  // the largest power of two that divides it
+  return page_rows == 0 ? C::kKeys : page_rows < kPart ? page_rows : kPart;
+}
+
+// Warp 0: describes tiles, one ahead of feeding them, and asks the copy engine for their blocks. One thread does it; where states
+// lie in pages, the whole warp: each lane looks up the page of a box and asks for it.
+template <class C, bool PAGED>
 __device__ __forceinline__ void feed_blocks(const Arguments& a, const CUtensorMap& k_map, const CUtensorMap& v_map,
                                             Shared<C>& shared) {
   constexpr uint32_t kBytes = C::kKeys * C::kDim * 2;
@@ -197,12 +250,31 @@ __device__ __forceinline__ void feed_blocks(const Arguments& a, const CUtensorMa
   tma_prefetch_map(&k_map);
   tma_prefetch_map(&v_map);
 
-  const auto load = [&](const CUtensorMap& map, uint32_t blocks, Ring<C::kStages>& ring, int row, int outer) {
+  const int lane = threadIdx.x;
+  const auto load = [&](const CUtensorMap& map, uint32_t blocks, Ring<C::kStages>& ring, const QueryTile& tile,
+                        int row) {
     ring.wait_empty();
-    mbarrier_arrive_expect(ring.full(), kBytes);
+    if (lane == 0) mbarrier_arrive_expect(ring.full(), kBytes);
+    const uint32_t to = blocks + ring.slot() * kBytes;
+    if constexpr (PAGED) {
+      __syncwarp();  // the bytes are expected before any is asked for
+      const int shift = a.chunks.page_shift, box = box_rows<C>(1 << shift);
+      const int first = lane * box, key = row + first;
+      if (first < C::kKeys) {
+        const int page =
+            key < tile.keys ? tile.pages[key >> shift] : -1;  // past the last key: outside, which reads zeros
+        const int outer = page * static_cast<int>(a.size.heads) + tile.head;
 #pragma unroll
-    for (int panel = 0; panel < C::kPanels; ++panel) {
-      tma_load(blocks + ring.slot() * kBytes + panel * kPanelBytes, &map, ring.full(), 64 * panel, row, outer);
+        for (int panel = 0; panel < C::kPanels; ++panel) {
+          tma_load(to + panel * kPanelBytes + first * 128, &map, ring.full(), 64 * panel, key & ((1 << shift) - 1),
+                   page < 0 ? -1 : outer);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int panel = 0; panel < C::kPanels; ++panel) {
+        tma_load(to + panel * kPanelBytes, &map, ring.full(), 64 * panel, row, tile.key_outer);
+      }
     }
     ring.next();
   };
@@ -211,13 +283,16 @@ __device__ __forceinline__ void feed_blocks(const Arguments& a, const CUtensorMa
   Ring<kTileSlots> described(shared.tile_ring);
   const auto describe = [&] {
     described.wait_empty();
-    QueryTile& tile = shared.tile[described.slot()];
-    tile.rows = 0;  // unless there is one more
-    for (; round * gridDim.x < a.schedule.total && tile.rows == 0; ++round) {
-      const uint32_t index = tile_index(round);
-      if (index < a.schedule.total) describe_tile<C::kRows>(a, index, tile);
+    if (lane == 0) {
+      QueryTile& tile = shared.tile[described.slot()];
+      tile.rows = 0;  // unless there is one more
+      for (; round * gridDim.x < a.schedule.total && tile.rows == 0; ++round) {
+        const uint32_t index = tile_index(round);
+        if (index < a.schedule.total) describe_tile<C::kRows>(a, index, tile);
+      }
+      mbarrier_arrive(described.full());
     }
-    mbarrier_arrive(described.full());
+    if constexpr (PAGED) __syncwarp();  // the other lanes read the description
     described.next();
   };
   Ring<C::kStages> k_ring(shared.k_ring), v_ring(shared.v_ring);
@@ -227,18 +302,17 @@ __device__ __forceinline__ void feed_blocks(const Arguments& a, const CUtensorMa
     const QueryTile& tile = shared.tile[tiles % kTileSlots];
     if (tile.rows == 0) break;
     describe();  // the loaders work one tile ahead
-    const int outer = tile.key_outer;
     const int blocks = (tile.keys + C::kKeys - 1) / C::kKeys;
     if (blocks == 0) continue;
     // In the order in which the consumers need them: K runs one block ahead of V.
     int row = tile.key_row + (blocks - 1) * C::kKeys;
-    load(k_map, k_blocks, k_ring, row, outer);
+    load(k_map, k_blocks, k_ring, tile, row);
 #pragma unroll 1
     for (int block = 1; block < blocks; ++block, row -= C::kKeys) {
-      load(k_map, k_blocks, k_ring, row - C::kKeys, outer);
-      load(v_map, v_blocks, v_ring, row, outer);
+      load(k_map, k_blocks, k_ring, tile, row - C::kKeys);
+      load(v_map, v_blocks, v_ring, tile, row);
     }
-    load(v_map, v_blocks, v_ring, row, outer);
+    load(v_map, v_blocks, v_ring, tile, row);
   }
 }
 
@@ -335,38 +409,6 @@ struct QueryPieces {
   }
 };
 
-// The same, two columns at a time, where 16-byte accesses are not legal or D / 2 is no multiple of 8.
-template <class C>
-__device__ __forceinline__ void load_queries_slowly(const Arguments& a, const QueryTile& tile, const typename C::T* q,
-                                                    uint32_t target, int thread) {
-  using T = typename C::T;
-  const int half = static_cast<int>(a.size.head_dim) / 2;
-  constexpr int kPairs = C::kDim / 4;
-#pragma unroll 1
-  for (int i = thread; i < C::kRows * kPairs; i += C::kLoaders) {
-    const int row = i / kPairs, column = i % kPairs * 2;
-    if (column >= half) continue;
-    uint32_t x = 0, y = 0;
-    if (row < tile.rows) {
-      const T* from = q + row * a.q.token + column;
-      x = pack2<T>(to_float(from[0]), to_float(from[1]));
-      y = pack2<T>(to_float(from[half]), to_float(from[half + 1]));
-      float c[2] = {a.q_sign, a.q_sign}, s[2] = {0.0f, 0.0f};
-      if (a.rotary.cos != nullptr) {
-        const int64_t angle = static_cast<int64_t>(tile.angles.of(row)) * half + column;
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          c[j] = static_cast<const float*>(a.rotary.cos)[angle + j] * a.q_sign;
-          s[j] = static_cast<const float*>(a.rotary.sin)[angle + j] * a.q_sign;
-        }
-      }
-      rotate_pair<T>(x, y, c, s);
-    }
-    store_shared4(target + swizzled(C::kRows, row, column), x);
-    store_shared4(target + swizzled(C::kRows, row, half + column), y);
-  }
-}
-
 // The 128-byte lines of a (B, T, H, D) tensor at the tile's tokens, on their way to L2.
 template <class C>
 __device__ __forceinline__ void prefetch_rows(const Rows& tensor, const QueryTile& tile, int thread) {
@@ -415,14 +457,15 @@ __device__ __forceinline__ void feed_queries(const Arguments& a, Shared<C>& shar
       const T* q = static_cast<const T*>(a.q.ptr) + tile.batch * a.q.batch + tile.token * a.q.token + group * a.q.head;
       const uint32_t target = shared_address(shared.q) + q_ring.slot() * kBytes;
       const QueryPieces<C> pieces(a, target, opaque(thread));
-      if (a.queries_by_16) pieces.load(q, a.q.token, rows);
+      pieces.load(q, a.q.token, rows);
       cp_async_commit();
-      if (a.queries_by_16) {
-        pieces.rotate(a, tile);
-      } else {
-        load_queries_slowly<C>(a, tile, q, target, thread);
-        cp_async_wait<0>();
+      const int seen_by_all = tile.visible.to_all();
+      const auto row_at = [&](int row) { return state_offset(a, tile, seen_by_all + row); };
+      if (find_not_finite(static_cast<const T*>(a.chunks.v), row_at, tile.keys - seen_by_all,
+                          static_cast<int>(a.size.head_dim), thread, C::kLoaders)) {
+        shared.tile[tile_ring.slot()].one_by_one = true;
       }
+      pieces.rotate(a, tile);
     }
     fence_proxy_async();  // q was written by ordinary stores and cp.async; wgmma reads it
     mbarrier_arrive(q_ring.full());
@@ -501,9 +544,11 @@ struct Consumer {
     if (lane == 0) mbarrier_arrive(barrier);
   }
 
-  __device__ __forceinline__ void wait_turn() const { named_barrier_sync(kTurn + warpgroup, 256); }
+  __device__ __forceinline__ void wait_turn() const {
+    if constexpr (C::kConsumers > 1) named_barrier_sync(kTurn + warpgroup, 256);
+  }
   __device__ __forceinline__ void pass_turn() const {
-    named_barrier_arrive(kTurn + (warpgroup + 1) % C::kConsumers, 256);
+    if constexpr (C::kConsumers > 1) named_barrier_arrive(kTurn + (warpgroup + 1) % C::kConsumers, 256);
   }
 
   __device__ __forceinline__ void begin() {
@@ -701,6 +746,34 @@ struct Consumer {
     v_ring.next();
   }
 
+  // In place of both: the warp's queries one by one.
+  __device__ __forceinline__ void attend_one_by_one() const {
+    const QueryTile& t = tile();
+    const int head_dim = static_cast<int>(a.size.head_dim);
+    const int first = warpgroup * 64 + thread / 32 * 16;
+#pragma unroll 1
+    for (int r = first; r < min(first + 16, t.rows); ++r) {
+      const int64_t token = t.token + r, angle = static_cast<int64_t>(t.angles.of(r)) * (head_dim / 2);
+      const auto row_of = [&](const Rows& rows, uint32_t head) {
+        return static_cast<T*>(rows.ptr) + t.batch * rows.batch + token * rows.token + head * rows.head;
+      };
+      LoneQuery<T> query;
+      query.q = row_of(a.q, static_cast<uint32_t>(t.head) / a.heads_per_group);
+      query.cos = a.rotary.cos ? static_cast<const float*>(a.rotary.cos) + angle : nullptr;
+      query.sin = static_cast<const float*>(a.rotary.sin) + angle;
+      query.out_gate = a.out_gate.ptr ? row_of(a.out_gate, t.head) : nullptr;
+      query.y = row_of(a.y, t.head);
+      query.lse = a.lse + (t.batch * a.size.heads + t.head) * a.size.tokens + token;
+      query.own = shared.own[q_ring.slot()][r] * kLog2e;
+      query.scale_log2 = a.scale_log2;
+      query.sign = a.q_sign;
+      query.keys = t.visible.end(r);
+      query.head_dim = head_dim;
+      attend_alone(query, static_cast<const T*>(a.chunks.k), static_cast<const T*>(a.chunks.v),
+                   [&](int j) { return state_offset(a, t, j); });
+    }
+  }
+
   __device__ __forceinline__ void epilogue(const Place& at, int h) {
     const bool vector = a.size.aligned16;
     const bool gated = a.out_gate.ptr != nullptr;
@@ -736,7 +809,7 @@ struct Consumer {
 template <class C>
 __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, int warpgroup) {
   Consumer<C> c(a, shared, warpgroup);
-  if (warpgroup == C::kConsumers - 1) named_barrier_arrive(kTurn, 256);  // the first turn is warpgroup 0's
+  if (warpgroup == C::kConsumers - 1) c.pass_turn();  // the first turn is warpgroup 0's
 
   for (;; c.q_ring.next()) {
     c.q_ring.wait_full();  // and the tile's description, which the loaders waited for
@@ -760,9 +833,13 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
     } else {
       c.fetch_early(at);
     }
-    c.epilogue(at, 0);
-    if constexpr (!C::kFetchBoth) c.fetch_operands(at, 1);
-    c.epilogue(at, 1);
+    if (!c.tile().one_by_one) {
+      c.epilogue(at, 0);
+      if constexpr (!C::kFetchBoth) c.fetch_operands(at, 1);
+      c.epilogue(at, 1);
+    } else {
+      c.attend_one_by_one();
+    }
     c.leave(c.q_ring.empty());
     c.leave(c.tile_ring().empty());
   }
@@ -770,10 +847,11 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1)
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     chunk_attention_fwd_sm90_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap k_map,
                                     const __grid_constant__ CUtensorMap v_map) {
 #ifdef RAT_HOPPER_CODE
+  if ((a.schedule.from > 0 || a.schedule.to < Schedule::kAllPositions) && !any_query(a)) return;
   extern __shared__ uint8_t raw_shared[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(
       raw_shared + (1024 - static_cast<uint32_t>(__cvta_generic_to_shared(raw_shared)) % 1024) % 1024);
@@ -788,14 +866,16 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
   __syncthreads();  // everyone sees the barriers
   if (warpgroup == 0) {
-    give_registers<C::kProducerRegisters>();
+    if constexpr (C::kShareRegisters) give_registers<C::kProducerRegisters>();
     if (threadIdx.x >= 32) {
       feed_queries<C>(a, shared, threadIdx.x - 32);
+    } else if (a.chunks.page_table != nullptr) {
+      feed_blocks<C, true>(a, k_map, v_map, shared);
     } else if (threadIdx.x == 0) {
-      feed_blocks<C>(a, k_map, v_map, shared);
+      feed_blocks<C, false>(a, k_map, v_map, shared);
     }
   } else {
-    take_registers<C::kConsumerRegisters>();
+    if constexpr (C::kShareRegisters) take_registers<C::kConsumerRegisters>();
     consume<C>(a, shared, warpgroup - 1);
   }
 #endif
@@ -803,31 +883,47 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
 // ---- launcher ---------------------------------------------------------------------------------------------------------
 
-// Long sequences of keys want large blocks; short ones are bound by the work around each tile, which more warpgroups hide,
-// and by keys that a block holds beyond those visible.
-template <class T>
-using Wide = Traits<T, 128, 2, 128>;
-template <class T>
-using WideShort = Traits<T, 128, 3, 64>;
-template <class T>
-using Narrow = Traits<T, 64, 3, 112>;
-template <class T>
-using NarrowShort = Traits<T, 64, 3, 64>;
-constexpr int64_t kShortRows = 4096;        // chunk states per head, of 128 elements
-constexpr int64_t kShortNarrowRows = 1024;  // of 64
-constexpr int64_t kRowsForScalarQueries = 4096;
+// Queries of many keys want large blocks; those of few are bound by the work around each tile, which more warpgroups hide, and by
+// keys that a block holds beyond those visible. Where a call has few queries, small tiles fill the chip.
+template <class T, int CONSUMERS>
+using Wide = Traits<T, 128, CONSUMERS, 128>;
+template <class T, int CONSUMERS>
+using WideShort = Traits<T, 128, CONSUMERS, 64>;
+template <class T, int CONSUMERS>
+using Narrow = Traits<T, 64, CONSUMERS, 112>;
+template <class T, int CONSUMERS>
+using NarrowShort = Traits<T, 64, CONSUMERS, 64>;
+constexpr int64_t kShortKeys = 4096;        // that a query sees, of 128 elements
+constexpr int64_t kShortNarrowKeys = 1024;  // of 64
 
 float scale_log2(const AttentionFwdParams& params) {
   return mask_safe(static_cast<float>(std::fabs(params.scale) * 1.4426950408889634));
 }
 
+// Are rows of q and of the rotary tables pieces of 16 bytes?
 bool queries_by_16(const AttentionFwdParams& params) {
   return params.size.aligned16 && params.size.head_dim % 16 == 0 && is_aligned16(params.rotary.cos) &&
          is_aligned16(params.rotary.sin);
 }
 
+// Chunk states as boxes. Where there is room for none, a map that is never read: of memory that is there.
 template <class C>
-void launch(const AttentionFwdParams& params, const FwdScratch& scratch, cudaStream_t stream) {
+CUtensorMap state_map(const AttentionFwdParams& params, const void* states, const void* any) {
+  const Sizes& s = params.size;
+  const ChunkStates& c = params.chunks;
+  const CUtensorMapDataType type =
+      std::is_same_v<typename C::T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const int64_t outer = c.compact ? s.heads : (c.entry ? c.blocks : s.sequences) * s.heads;
+  const int64_t rows = rows_of_a_block(c);
+  if (c.rows * outer == 0) return swizzled_rows_map(any, type, s.head_dim, 1, 1, C::kKeys);
+  return swizzled_rows_map(states, type, s.head_dim, rows, outer,
+                           box_rows<C>(c.page_table ? static_cast<int>(rows) : 0));
+}
+
+// Queries of positions [from, to).
+template <class C>
+void launch(const AttentionFwdParams& params, const FwdScratch& scratch, int64_t from, int64_t to,
+            cudaStream_t stream) {
   const Sizes& s = params.size;
   Arguments a;
   a.size = s;
@@ -840,42 +936,64 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, cudaStr
   a.lse = static_cast<float*>(params.lse);
   a.scale_log2 = scale_log2(params);
   a.q_sign = params.scale < 0 ? -1.0f : 1.0f;
-  a.queries_by_16 = queries_by_16(params);
   a.heads_per_group = static_cast<uint32_t>(s.heads / s.q_groups);
 
-  const int64_t total = work_items(s, C::kRows) * s.heads;
+  const int64_t tokens = s.lengths ? s.tokens : std::max<int64_t>(0, std::min(s.tokens, to) - from);
+  const int64_t per_row = ceil_div(tokens, C::kRows);
+  const int64_t total = (s.cu_seqlens ? work_items(s, C::kRows) : s.sequences * per_row) * s.heads;
   if (total == 0) return;
   constexpr int64_t kL2Budget = 10 << 20;  // bytes of keys and values that live in L2 beside what streams through
-  const int64_t pairs = s.sequences * s.heads, pair_bytes = 4 * params.chunks.rows * s.head_dim;
+  const int64_t pairs = s.sequences * s.heads, pair_bytes = 4 * std::max<int64_t>(1, params.chunks.rows) * s.head_dim;
   const int64_t section = std::min(pairs, std::max<int64_t>(1, ceil_div(kL2Budget, pair_bytes)));
   a.schedule.total = static_cast<uint32_t>(total);
-  a.schedule.per_row = static_cast<uint32_t>(tiles_per_row(s, C::kRows));
+  a.schedule.per_row = static_cast<uint32_t>(per_row);
   a.schedule.pairs = static_cast<uint32_t>(pairs);
   a.schedule.section = static_cast<uint32_t>(section);
+  a.schedule.from = static_cast<uint32_t>(from);
+  a.schedule.to = static_cast<uint32_t>(to);
 
-  const CUtensorMapDataType type =
-      std::is_same_v<typename C::T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const int64_t outer = params.chunks.compact ? s.heads : pairs;
-  const CUtensorMap k_map = swizzled_rows_map(params.chunks.k, type, s.head_dim, params.chunks.rows, outer, C::kKeys);
-  const CUtensorMap v_map = swizzled_rows_map(params.chunks.v, type, s.head_dim, params.chunks.rows, outer, C::kKeys);
+  const CUtensorMap k_map = state_map<C>(params, params.chunks.k, scratch.s_self);
+  const CUtensorMap v_map = state_map<C>(params, params.chunks.v, scratch.s_self);
 
   constexpr int kBytes = shared_bytes<C>();
-  static_assert(kBytes <= 227 * 1024);
+  static_assert(kBytes * C::kBlocks <= (228 - C::kBlocks) * 1024);
   const char* name = "chunk_attention_fwd_sm90";
   allow_shared_memory(chunk_attention_fwd_sm90_kernel<C>, kBytes, name);
-  const int64_t blocks = std::min<int64_t>(total, device_attribute<cudaDevAttrMultiProcessorCount>());
+  const int64_t blocks =
+      std::min<int64_t>(total, device_attribute<cudaDevAttrMultiProcessorCount>() * int64_t{C::kBlocks});
   chunk_attention_fwd_sm90_kernel<C><<<grid_x(blocks, name), C::kThreads, kBytes, stream>>>(a, k_map, v_map);
   check_launch(name);
 }
 
+// Tiles of one warpgroup, where full ones would leave half of the chip idle or be mostly empty.
+template <class C>
+void launch_full_or_small(const AttentionFwdParams& params, const FwdScratch& scratch, int64_t from, int64_t to,
+                          cudaStream_t stream) {
+  using Small = Traits<typename C::T, C::kDim, 1, C::kKeys>;
+  const Sizes& s = params.size;
+  const int64_t tiles = (s.cu_seqlens ? s.tokens / C::kRows + s.sequences : s.sequences * ceil_div(s.tokens, C::kRows));
+  const bool empty = s.batch * s.tokens <= s.sequences * Small::kRows;
+  const bool idle = 2 * tiles * s.heads <= device_attribute<cudaDevAttrMultiProcessorCount>();
+  empty || idle ? launch<Small>(params, scratch, from, to, stream) : launch<C>(params, scratch, from, to, stream);
+}
+
+template <class Short, class Long>
+void launch_by_keys(const AttentionFwdParams& params, const FwdScratch& scratch, int64_t short_keys,
+                    cudaStream_t stream) {
+  // No query sees more keys than there is room for.
+  const int64_t all = Schedule::kAllPositions, every = params.size.key_every;
+  const bool both = params.chunks.rows > short_keys && every < all / short_keys;
+  const int64_t split = both ? std::min(all, (short_keys + 1) * every) : all;
+  launch_full_or_small<Short>(params, scratch, 0, split, stream);
+  if (split < all) launch_full_or_small<Long>(params, scratch, split, all, stream);
+}
+
 template <class T>
 void launch_for(const AttentionFwdParams& params, const FwdScratch& scratch, cudaStream_t stream) {
-  const int64_t rows = rows_of_a_sequence(params.size, params.chunks);
   if (params.size.head_dim > 64) {
-    rows <= kShortRows ? launch<WideShort<T>>(params, scratch, stream) : launch<Wide<T>>(params, scratch, stream);
+    launch_by_keys<WideShort<T, 3>, Wide<T, 2>>(params, scratch, kShortKeys, stream);
   } else {
-    rows <= kShortNarrowRows ? launch<NarrowShort<T>>(params, scratch, stream)
-                             : launch<Narrow<T>>(params, scratch, stream);
+    launch_by_keys<NarrowShort<T, 3>, Narrow<T, 3>>(params, scratch, kShortNarrowKeys, stream);
   }
 }
 
@@ -889,12 +1007,13 @@ const char* fwd_refuses(const AttentionFwdParams& params) {
   if (s.dtype != DType::bf16 && s.dtype != DType::f16) return "the dtype is not bfloat16 or float16";
   if (s.head_dim > 128) return "D is over 128";
   if (!std::isfinite(scale_log2(params))) return "the scale is not finite in float32";
-  if (const char* reason = no_state_map(s, params.chunks)) return reason;
-  // Rows that cannot be read in 16-byte pieces are read element by element, which only many keys make up for.
-  if (!queries_by_16(params) && rows_of_a_sequence(s, params.chunks) < kRowsForScalarQueries) {
-    return "rows of q or of the rotary tables are read element by element, and too few chunk states make up for it";
+  // Nothing here may depend on how many states or queries there are: a token has the same bits in any call.
+  if (params.chunks.rows > 0) {
+    if (const char* reason = no_state_map(s, params.chunks)) return reason;
   }
-  if (s.tokens > kMany || s.sequences * s.heads > kMany || work_items(s, 64) > kMany / s.heads) {
+  if (!queries_by_16(params)) return "rows of q or of the rotary tables are no whole pieces of 16 bytes";
+  if (s.tokens > kMany || std::max(s.sequences, params.chunks.blocks) * s.heads > kMany ||
+      work_items(s, 64) > kMany / s.heads) {
     return "the call is too large for 32-bit indices";
   }
   return no_hopper();
@@ -922,14 +1041,22 @@ KernelEntry entry(const char* name) {
 
 KernelList chunk_attention_fwd_sm90_kernels() {
   static const KernelEntry entries[] = {
-      entry<Wide<bf16>>("chunk_attention_fwd_sm90<bf16, 128>"),
-      entry<Wide<f16>>("chunk_attention_fwd_sm90<f16, 128>"),
-      entry<WideShort<bf16>>("chunk_attention_fwd_sm90<bf16, 128, short>"),
-      entry<WideShort<f16>>("chunk_attention_fwd_sm90<f16, 128, short>"),
-      entry<Narrow<bf16>>("chunk_attention_fwd_sm90<bf16, 64>"),
-      entry<Narrow<f16>>("chunk_attention_fwd_sm90<f16, 64>"),
-      entry<NarrowShort<bf16>>("chunk_attention_fwd_sm90<bf16, 64, short>"),
-      entry<NarrowShort<f16>>("chunk_attention_fwd_sm90<f16, 64, short>"),
+      entry<Wide<bf16, 2>>("chunk_attention_fwd_sm90<bf16, 128>"),
+      entry<Wide<bf16, 1>>("chunk_attention_fwd_sm90<bf16, 128, small>"),
+      entry<Wide<f16, 2>>("chunk_attention_fwd_sm90<f16, 128>"),
+      entry<Wide<f16, 1>>("chunk_attention_fwd_sm90<f16, 128, small>"),
+      entry<WideShort<bf16, 3>>("chunk_attention_fwd_sm90<bf16, 128, short>"),
+      entry<WideShort<bf16, 1>>("chunk_attention_fwd_sm90<bf16, 128, short, small>"),
+      entry<WideShort<f16, 3>>("chunk_attention_fwd_sm90<f16, 128, short>"),
+      entry<WideShort<f16, 1>>("chunk_attention_fwd_sm90<f16, 128, short, small>"),
+      entry<Narrow<bf16, 3>>("chunk_attention_fwd_sm90<bf16, 64>"),
+      entry<Narrow<bf16, 1>>("chunk_attention_fwd_sm90<bf16, 64, small>"),
+      entry<Narrow<f16, 3>>("chunk_attention_fwd_sm90<f16, 64>"),
+      entry<Narrow<f16, 1>>("chunk_attention_fwd_sm90<f16, 64, small>"),
+      entry<NarrowShort<bf16, 3>>("chunk_attention_fwd_sm90<bf16, 64, short>"),
+      entry<NarrowShort<bf16, 1>>("chunk_attention_fwd_sm90<bf16, 64, short, small>"),
+      entry<NarrowShort<f16, 3>>("chunk_attention_fwd_sm90<f16, 64, short>"),
+      entry<NarrowShort<f16, 1>>("chunk_attention_fwd_sm90<f16, 64, short, small>"),
   };
   return {entries, static_cast<int>(sizeof(entries) / sizeof(entries[0]))};
 }

@@ -85,6 +85,17 @@ __device__ __forceinline__ int64_t first_chunk_row(const Sizes& s, const ChunkSt
   return c.compact ? s.cu_seqlens[n] / s.key_every + n : 0;
 }
 
+// Whose states those of sequence n are: an entry of a pool, below 0 where n is skipped, or n itself.
+__device__ __forceinline__ int64_t states_owner(const ChunkStates& c, int64_t n) { return c.entry ? c.entry[n] : n; }
+
+// Element offset of chunk row `row` of head h of a pool's sequence.
+__device__ __forceinline__ int64_t pool_offset(const Sizes& s, const ChunkStates& c, int64_t owner, int64_t h,
+                                               int64_t row) {
+  if (c.page_table == nullptr) return owner * c.sequence + h * c.head + row * s.head_dim;
+  const int64_t page = c.page_table[owner * c.columns + (row >> c.page_shift)];
+  return page * c.sequence + h * c.head + (row & ((int64_t{1} << c.page_shift) - 1)) * s.head_dim;
+}
+
 // Element offset of chunk row 0 of (sequence n, head h).
 __device__ __forceinline__ int64_t chunk_offset(const Sizes& s, const ChunkStates& c, int64_t n, int64_t h) {
   return n * c.sequence + h * c.head + first_chunk_row(s, c, n) * s.head_dim;

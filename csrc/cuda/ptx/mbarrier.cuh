@@ -13,7 +13,9 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrival
 
 // Makes initialised barriers visible to the copy engine; the block's threads still need a __syncthreads().
 __device__ __forceinline__ void mbarrier_init_fence() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+#endif
 }
 
 // One arrival, with release semantics: what this thread wrote or read before is done for whoever waits.
@@ -32,7 +34,11 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       "{\n"
       ".reg .pred done;\n"
       "again_%=:\n"
+#if __CUDA_ARCH__ >= 900
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+#else
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+#endif
       "@!done bra again_%=;\n"
       "}\n" ::"r"(barrier),
       "r"(parity)

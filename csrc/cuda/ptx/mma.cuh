@@ -239,4 +239,28 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const T* source, int64_
   }
 }
 
+// The same of rows that lie apart: row r begins at row_at(r), which is asked for rows below `rows` alone. `source` is any address
+// that may be read.
+template <class T, int ROWS, int DPAD, int THREADS, class RowAt>
+__device__ __forceinline__ void load_scattered_tile(uint32_t tile, const T* source, const RowAt& row_at, int rows,
+                                                    int head_dim, int thread) {
+  constexpr int kGroup = SwizzledTile<DPAD>::kGroup;
+  constexpr int kRowStep = THREADS / kGroup;
+  static_assert(kRowStep % 8 == 0 && (ROWS < kRowStep || ROWS % kRowStep == 0), "as load_tile()");
+  const int piece = thread % kGroup, first = thread / kGroup;
+  if (ROWS < kRowStep && first >= ROWS) return;
+  const uint32_t to = tile + SwizzledTile<DPAD>::offset(first, piece);
+#pragma unroll
+  for (int i = 0; i < (ROWS + kRowStep - 1) / kRowStep; ++i) {
+    const int row = first + i * kRowStep;
+    const T* from = (row < rows ? row_at(row) : source) + piece * 8;
+#pragma unroll
+    for (int j = 0; j < SwizzledTile<DPAD>::kPieces / kGroup; ++j) {
+      const bool valid = row < rows && (piece + j * kGroup) * 8 < head_dim;
+      cp_async16(to + i * kRowStep * SwizzledTile<DPAD>::kRowBytes + j * kGroup * 16,
+                 valid ? from + j * kGroup * 8 : source, valid);
+    }
+  }
+}
+
 }  // namespace rat::cuda

@@ -2,12 +2,16 @@
 //
 //   chunk_prepare_fwd_kernel  the scan. Where chunks are long, the states that segments start with come from segments.cu
 //
+// It also comes for rows of a pool (launchers.h): chunk states and running states are then read and written where they lie in the
+// pool, and the y of a row that is skipped becomes zeros.
+//
 // A warp takes a tile of tokens and 32 / W heads, and walks the tile with the states in registers (scan.cuh). Rows of a few
 // tokens are requested before the first is used; many warps per SM hide the rest. Bytes per token in attention, elements of
 // two bytes: reads v, gate (4 H D) and q, k (4 G D, the heads of a group hit the L1 cache), writes v~ (2 H D), s_tt (4 H)
 // and 1/L of a key and a value. About 225 instructions per row and warp.
 #include <type_traits>
 
+#include "../device/e4m3.cuh"
 #include "scan_launch.h"
 
 namespace rat::cuda {
@@ -28,24 +32,61 @@ struct PrepareFwd {
   float* running_v;
 };
 
-// The state of a token that closes a chunk, to the chunk states: k~ rotated by its angle.
-template <class T, int W, bool kVector>
-__device__ __forceinline__ void store_key(const PrepareFwd& p, int64_t n, const Lane& lane, const ChunkClock& clock,
-                                          const float (&k_state)[8], const float (&v_state)[8]) {
+// A state to the e4m3 states of a pool, at state `at`, and with it what they keep of it.
+template <int W>
+__device__ __forceinline__ void quantise(void* states, float* scales, int64_t at, const Lane& lane, int64_t head_dim,
+                                         float (&x)[8]) {
+  const float scale = scale_of_group<W>(x, lane);
+  StateRaw<e4m3> raw;
+  pack_state(x, scale, raw);
+  unpack_state(raw, x);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) x[j] *= scale;
+  if (!lane.live) return;
+  *reinterpret_cast<StateRaw<e4m3>*>(static_cast<uint8_t*>(states) + at * head_dim + lane.d) = raw;
+  if (lane.index == 0) scales[at] = scale;
+}
+
+// The state of a token that closes a chunk, to the chunk states: k~ rotated by its angle. `n` is the sequence, of the pool where
+// there is one; `row` that of the call.
+template <class T, int W, bool kVector, bool kPool>
+__device__ __forceinline__ void store_key(const PrepareFwd& p, int64_t n, [[maybe_unused]] int64_t row,
+                                          const Lane& lane, const ChunkClock& clock, const float (&k_state)[8],
+                                          const float (&v_state)[8]) {
   const Sizes& s = p.in.size;
   float turned[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) turned[j] = k_state[j];
   if (p.in.rotary.cos) rotate<W>(p.in.rotary, clock.angle(), s.head_dim, lane, 1.0f, turned);
+  if constexpr (kPool) {
+    const PoolStates& pool = p.in.pool;
+    if (pool.quantised.k) {
+      float value[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) value[j] = v_state[j];
+      const int64_t at = pool_offset(s, pool.quantised, n, lane.head, clock.key()) / s.head_dim;
+      quantise<W>(pool.quantised.k, pool.scale_k, at, lane, s.head_dim, turned);
+      quantise<W>(pool.quantised.v, pool.scale_v, at, lane, s.head_dim, value);
+      if (lane.live) {
+        const int64_t to = pool_offset(s, p.chunks, row, lane.head, clock.key()) + lane.d;
+        store_row<kVector>(static_cast<T*>(p.chunks.k) + to, turned);
+        store_row<kVector>(static_cast<T*>(p.chunks.v) + to, value);
+      }
+      return;
+    }
+  }
   if (lane.live) {
-    const int64_t at = chunk_offset(s, p.chunks, n, lane.head) + clock.key() * s.head_dim + lane.d;
+    const int64_t at = (kPool ? pool_offset(s, p.chunks, n, lane.head, clock.key())
+                              : chunk_offset(s, p.chunks, n, lane.head) + clock.key() * s.head_dim) +
+                       lane.d;
     store_row<kVector>(static_cast<T*>(p.chunks.k) + at, turned);
     store_row<kVector>(static_cast<T*>(p.chunks.v) + at, v_state);
   }
 }
 
 // kAttention: scan k and v, dot with q, write chunk states. Otherwise scan k alone and write its states.
-template <class T, int W, bool kVector, bool kAttention>
+// kPool, in attention: rows of a pool.
+template <class T, int W, bool kVector, bool kAttention, bool kPool>
 __global__ void __launch_bounds__(kThreads, kVector ? 4 : 2)
     chunk_prepare_fwd_kernel(const __grid_constant__ PrepareFwd p) {
   const ScanInput& in = p.in;
@@ -63,8 +104,26 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 2)
   float* s_self = kAttention ? p.s_self + (row * s.heads + h) * s.tokens + token : nullptr;
 
   float bias[8], k_state[8], v_state[8];
+  int64_t owner = tile.sequence.index;  // of the states
+  [[maybe_unused]] int kept = 0;        // the first token whose running state stays in the pool
+  if constexpr (kPool) {
+    owner = in.pool.entry[owner];
+    if (owner < 0) {
+      zero(v_state);
+      for (int i = 0; i < tile.count; ++i) {
+        T* const out = take(y_row, p.y.token);
+        if (lane.live) store_row<kVector>(out, v_state);
+      }
+      return;
+    }
+    const int64_t stop = tile.sequence.start + (tile.sequence.end - tile.sequence.begin);
+    const int64_t first = stop - in.pool.ring - tile.position;
+    kept = first <= 0 ? 0 : first < tile.count ? static_cast<int>(first) : tile.count;
+    pool_state(in, tile, lane, owner, k_state, v_state);
+  } else {
+    incoming_state<kAttention>(in, tile, lane, k_state, v_state);
+  }
   load_bias<T>(in, lane, bias);
-  incoming_state<kAttention>(in, tile, lane, k_state, v_state);
   ChunkClock clock(s, tile.position);
 
   // N tokens from token i on: all rows are requested, then used one after the other.
@@ -97,7 +156,14 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 2)
         unpack(q_raw[u], x);
         own[u] = lane.live ? dot(x, k_state) : 0.0f;
         if (clock.leaves_key()) {
-          store_key<T, W, kVector>(p, tile.sequence.index, lane, clock, k_state, v_state);
+          store_key<T, W, kVector, kPool>(p, owner, tile.sequence.index, lane, clock, k_state, v_state);
+        }
+        if constexpr (kPool) {
+          if (i + u >= kept && lane.live) {
+            const int64_t at = running_at(s, in.pool, owner, h, tile.position + i + u) + lane.d;
+            store_floats(in.pool.k + at, k_state);
+            store_floats(in.pool.v + at, v_state);
+          }
         }
       } else {
         if (lane.live) store_row<kVector>(out, k_state);
@@ -118,14 +184,14 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 2)
   for (; i + kStep <= tile.count; i += kStep) walk(i, std::integral_constant<int, kStep>());
 #pragma unroll 1
   for (; i < tile.count; ++i) walk(i, std::integral_constant<int, 1>());
-  if (tile.last && p.running_k && lane.live) {
+  if (!kPool && tile.last && p.running_k && lane.live) {
     const int64_t at = (tile.sequence.index * s.heads + h) * s.head_dim + lane.d;
     store_floats(p.running_k + at, k_state);
     if (kAttention) store_floats(p.running_v + at, v_state);
   }
 }
 
-template <bool kAttention>
+template <bool kAttention, bool kPool>
 void launch_prepare(PrepareFwd p, const char* op, cudaStream_t stream) {
   with_variant(p.in.size, op, [&](auto variant) {
     using V = decltype(variant);
@@ -137,7 +203,7 @@ void launch_prepare(PrepareFwd p, const char* op, cudaStream_t stream) {
     }
     const int64_t blocks = ceil_div(p.in.items * p.in.head_batches, kThreads / 32);
     if (blocks == 0) return;
-    chunk_prepare_fwd_kernel<typename V::T, V::W, V::kVector, kAttention>
+    chunk_prepare_fwd_kernel<typename V::T, V::W, V::kVector, kAttention, kPool>
         <<<grid_x(blocks, "chunk_prepare_fwd"), kThreads, 0, stream>>>(p);
     check_launch("chunk_prepare_fwd");
   });
@@ -145,9 +211,9 @@ void launch_prepare(PrepareFwd p, const char* op, cudaStream_t stream) {
 
 }  // namespace
 
-Launch chunk_prepare_fwd(const AttentionFwdParams& a, const FwdScratch& scratch, Arena& arena) {
+Launch chunk_prepare_fwd(const AttentionFwdParams& a, const FwdScratch& scratch, const PoolStates* pool, Arena& arena) {
   const Piece<float> incoming = take_segments(a.size, a.gate.ptr != nullptr, kMaxChunkFwd, 3, arena);
-  return [&a, scratch, incoming](cudaStream_t stream) {
+  return [&a, scratch, pool, incoming](cudaStream_t stream) {
     PrepareFwd p{};
     p.in = scan_input(a);
     p.y = a.y;
@@ -155,12 +221,14 @@ Launch chunk_prepare_fwd(const AttentionFwdParams& a, const FwdScratch& scratch,
     p.chunks = a.chunks;
     p.running_k = static_cast<float*>(a.running_k);
     p.running_v = static_cast<float*>(a.running_v);
+    if (pool) p.in.pool = *pool;
     if (incoming.taken()) {
       p.in.incoming = incoming;
       scan_segments(p.in, true, incoming, stream);
     }
+    if (pool) return launch_prepare<true, true>(p, "rat_attention", stream);
     carry_state_fwd(a, stream);
-    launch_prepare<true>(p, "rat_attention", stream);
+    launch_prepare<true, false>(p, "rat_attention", stream);
   };
 }
 
@@ -179,7 +247,7 @@ void recurrence_fwd(const RecurrenceFwdParams& r, const Allocator& allocator, vo
     scan_segments(p.in, false, incoming, stream);
   }
   if (r.final_state) copy_empty(r.size, p.in.initial_k, p.running_k, stream);
-  launch_prepare<false>(p, "chunk_recurrence", stream);
+  launch_prepare<false, false>(p, "chunk_recurrence", stream);
 }
 
 KernelList forward_kernels() {
@@ -188,8 +256,9 @@ KernelList forward_kernels() {
     for_each_variant([&](auto variant, const char* type) {
       using V = decltype(variant);
       using T = typename V::T;
-      t.add("chunk_prepare_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, V::kVector, true>);
-      t.add("chunk_recurrence_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, V::kVector, false>);
+      t.add("chunk_prepare_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, V::kVector, true, false>);
+      t.add("chunk_prepare_pool_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, V::kVector, true, true>);
+      t.add("chunk_recurrence_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, V::kVector, false, false>);
     });
     return t;
   }();

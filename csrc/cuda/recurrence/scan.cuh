@@ -47,6 +47,33 @@ __device__ __forceinline__ int64_t tile_count(const Sequence& q, int64_t size) {
   return length ? (q.start % size + length + size - 1) / size : 0;
 }
 
+// The running states of a pool, as a scan finds and leaves them.
+struct PoolStates {
+  const int32_t* entry;  // (N): the sequence of the pool, below 0 where a row is skipped; null: there is no pool
+  float* k;              // (P, R, H, D)
+  float* v;
+  int64_t ring;           // R
+  const float* staged_k;  // (N, H, D): the state that a row starts from, where is_staged()
+  const float* staged_v;
+  ChunkStates quantised;  // where closed states go, beside scratch that attention reads; k null: the pool's states are of T
+  float* scale_k;
+  float* scale_v;
+};
+
+// Offset of the state after the token at `position`.
+__device__ __forceinline__ int64_t running_at(const Sizes& s, const PoolStates& p, int64_t owner, int64_t head,
+                                              int64_t position) {
+  const int64_t place = static_cast<uint32_t>(position) % static_cast<uint32_t>(p.ring);
+  return ((owner * p.ring + place) * s.heads + head) * s.head_dim;
+}
+
+// May a tile of the row overwrite the state that the row starts from before another one has read it? Tiles hold whole chunks, and
+// only a row of as many tokens as the ring has places comes round to that state.
+__device__ __forceinline__ bool is_staged(const Sizes& s, const PoolStates& p, const Sequence& q) {
+  const int64_t length = q.end - q.begin;
+  return length >= p.ring && q.start % s.reset != 0 && q.start / s.reset != (q.start + length - 1) / s.reset;
+}
+
 // Inputs of a scan. In rat_attention two streams share the gates, k~ and v~; in chunk_recurrence there is one, called k.
 struct ScanInput {
   Sizes size;
@@ -56,6 +83,7 @@ struct ScanInput {
   float scale;
   const float* initial_k;  // (N, H, D) state before the first token, or null
   const float* initial_v;
+  PoolStates pool;  // in place of those
   float*
       incoming;  // (items, H, 2 or 3, D): the states that segments start with, and the product of their gates; null where no
                  // chunk spans tiles
@@ -117,6 +145,24 @@ __device__ __forceinline__ void incoming_state(const ScanInput& in, const ScanTi
     const int64_t at = (tile.sequence.index * in.size.heads + lane.head) * in.size.head_dim + lane.d;
     load_floats(in.initial_k + at, k);
     if (kAttention) load_floats(in.initial_v + at, v);
+  }
+}
+
+// The same of a row of a pool.
+__device__ __forceinline__ void pool_state(const ScanInput& in, const ScanTile& tile, const Lane& lane, int64_t owner,
+                                           float (&k)[8], float (&v)[8]) {
+  const Sizes& s = in.size;
+  zero(k);
+  zero(v);
+  if (in.incoming) {
+    load_scratch(in.incoming + segment_at(s, tile.item, lane.head, 3, 0) + lane.d, k);
+    load_scratch(in.incoming + segment_at(s, tile.item, lane.head, 3, 1) + lane.d, v);
+  } else if (tile.first && tile.position % s.reset != 0) {
+    const bool staged = is_staged(s, in.pool, tile.sequence);
+    const int64_t at = staged ? (tile.sequence.index * s.heads + lane.head) * s.head_dim
+                              : running_at(s, in.pool, owner, lane.head, tile.position - 1);
+    load_floats((staged ? in.pool.staged_k : in.pool.k) + at + lane.d, k);
+    load_floats((staged ? in.pool.staged_v : in.pool.v) + at + lane.d, v);
   }
 }
 

@@ -12,7 +12,7 @@ namespace rat::cuda {
 // ---- tiles ------------------------------------------------------------------------------------------------------------
 
 // The longest chunk that one lane group walks alone.
-constexpr int64_t kMaxChunkFwd = 128;
+constexpr int64_t kMaxChunkFwd = kExactChunk;
 constexpr int64_t kMaxChunkBwd = 64;
 
 // Does a recurrence reach across tiles? Never where the states are given (no gate).

@@ -155,6 +155,7 @@ struct SegmentJoin {
   int gate_streams, value_streams, joined;
   const float* outer_k;  // (N, H, D): what the first segment on the way starts with, or null: zero
   const float* outer_v;
+  PoolStates pool;  // in place of those
   bool reverse;
 };
 
@@ -175,7 +176,14 @@ __global__ void __launch_bounds__(kThreads) chunk_segment_join_kernel(const __gr
   const float* gate = p.gates + segment_at(s, first, h, p.gate_streams, p.gate_streams - 1) + d;
   float* value = p.values + segment_at(s, first, h, p.value_streams, static_cast<int>(stream)) + d;
   const float* outer = stream ? p.outer_v : p.outer_k;
-  float state = outer ? outer[owner * s.head_dim + d] : 0.0f;
+  int64_t outer_at = owner * s.head_dim;
+  if (p.pool.entry) {
+    const int64_t entry = p.pool.entry[n];
+    if (entry < 0) return;
+    outer = sequence.start == 0 ? nullptr : stream ? p.pool.v : p.pool.k;
+    if (outer) outer_at = running_at(s, p.pool, entry, h, sequence.start - 1);
+  }
+  float state = outer ? outer[outer_at + d] : 0.0f;
 
   constexpr int kAhead = 16;
   for (int64_t j = 0; j < count; j += kAhead) {
@@ -244,6 +252,7 @@ void scan_segments(ScanInput in, bool attention, float* incoming, cudaStream_t s
   join.joined = attention ? 2 : 1;
   join.outer_k = in.initial_k;
   join.outer_v = in.initial_v;
+  join.pool = in.pool;
   join_segments(join, stream);
 }
 

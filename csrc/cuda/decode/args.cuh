@@ -1,0 +1,145 @@
+// What the decode kernel is given, how a block's shared memory is laid out, and what its warps tell each other.
+#pragma once
+
+#include "../device/rotary.cuh"
+#include "../ptx/mbarrier.cuh"
+
+namespace rat::cuda {
+
+constexpr int kConsumers = 256;  // threads that attend; behind them a warp that fetches and one that scans
+constexpr int kConsumerWarps = kConsumers / 32;
+constexpr int kDecodeThreads = kConsumers + 64;
+// Keys of a slice. A slice has its own softmax, and slices are joined in order: which block took it does not show.
+constexpr int kSlice = 256;
+constexpr int kMostTokens = 4;  // of a launch
+constexpr int kItems = 4;       // that the fetching warp may be ahead
+constexpr int kPrepared = 2;         // that the scanning warp may be ahead
+
+// Instantiations: T of the tokens, S of the chunk states, W lanes for a row, room for N tokens.
+template <class T_, class S_, int W_, int N_>
+struct Kind {
+  using T = T_;
+  using S = S_;
+  static constexpr int W = W_, N = N_;
+  static constexpr bool kScaled = sizeof(S) == 1;
+  static constexpr int kGroups = kConsumers / W;
+  static constexpr int kKeys = sizeof(S) == 4 ? 2 : 4;  // that a lane group takes at a time
+  static constexpr int kStageKeys = kGroups * kKeys;    // of a stage of the ring
+  static constexpr int kColumns = W * 8;                // D rounded up
+  static_assert(kSlice % kStageKeys == 0);
+};
+
+struct Decode {
+  DecodeParams p;
+  uint32_t chunk_size;  // at most 2^31: no length reaches more
+  uint32_t heads, q_share, k_share;  // heads, and of them to a group of q and of k
+  uint32_t pairs;       // (row, head)
+  uint32_t candidates;  // pairs * ways
+  int ways;             // blocks that may share a pair
+  int tokens;           // of this launch
+  int reserve;          // tokens that a row must have room for
+  int page_shift;       // log2(page_rows) where paged
+  int stages;           // of the ring
+  int stage_bytes;
+  bool vector;         // rows of tokens are read 16 bytes at a time
+  bool bulk;           // stages are filled by bulk copies
+  float scale;         // in units of log2
+  int64_t entries;     // of partial results for each (pair, token): the own state, then slices
+  float* partial;      // (pairs, tokens, entries, D + 8): values, then maximum and sum; null where no blocks share a pair
+  unsigned* arrived;   // (P, H): ways that have stored their slices
+  unsigned* read;      // (P, H): ways that have read the length
+  unsigned* heads_in;  // (P): heads of which all ways have
+};
+
+// ---- shared memory ----------------------------------------------------------------------------------------------------
+
+enum class ItemKind : int { end, zeros, run };
+
+// What the fetching warp tells the others of a way of a (row, head).
+struct Item {
+  ItemKind kind;
+  int row, head, entry;
+  uint32_t length;        // of the sequence, without the new tokens
+  uint32_t keys, offset;  // its closed chunks, and its tokens since
+  int way, ways, slices;  // of the pair: which part this is, parts, slices
+  bool tail;  // has the last slice, and with it the new tokens
+};
+
+constexpr int kMostStages = 16;
+
+// The fixed part, at the start of dynamic shared memory.
+struct SharedHead {
+  RingBarriers<kItems> items;
+  RingBarriers<kPrepared> prepared;  // full: queries and output gates are there
+  uint64_t scanned[kPrepared];       // completed where the new tokens are, too
+  uint64_t full[kMostStages], empty[kMostStages];
+  Item item[kItems];
+  float own_score[kPrepared][kMostTokens];
+  float fresh_scale[kPrepared][2][kMostTokens];
+  float maximum[kMostTokens][kConsumerWarps], sum[kMostTokens][kConsumerWarps];
+  int last;
+};
+
+// Behind it, in this order.
+struct SharedLayout {
+  int values;    // (N, warps, columns) floats: of a slice, warp by warp
+  int prepared;  // (kPrepared, 3, N, columns) floats: queries, scaled and rotated; output gates; own values v~
+  int fresh;     // (kPrepared, 2, N, D) of S: keys, then values of the chunks that the tokens close; N > 1 only
+  int ring;      // stages: keys, values, and where scaled their scales
+};
+
+template <class K>
+__host__ __device__ __forceinline__ SharedLayout shared_layout(int head_dim) {
+  SharedLayout l;
+  l.values = (static_cast<int>(sizeof(SharedHead)) + 127) / 128 * 128;
+  l.prepared = l.values + K::N * kConsumerWarps * K::kColumns * 4;
+  l.fresh = l.prepared + kPrepared * 3 * K::N * K::kColumns * 4;
+  const int fresh = K::N > 1 ? 2 * kPrepared * K::N * head_dim * static_cast<int>(sizeof(typename K::S)) : 0;
+  l.ring = (l.fresh + fresh + 127) / 128 * 128;
+  return l;
+}
+
+template <class K>
+__host__ __device__ __forceinline__ int stage_bytes(int head_dim) {
+  const int rows = 2 * K::kStageKeys * head_dim * static_cast<int>(sizeof(typename K::S));
+  return (rows + (K::kScaled ? 2 * K::kStageKeys * 4 : 0) + 127) / 128 * 128;
+}
+
+// ---- where rows are ---------------------------------------------------------------------------------------------------
+
+// Row of chunk state `key` among all rows of the pool.
+__device__ __forceinline__ int64_t state_row(const Decode& a, int entry, int head, uint32_t key) {
+  const Pool& pool = a.p.pool;
+  if (!pool.page_table) return static_cast<int64_t>(static_cast<uint32_t>(entry) * static_cast<uint64_t>(a.heads) + head) * pool.rows + key;
+  const int64_t columns = pool.rows >> a.page_shift;
+  const int64_t page = pool.page_table[entry * columns + (key >> a.page_shift)];
+  return ((page * a.heads + head) << a.page_shift) + (key & static_cast<uint32_t>(pool.page_rows - 1));
+}
+
+// How many chunks are closed before token i of the new ones.
+__device__ __forceinline__ uint32_t keys_of(const Decode& a, const Item& item, int i) {
+  uint32_t keys = item.keys, offset = item.offset;
+  for (; i > 0; --i) {
+    if (++offset == a.chunk_size) {
+      offset = 0;
+      ++keys;
+    }
+  }
+  return keys;
+}
+
+// ---- arithmetic -------------------------------------------------------------------------------------------------------
+
+// Every product and sum is spelled out: with other numbers of tokens, and on other chips, the compiler would join them in other
+// ways, and results would differ in their last bit.
+
+// 2^x of a score relative to the maximum.
+template <class T>
+__device__ __forceinline__ float weight_of(float x) {
+  return sizeof(T) == 4 ? exp2f(x) : exp2_fast(x);
+}
+
+// The maximum of a softmax over no keys: below no finite score, and finite, so that 2^(-inf - maximum) is 0.
+constexpr float kNoScore = -3.402823466e+38f;
+
+}  // namespace rat::cuda

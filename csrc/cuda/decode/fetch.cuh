@@ -1,0 +1,280 @@
+// The fetching warp: finds a block's items, checks them, and fills the ring with their chunk states, ahead of the others.
+#pragma once
+
+#include "../ptx/bulk.cuh"
+#include "../ptx/cp_async.cuh"
+#include "../ptx/depend.cuh"
+#include "args.cuh"
+
+namespace rat::cuda {
+
+// The first error wins; the host zeroes the word when it has seen it.
+__device__ __noinline__ void report(const Decode& a, PoolError code, int row, int64_t slot, int64_t length) {
+  const int64_t detail = code == PoolError::rotary ? min(a.p.rotary.rows, int64_t{INT32_MAX}) : length;
+  int32_t* const error = a.p.pool.error;
+  if (atomicCAS(error, 0, static_cast<int32_t>(code)) != 0) return;
+  error[1] = row;
+  error[2] = static_cast<int32_t>(min(slot, static_cast<int64_t>(INT32_MAX)));
+  error[3] = static_cast<int32_t>(detail);
+}
+
+// What stands against a row, by itself.
+__device__ __forceinline__ PoolError refusal(const Decode& a, int64_t slot, int64_t length) {
+  const DecodeParams& p = a.p;
+  if (slot >= p.pool.sequences) return PoolError::slot;
+  if (length < 0) return PoolError::length;
+  const uint32_t rows = static_cast<uint32_t>(min(p.pool.rows, int64_t{INT32_MAX}));
+  if (static_cast<uint32_t>(length) / a.chunk_size > rows) return PoolError::length;
+  const uint32_t after = static_cast<uint32_t>(length) + static_cast<uint32_t>(a.reserve);
+  if (after > INT32_MAX || after / a.chunk_size > rows) return PoolError::full;
+  if (p.rotary.cos && (after - 1) / a.chunk_size >= p.rotary.rows) return PoolError::rotary;
+  return PoolError::none;
+}
+
+// And among others, by the whole warp, of a row that is right by itself. `firsts`: slots[lane], of the first 32 rows.
+__device__ __forceinline__ PoolError refusal_among(const Decode& a, int row, int slot, uint32_t length, int64_t firsts) {
+  const DecodeParams& p = a.p;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (p.slots) {
+    bool same = lane < row && firsts == slot;
+#pragma unroll 1
+    for (int j = 32 + lane; j < row; j += 32) same = same || p.slots[j] == slot;
+    if (__any_sync(kFullWarp, same)) return PoolError::duplicate;
+  }
+  if (p.pool.page_table) {
+    const int32_t* const table = p.pool.page_table + slot * (p.pool.rows >> a.page_shift);
+    const uint32_t closed = (length + static_cast<uint32_t>(a.reserve)) / a.chunk_size;
+    const uint32_t pages = (closed + static_cast<uint32_t>(p.pool.page_rows) - 1) >> a.page_shift;
+    bool none = false;
+#pragma unroll 1
+    for (uint32_t j = lane; j < pages; j += 32) none = none || table[j] < 0 || table[j] >= p.pool.pages;
+    if (__any_sync(kFullWarp, none)) return PoolError::full;
+  }
+  return PoolError::none;
+}
+
+// Where the warp stands in the ring of stages.
+struct RingPlace {
+  int slot = 0;
+  uint32_t round = 0;
+  __device__ __forceinline__ void next(int stages) {
+    if (++slot == stages) {
+      slot = 0;
+      round ^= 1;
+    }
+  }
+};
+
+#if __CUDA_ARCH__ >= 900
+// Whether copies by lanes are needed beside bulk ones: rows of e4m3 elements may not be multiples of 16 bytes.
+template <class K>
+constexpr bool kLaneCopies = K::kScaled;
+#else
+template <class K>
+constexpr bool kLaneCopies = true;
+#endif
+
+// Keys [begin, end) of an item into a stage, by the whole warp.
+template <class K>
+__device__ __forceinline__ void fill_stage(const Decode& a, uint32_t full, uint32_t stage, int entry, int head,
+                                           uint32_t begin, uint32_t end) {
+  using S = typename K::S;
+  const int D = static_cast<int>(a.p.head_dim), lane = static_cast<int>(threadIdx.x) % 32;
+  const int count = static_cast<int>(end - begin);
+  const char* const keys = static_cast<const char*>(a.p.pool.chunk_k);
+  const char* const values = static_cast<const char*>(a.p.pool.chunk_v);
+  const int row_bytes = D * static_cast<int>(sizeof(S));
+  const uint32_t values_at = stage + K::kStageKeys * row_bytes;
+#if __CUDA_ARCH__ >= 900
+  if (a.bulk) {
+    if (lane == 0) mbarrier_arrive_expect(full, 2 * count * row_bytes);
+    __syncwarp();
+    // Pieces that are contiguous: a page, or all; keys by even lanes, values by odd ones.
+    const int shift = a.p.pool.page_table ? a.page_shift : 31;
+    const uint32_t first = begin >> shift, last = (end - 1) >> shift;
+    const char* const states = lane % 2 == 0 ? keys : values;
+#pragma unroll 1
+    for (uint32_t piece = first + lane / 2; piece <= last; piece += 16) {
+      const uint32_t from = max(begin, piece << shift), to = piece == last ? end : (piece + 1) << shift;
+      bulk_load((lane % 2 == 0 ? stage : values_at) + (from - begin) * row_bytes,
+                states + state_row(a, entry, head, from) * row_bytes, (to - from) * row_bytes, full);
+    }
+  }
+#endif
+  if constexpr (kLaneCopies<K>) {
+    if (!a.bulk) {
+      const bool wide = row_bytes % 16 == 0;
+      const int unit = wide ? 16 : 8, units = row_bytes / unit;
+#pragma unroll 1
+      for (int i = lane; i < count * units; i += 32) {
+        const int row = i / units, at = i % units * unit;
+        const int64_t source = state_row(a, entry, head, begin + row) * row_bytes + at;
+        const uint32_t to = row * row_bytes + at;
+        if (wide) {
+          cp_async16(stage + to, keys + source, true);
+          cp_async16(values_at + to, values + source, true);
+        } else {
+          cp_async8(stage + to, keys + source, true);
+          cp_async8(values_at + to, values + source, true);
+        }
+      }
+    }
+    if constexpr (K::kScaled) {
+      const uint32_t scales = values_at + K::kStageKeys * row_bytes;
+#pragma unroll 1
+      for (int i = lane; i < count; i += 32) {
+        const int64_t row = state_row(a, entry, head, begin + i);
+        cp_async4(scales + 4 * i, a.p.pool.scale_k + row, true);
+        cp_async4(scales + 4 * (K::kStageKeys + i), a.p.pool.scale_v + row, true);
+      }
+    }
+    if (K::kScaled || !a.bulk) cp_async_arrive(full);
+  }
+}
+
+// Arrivals that fill a stage: the one that says how many bytes come, and one for each lane where lanes copy.
+template <class K>
+__device__ __forceinline__ uint32_t fills(const Decode& a) {
+  return (a.bulk ? 1 : 0) + (!a.bulk || K::kScaled ? 32 : 0);
+}
+
+// Counts an arrival; true for the last of `all`, which leaves the counter at zero.
+__device__ __forceinline__ bool last_of(unsigned* counter, unsigned all) {
+  return atomicInc(counter, all - 1) == all - 1;
+}
+
+// A way of a (row, head) has read the length. Who learns that all have advances it: nobody else will read it in this launch.
+__device__ __forceinline__ void advance_length(const Decode& a, int entry, int head, uint32_t length) {
+  const unsigned heads = a.heads, ways = static_cast<unsigned>(a.ways);
+  if (ways > 1 && !last_of(a.read + static_cast<int64_t>(entry) * heads + head, ways)) return;
+  if (last_of(a.heads_in + entry, heads)) {
+    a.p.pool.lengths[entry] = static_cast<int32_t>(length + static_cast<uint32_t>(a.tokens));
+  }
+}
+
+struct Candidate {
+  int64_t slot, length;
+};
+
+// Reads past L1: it may be done before the kernel that wrote them is through, and again afterwards.
+__device__ __forceinline__ Candidate read_candidate(const Decode& a, uint32_t index) {
+  Candidate c{-1, 0};
+  if (index < a.candidates) {
+    const uint32_t row = index % a.pairs / a.heads;
+    c.slot = a.p.slots ? __ldcg(a.p.slots + row) : row;
+    if (c.slot >= 0 && c.slot < a.p.pool.sequences) c.length = __ldcg(a.p.pool.lengths + c.slot);
+  }
+  return c;
+}
+
+// Before the kernels before this one are through, nothing may be read that they write. But what they have left so far tells
+// where this one will most likely read: those lines are brought into L2, for the block's first pair. By the consumers:
+template <class K>
+__device__ __forceinline__ void warm_tokens(const Decode& a) {
+#if __CUDA_ARCH__ >= 900
+  using T = typename K::T;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const uint32_t pair = blockIdx.x % a.pairs, row = pair / a.heads, head = pair % a.heads;
+  if (warp >= 5 || lane * 128 >= a.p.head_dim * static_cast<int64_t>(sizeof(T))) return;
+  const Rows& r = warp == 0 ? a.p.q : warp == 1 ? a.p.k : warp == 2 ? a.p.v : warp == 3 ? a.p.gate : a.p.out_gate;
+  const uint32_t h = warp == 0 ? head / a.q_share : warp == 1 ? head / a.k_share : head;
+  if (r.ptr) prefetch_l2(row_of<T>(r, row, 0, h, lane * (128 / static_cast<int>(sizeof(T)))));
+#endif
+}
+
+// By the fetching warp: states of the block's first pair.
+template <class K>
+__device__ __forceinline__ void warm_states(const Decode& a) {
+#if __CUDA_ARCH__ >= 900
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const Candidate c = read_candidate(a, blockIdx.x);
+  if (c.slot < 0 || c.slot >= a.p.pool.sequences || c.length <= 0) return;
+  const uint32_t head = blockIdx.x % a.pairs % a.heads, chunk = static_cast<uint32_t>(c.length) / a.chunk_size;
+  const uint32_t first = blockIdx.x / a.pairs * kSlice;
+  const uint32_t end = min(min(chunk, first + kSlice), static_cast<uint32_t>(min(a.p.pool.rows, int64_t{INT32_MAX})));
+  if (a.bulk && !a.p.pool.page_table && first < end && lane < 2) {
+    const int64_t row_bytes = a.p.head_dim * static_cast<int64_t>(sizeof(typename K::S));
+    const char* const states = static_cast<const char*>(lane == 0 ? a.p.pool.chunk_k : a.p.pool.chunk_v);
+    bulk_prefetch_l2(states + state_row(a, static_cast<int>(c.slot), static_cast<int>(head), first) * row_bytes,
+                     (end - first) * static_cast<uint32_t>(row_bytes));
+  }
+#endif
+}
+
+template <class K>
+__device__ __forceinline__ void fetch(const Decode& a, SharedHead& head, uint32_t ring) {
+  const DecodeParams& p = a.p;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  Ring<kItems> items(head.items);
+  RingPlace place;
+#pragma unroll 1
+  for (uint32_t base = blockIdx.x; base < a.candidates; base += 32 * gridDim.x) {
+    // Each lane looks at a candidate; then they are gone through in turn.
+    const uint32_t mine = base + lane * gridDim.x;
+    const int64_t firsts = p.slots && lane < p.batch ? __ldcg(p.slots + lane) : -1;
+    const Candidate c = read_candidate(a, mine);
+    Item item;
+    item.row = static_cast<int>(mine % a.pairs / a.heads);
+    item.head = static_cast<int>(mine % a.pairs % a.heads);
+    item.way = static_cast<int>(mine / a.pairs);
+    item.entry = static_cast<int>(c.slot);
+    item.length = static_cast<uint32_t>(c.length);
+    item.keys = item.length / a.chunk_size;
+    item.offset = item.length - item.keys * a.chunk_size;
+    item.slices = max(1, static_cast<int>((item.keys + kSlice - 1) / kSlice));
+    // Way w takes slices w, w + ways ... A last slice that is short is no part of its own.
+    item.ways = min(a.ways, max(1, static_cast<int>(item.keys / kSlice)));
+    item.tail = (item.slices - 1) % item.ways == item.way;
+    PoolError error = PoolError::none;
+    item.kind = ItemKind::zeros;
+    if (c.slot >= 0) {
+      error = refusal(a, c.slot, c.length);
+      if (error == PoolError::none) item.kind = ItemKind::run;
+    }
+#pragma unroll 1
+    for (int i = 0; i < 32 && base + i * gridDim.x < a.candidates; ++i) {
+      const int entry = __shfl_sync(kFullWarp, item.entry, i), row = __shfl_sync(kFullWarp, item.row, i);
+      bool runs = __shfl_sync(kFullWarp, static_cast<int>(item.kind), i) == static_cast<int>(ItemKind::run);
+      if (runs && (p.slots || p.pool.page_table)) {
+        const PoolError found = refusal_among(a, row, entry, __shfl_sync(kFullWarp, item.length, i), firsts);
+        if (found != PoolError::none) {
+          runs = false;
+          if (lane == i) {
+            item.kind = ItemKind::zeros;
+            error = found;
+          }
+        }
+      }
+      if (lane == i && error != PoolError::none) report(a, error, row, c.slot, c.length);
+      // Is the pair another way's?
+      const int way = __shfl_sync(kFullWarp, item.way, i), ways = __shfl_sync(kFullWarp, item.ways, i);
+      if (runs ? way >= ways : way > 0) continue;
+      items.wait_empty();
+      if (lane == i) {
+        head.item[items.slot()] = item;
+        mbarrier_arrive(items.full());
+      }
+      items.next();
+      if (!runs) continue;
+      const uint32_t keys = __shfl_sync(kFullWarp, item.keys, i);
+      const int of_head = __shfl_sync(kFullWarp, item.head, i);
+#pragma unroll 1
+      for (uint32_t begin = way * kSlice; begin < keys;) {
+        const uint32_t end = min(keys, begin + K::kStageKeys);
+        mbarrier_wait(shared_address(&head.empty[place.slot]), place.round ^ 1);
+        fill_stage<K>(a, shared_address(&head.full[place.slot]), ring + place.slot * a.stage_bytes, entry, of_head, begin, end);
+        place.next(a.stages);
+        begin += K::kStageKeys;
+        if (begin % kSlice == 0) begin += (ways - 1) * kSlice;
+      }
+    }
+    if (item.kind == ItemKind::run && mine < a.candidates) advance_length(a, item.entry, item.head, item.length);
+  }
+  items.wait_empty();
+  if (lane == 0) {
+    head.item[items.slot()].kind = ItemKind::end;
+    mbarrier_arrive(items.full());
+  }
+}
+
+}  // namespace rat::cuda

@@ -1,0 +1,278 @@
+// The new tokens themselves: their running states, the chunk states that they close.
+#pragma once
+
+#include "../device/e4m3.cuh"
+#include "args.cuh"
+
+namespace rat::cuda {
+
+// ---- rotation ---------------------------------------------------------------------------------------------------------
+
+// A row of the rotary tables for the eight elements of a lane.
+struct Angle {
+  float cosine[8], sine[8];
+};
+
+__device__ __forceinline__ Angle load_angle(const Rotary& r, uint32_t row, int head_dim, const Lane& lane) {
+  Angle angle;
+  const int half = head_dim / 2;
+  const float* const cosine = static_cast<const float*>(r.cos) + static_cast<int64_t>(row) * half;
+  const float* const sine = static_cast<const float*>(r.sin) + static_cast<int64_t>(row) * half;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {  // D/2 is a multiple of 4: four elements at a time lie on one side
+    const int d = static_cast<int>(lane.d) + 4 * m, i = d >= half ? d - half : d;
+    const float4 c = *reinterpret_cast<const float4*>(cosine + i), s = *reinterpret_cast<const float4*>(sine + i);
+    const float sign = d >= half ? 1.0f : -1.0f;
+    angle.cosine[4 * m] = c.x, angle.cosine[4 * m + 1] = c.y, angle.cosine[4 * m + 2] = c.z,
+                     angle.cosine[4 * m + 3] = c.w;
+    angle.sine[4 * m] = sign * s.x, angle.sine[4 * m + 1] = sign * s.y;
+    angle.sine[4 * m + 2] = sign * s.z, angle.sine[4 * m + 3] = sign * s.w;
+  }
+  return angle;
+}
+
+// x of a lane group, rotated. All lanes of the warp take part. See rotate() in device/rotary.cuh for who pairs with whom.
+template <int W>
+__device__ __forceinline__ void rotate(const Angle& angle, int head_dim, const Lane& lane, float (&x)[8]) {
+  const int half = head_dim / 2;
+  const bool straddles = half % 8 != 0;
+  int source[2];
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    const int d = static_cast<int>(lane.d) + 4 * m;
+    source[m] = (d >= half ? d - half : d + half) / 8;
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    float y[2];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      const float straight = __shfl_sync(kFullWarp, x[j + 4 * m], source[m], W);
+      const float crossed = __shfl_sync(kFullWarp, x[j + 4 - 4 * m], source[m], W);
+      y[m] =
+          fmaf(x[j + 4 * m], angle.cosine[j + 4 * m], __fmul_rn(straddles ? crossed : straight, angle.sine[j + 4 * m]));
+    }
+    x[j] = y[0];
+    x[j + 4] = y[1];
+  }
+}
+
+// ---- the scan ---------------------------------------------------------------------------------------------------------
+
+// A row of tokens: pointer to the lane's eight elements of the first one.
+template <class T>
+struct TokenRow {
+  const T* at = nullptr;
+  int64_t step = 0;
+  bool vector = false;
+  __device__ __forceinline__ Raw8<T> load(int i) const {
+    return vector ? load_raw<true>(at + i * step) : load_raw<false>(at + i * step);
+  }
+};
+
+template <class T>
+__device__ __forceinline__ TokenRow<T> token_row(const Decode& a, const Rows& rows, int64_t row, int64_t head,
+                                                 const Lane& lane) {
+  return {static_cast<const T*>(rows.ptr) + row * rows.batch + head * rows.head + lane.d, rows.token, a.vector};
+}
+
+// What the consumers want of the tokens of a (row, head): queries, scaled and rotated, and output gates.
+template <class K>
+__device__ __forceinline__ void prepare_tokens(const Decode& a, const Item& item, const Lane& lane, bool stores,
+                                               float* query, float* out_gate) {
+  using T = typename K::T;
+  const int D = static_cast<int>(a.p.head_dim);
+  const TokenRow<T> q_row = token_row<T>(a, a.p.q, item.row, item.head / a.q_share, lane);
+  const TokenRow<T> gate_row = token_row<T>(a, a.p.out_gate, item.row, item.head, lane);
+  const bool gated = a.p.out_gate.ptr != nullptr;
+#pragma unroll 1
+  for (int i = 0; i < K::N; ++i) {
+    const int token = min(i, a.tokens - 1);
+    const Raw8<T> q_raw = q_row.load(token);
+    Raw8<T> gate_raw = q_raw;
+    if (gated) gate_raw = gate_row.load(token);
+    float x[8], y[8];
+    unpack(q_raw, x);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x[j] = __fmul_rn(x[j], a.scale);
+    if (a.p.rotary.cos) rotate<K::W>(load_angle(a.p.rotary, keys_of(a, item, token), D, lane), D, lane, x);
+    unpack(gate_raw, y);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float open, shut;
+      gates<T>(__fmul_rn(kLogitUnit<T>, y[j]), open, shut);
+      y[j] = gated ? open : 1.0f;
+    }
+    if (stores) {
+      store_scratch(query + i * K::kColumns + lane.d, x);
+      store_scratch(out_gate + i * K::kColumns + lane.d, y);
+    }
+  }
+}
+
+// What a scan reads first: issued before the consumers' part, which waits for reads of its own.
+template <class T>
+struct ScanStart {
+  TokenRow<T> q_row, gate_row, x_row;
+  Raw8<T> q, gate, x;
+  float bias[8], state[8];
+};
+
+template <class K>
+__device__ __forceinline__ ScanStart<typename K::T> start_scan(const Decode& a, const Item& item, const Lane& lane, bool is_value) {
+  using T = typename K::T;
+  const DecodeParams& p = a.p;
+  ScanStart<T> s;
+  s.q_row = token_row<T>(a, p.q, item.row, item.head / a.q_share, lane);
+  s.gate_row = token_row<T>(a, p.gate, item.row, item.head, lane);
+  s.x_row = is_value ? token_row<T>(a, p.v, item.row, item.head, lane)
+                     : token_row<T>(a, p.k, item.row, item.head / a.k_share, lane);
+  s.gate = s.gate_row.load(0);
+  s.x = s.x_row.load(0);
+  s.q = s.q_row.load(0);
+  zero(s.bias);
+  zero(s.state);
+  const int64_t at = static_cast<int64_t>(item.head) * p.head_dim + lane.d;
+  if (p.gate_bias) load_scratch(static_cast<const float*>(p.gate_bias) + at, s.bias);
+  if (item.offset != 0) {
+    const uint32_t ring = static_cast<uint32_t>(p.pool.ring), turn = ring == 1 ? 0 : (item.length - 1) % ring;
+    const int64_t place = (static_cast<int64_t>(item.entry) * ring + turn) * a.heads * p.head_dim;
+    load_scratch(static_cast<const float*>(is_value ? p.pool.running_v : p.pool.running_k) + place + at, s.state);
+  }
+  return s;
+}
+
+// Advances the running keys or values of a (row, head) over the new tokens, and stores the last states and the chunk states that
+// close. To the block, in shared memory: each token's own score and value, and, where there may be several tokens, the chunk
+// states that close. By a warp: where rows have fewer lanes, one lane group walks the keys and another the values.
+template <class K>
+__device__ __forceinline__ void scan_tokens(const Decode& a, const Item& item, const Lane& lane, ScanStart<typename K::T>& s,
+                                            bool is_value, bool stores, float* own_score, float* own_value,
+                                            typename K::S* fresh, float (*fresh_scale)[kMostTokens]) {
+  using T = typename K::T;
+  using S = typename K::S;
+  constexpr int W = K::W, N = K::N;
+  const DecodeParams& p = a.p;
+  const int D = static_cast<int>(p.head_dim);
+  float(&state)[8] = s.state;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) s.bias[j] = __fmul_rn(s.bias[j], kLogitUnit<T>);
+  float* const running = static_cast<float*>(is_value ? p.pool.running_v : p.pool.running_k) + item.head * D + lane.d;
+  const int64_t place = static_cast<int64_t>(a.heads) * D;  // of the ring
+  const uint32_t ring = static_cast<uint32_t>(p.pool.ring);
+  const int64_t places = static_cast<int64_t>(item.entry) * ring;
+  uint32_t chunk = item.keys, offset = item.offset, turn = ring == 1 ? 0 : item.length % ring;
+#pragma unroll 1
+  for (int i = 0; i < a.tokens; ++i) {
+    const Raw8<T> gate_raw = s.gate, x_raw = s.x, q_raw = s.q;
+    if (N > 1) {
+      const int next = min(i + 1, a.tokens - 1);
+      s.gate = s.gate_row.load(next);
+      s.x = s.x_row.load(next);
+      s.q = s.q_row.load(next);
+    }
+    if (offset == 0) zero(state);
+    float f[8], g[8], x[8];
+    gates_of(gate_raw, s.bias, true, f, g);
+    unpack(x_raw, x);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) state[j] = fmaf(f[j], state[j], __fmul_rn(g[j], x[j]));
+    unpack(q_raw, x);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x[j] = lane.live ? __fmul_rn(x[j], a.scale) : 0.0f;
+    const float score = group_sum<W>(lane.live ? dot(x, state) : 0.0f);
+    __syncwarp();  // the state has been read
+    if (stores) {
+      if (is_value) {
+        store_scratch(own_value + i * K::kColumns + lane.d, state);
+      } else if (lane.index == 0) {
+        own_score[i] = score;
+      }
+      if (static_cast<uint32_t>(a.tokens - i) <= ring)
+        store_scratch(running + (places + turn) * place, state);
+    }
+    if (offset == a.chunk_size - 1) {  // the chunk closes
+#pragma unroll
+      for (int j = 0; j < 8; ++j) x[j] = state[j];
+      if (p.rotary.cos) {
+        rotate<W>(load_angle(p.rotary, chunk, D, lane), D, lane, x);
+        if (is_value) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) x[j] = state[j];
+        }
+      }
+      const int64_t row = state_row(a, item.entry, item.head, chunk);
+      S* const target = static_cast<S*>(is_value ? p.pool.chunk_v : p.pool.chunk_k) + row * D + lane.d;
+      S* const kept = fresh + ((is_value ? N : 0) + static_cast<int>(chunk - item.keys)) * D + lane.d;
+      if constexpr (K::kScaled) {
+        const float scale = scale_of_group<W>(x, lane);
+        StateRaw<S> raw;
+        pack_state(x, scale, raw);
+        if (stores) {
+          *reinterpret_cast<StateRaw<S>*>(target) = raw;
+          if (lane.index == 0) (is_value ? p.pool.scale_v : p.pool.scale_k)[row] = scale;
+          if constexpr (N > 1) {
+            *reinterpret_cast<StateRaw<S>*>(kept) = raw;
+            if (lane.index == 0) fresh_scale[is_value][chunk - item.keys] = scale;
+          }
+        }
+      } else {
+        Raw8<S> raw;
+        pack(x, raw);
+        if (stores) {
+          store_raw<true>(target, raw);
+          if constexpr (N > 1) store_raw<true>(kept, raw);
+        }
+      }
+    }
+    if (++offset == a.chunk_size) {
+      offset = 0;
+      ++chunk;
+    }
+    if (++turn == ring) turn = 0;
+  }
+}
+
+// The scanning warp.
+template <class K>
+__device__ __forceinline__ void scan(const Decode& a, char* memory, const SharedLayout& layout) {
+  using S = typename K::S;
+  SharedHead& head = *reinterpret_cast<SharedHead*>(memory);
+  const int D = static_cast<int>(a.p.head_dim), thread = static_cast<int>(threadIdx.x) % 32;
+  const int group = thread / K::W;
+  Ring<kItems> items(head.items);
+  Ring<kPrepared> prepared(head.prepared);
+#pragma unroll 1
+  for (;;) {
+    items.wait_full();
+    const Item item = head.item[items.slot()];
+    __syncwarp();
+    if (thread == 0) mbarrier_arrive(items.empty());
+    items.next();
+    if (item.kind == ItemKind::end) return;
+    if (item.kind == ItemKind::zeros) continue;
+    const Lane lane = lane_of<K::W>(item.head, a.heads, D);
+    const int place = static_cast<int>(prepared.slot());
+    float* const rows = reinterpret_cast<float*>(memory + layout.prepared) + place * 3 * K::N * K::kColumns;
+    S* const fresh = reinterpret_cast<S*>(memory + layout.fresh) + place * 2 * K::N * D;
+    auto start = start_scan<K>(a, item, lane, K::W < 32 && group % 2 == 1);
+    prepared.wait_empty();
+    prepare_tokens<K>(a, item, lane, group == 0 && lane.live, rows, rows + K::N * K::kColumns);
+    __syncwarp();
+    if (thread == 0) mbarrier_arrive(prepared.full());
+    if (item.tail) {
+#pragma unroll 1
+      for (int role = 0; role < (K::W == 32 ? 2 : 1); ++role) {
+        const bool is_value = K::W == 32 ? role == 1 : group % 2 == 1;
+        if (role == 1) start = start_scan<K>(a, item, lane, true);
+        scan_tokens<K>(a, item, lane, start, is_value, group < 2 && lane.live, head.own_score[place],
+                       rows + 2 * K::N * K::kColumns, fresh, head.fresh_scale[place]);
+      }
+      __syncwarp();
+    }
+    if (thread == 0) mbarrier_arrive(shared_address(&head.scanned[place]));
+    prepared.next();
+  }
+}
+
+}  // namespace rat::cuda
