@@ -232,6 +232,27 @@ def test_padded_rows_generate_as_alone(model, device, side):
         assert torch.equal(got[b], alone)
 
 
+def test_steps_of_padded_rows_are_those_of_the_rows(model, device):
+    """Bit for bit on the CPU in bfloat16, whose products there do not depend on the number of rows; several tokens, and one."""
+    if device.type != "cpu":
+        pytest.skip("a GPU's matrix products depend on the number of rows")
+    model, rows = model.bfloat16(), rows_of(device)
+    ids, mask = padded(rows, "left", device)
+    new = tokens_of(device, 4, 9, seed=4)
+    calls = [new[:, :4], new[:, 4:5], new[:, 5:]]
+
+    def run(ids, mask, calls):
+        cache, logits = RATModelCache(model.config), []
+        with torch.no_grad():
+            for call in (ids, *calls):
+                logits.append(model(call, attention_mask=mask if call is ids else None, past_key_values=cache).logits)
+        return torch.cat(logits[1:], dim=1)
+
+    together = run(ids, mask, calls)
+    for b, row in enumerate(rows):
+        assert torch.equal(together[b], run(row[None], None, [call[b : b + 1] for call in calls])[0])
+
+
 def test_padding_anywhere_and_in_pieces(model, device):
     """Holes in the mask; a prompt in three calls with padding in each; a row that is all padding in one of them."""
     ids = tokens_of(device, 3, 30)

@@ -315,6 +315,9 @@ class RATModelCache(Cache):
             new = valid if valid is not None else torch.ones(batch, columns, dtype=torch.bool, device=device)
             self.valid = torch.cat((old, new.to(device)), dim=1)
         new_tokens = columns if counts is None else counts.to(self.lengths.device)
+        if self.static and self.seen == 0 and not torch.compiler.is_compiling():
+            for x in (self.lengths, *(x for layer in self.states for x in layer.tensors().values())):
+                torch._dynamo.mark_static_address(x)  # compiled steps in a CUDA graph write there
         # A new tensor where that may be: autograd may have saved the old one.
         self.lengths = self.lengths.add_(new_tokens) if self.static else self.lengths + new_tokens
         self.seen += columns

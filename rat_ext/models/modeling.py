@@ -444,10 +444,10 @@ class RATForCausalLM(RATPreTrainedModel, GenerationMixin):
     def _loss(self, x: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
         """Mean over the labels of hidden states ``x`` ``(B, T, d_model)``."""
         head, labels = self.lm_head, labels.to(x.device).flatten()
-        plain = type(head).forward is nn.Linear.forward and "forward" not in vars(head) and head.bias is None
-        if plain and not torch._C._are_functorch_transforms_active():
+        plain = type(head).forward is nn.Linear.forward and "forward" not in vars(head) and not head._forward_pre_hooks
+        if plain and head.bias is None and type(head.weight) in (Tensor, nn.Parameter):
             total = linear_cross_entropy(x.flatten(0, 1), head.weight, labels)
-        else:  # an adapter, a quantised weight: only the module knows its logits
+        else:  # an adapter, a quantised or sharded weight: only the module knows its logits
             total = F.cross_entropy(head(x).flatten(0, 1).float(), labels, ignore_index=IGNORED, reduction="sum")
         return total / ((labels != IGNORED).sum() if items is None else items)
 
