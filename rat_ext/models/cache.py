@@ -260,7 +260,6 @@ class RATModelCache(Cache):
         self.seen = 0  # columns of the batch so far, padding included
         self.lengths: Tensor | None = None  # (B,) int32, tokens of each row
         self.valid: Tensor | None = None  # (B, seen) bool; None: no padding so far
-        self.recording = False
         if batch is not None:
             self.allocate(batch, dtype, device)
 
@@ -397,7 +396,6 @@ class RATModelCache(Cache):
 
     def activate_past_recording(self) -> None:
         """From now on keeps what :meth:`crop` needs."""
-        self.recording = True
         for layer in self.states:
             layer.record()
             if isinstance(layer, Window) and self.lengths is not None:

@@ -116,7 +116,7 @@ class RAT(Gated):
         self.num_groups, self.chunk_size = groups, self_size
 
     def mix(self, projection: Tensor, layout: Layout) -> Tensor:
-        cos, sin = layout.tables[self.chunk_size]
+        cos, sin = layout.tables.get(self.chunk_size, (None, None))
         call = functools.partial(
             rat_attention_packed, projection, self.num_heads, self.num_groups, self.chunk_size, gate_bias=self.gate_bias,
             rotary_cos=cos, rotary_sin=sin, cu_seqlens=layout.cu_seqlens,
@@ -203,8 +203,8 @@ class Attention(Mixer):
 
     def mix(self, projection: Tensor, layout: Layout) -> Tensor:
         q, k, v = self.split(projection)
-        assert layout.angles is not None
-        q, k = attention.rotate(q, layout.angles), attention.rotate(k, layout.angles)
+        if layout.angles is not None:
+            q, k = attention.rotate(q, layout.angles), attention.rotate(k, layout.angles)
         if layout.cache is None:
             return attention.attend(q, k, v, layout, self.window)
         state = layout.cache.states[self.layer]
