@@ -131,7 +131,9 @@ def _sizes(path: str, tensors: Mapping[str, Tensor], config: Mapping, overrides:
     pe = _get(config, "model", "embedding", "pe") or {}
 
     kinds = overrides.get("layer_types")
-    if isinstance(kinds, str) and kinds in PATTERNS:
+    if isinstance(kinds, str):
+        if kinds not in PATTERNS:
+            raise CheckpointError(path, f"layer_types: expected a pattern of {', '.join(PATTERNS)}, or a list, got {kinds!r}")
         kinds = [PATTERNS[kinds][i % 2] for i in range(layers)]
     if kinds is None:
         kinds = [_kind(path, i, cells, gated[i], rows[i] == 3 * width) for i in range(layers)]
