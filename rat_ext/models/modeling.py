@@ -414,7 +414,7 @@ class RATForCausalLM(RATPreTrainedModel, GenerationMixin):
 
         Args:
             labels: ``(B, T)`` int64, shifted here: the label of column t is predicted from column t - 1. -100 is left out, and
-                so is what is padding or predicted from padding.
+                so is what is padding, is predicted from padding or from another packed sequence.
             logits_to_keep: how many of the last columns get logits, or which columns; 0: all.
             kwargs: ``num_items_in_batch`` divides the sum of the losses in place of the number of labels; ``shift_labels``
                 are labels that are shifted already. The rest, and the other arguments: as of :class:`RATModel`.
@@ -423,16 +423,20 @@ class RATForCausalLM(RATPreTrainedModel, GenerationMixin):
             loss, where there are labels; logits ``(B, T, V)`` in the model's dtype, but not in training mode beside a loss,
             unless ``config.logits_with_loss``: the loss is computed in pieces; the cache; hidden states.
         """
-        items, shifted = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
+        items, target = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
+        past = past_key_values if cache is None else cache
+        if kwargs.get("cu_seq_lens_q") is None and past is None and attention_mask is None and position_ids is not None:
+            kwargs["cu_seq_lens_q"] = packed_sequences(position_ids)
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values, cache=cache, use_cache=use_cache, output_hidden_states=output_hidden_states,
-            return_dict=True, **kwargs,
+            past_key_values=past, use_cache=use_cache, output_hidden_states=output_hidden_states, return_dict=True, **kwargs,
         )  # fmt: skip
         x = outputs.last_hidden_state
         loss = logits = None
-        if labels is not None or shifted is not None:
-            loss = self._loss(x, _shift(labels, attention_mask) if shifted is None else shifted, items)
+        if target is None and labels is not None:
+            target = _shift(labels, attention_mask, kwargs.get("cu_seq_lens_q"))
+        if target is not None:
+            loss = self._loss(x, target, items)
         if loss is None or not self.training or self.config.logits_with_loss:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(x[:, kept])
@@ -473,11 +477,13 @@ class RATForCausalLM(RATPreTrainedModel, GenerationMixin):
         return attention_mask
 
 
-def _shift(labels: Tensor | None, mask: Tensor | None) -> Tensor:
-    """The label of each column is that of the next one, none where either is padding."""
-    assert labels is not None
+def _shift(labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The label of each column is that of the next one; none where either is padding, or the next begins a sequence."""
     target = labels[:, 1:]
     if mask is not None:
         valid = mask[:, -labels.shape[1] :].to(labels.device).bool()
         target = torch.where(valid[:, 1:] & valid[:, :-1], target, IGNORED)
-    return F.pad(target, (0, 1), value=IGNORED)
+    target = F.pad(target, (0, 1), value=IGNORED)
+    if cu_seqlens is not None:
+        target = target.index_fill(1, (cu_seqlens[1:].to(labels.device).long() - 1) % labels.shape[1], IGNORED)
+    return target
