@@ -85,19 +85,7 @@ class Run:
     trainer: dict[str, Any]  # further arguments of transformers' TrainingArguments
 
 
-POSITIVE = (
-    "length",
-    "tokens_per_step",
-    "micro_batch",
-    "log_every",
-    "save_every",
-    "keep",
-    "batch",
-    "epochs",
-    "r",
-    "alpha",
-    "clip",
-)
+POSITIVE = "length tokens_per_step micro_batch log_every save_every keep batch epochs r alpha clip".split()
 
 
 def load(path: str | Path) -> Run:

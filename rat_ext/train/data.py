@@ -58,8 +58,8 @@ class Tokens:
 class Windows(torch.utils.data.Dataset):
     """Consecutive windows of T tokens and the token after each of them.
 
-    An item is ``input_ids`` and ``labels``, ``(T,)`` int64 each: label t is the token after input t, and -100 where input t is EOS,
-    because nothing tells what document comes next. The last window is filled up with EOS, without labels.
+    An item is ``input_ids`` and ``labels``, ``(T,)`` int64 each: label t is the token after input t, and -100 where input t is
+    EOS, because nothing tells what document comes next. The last window is filled up with EOS, without labels.
 
     Args:
         tokens: the split.
@@ -92,6 +92,8 @@ class Windows(torch.utils.data.Dataset):
         return int(order[place])
 
     def __getitem__(self, item: int) -> dict[str, Tensor]:
+        if not 0 <= item < self.items:
+            raise IndexError(item)  # what ends an iteration
         start = self.window(item) * self.length
         found = self.tokens.read(start, start + self.length + 1)
         inputs = np.full(self.length, self.tokens.eos)

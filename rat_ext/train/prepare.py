@@ -1,8 +1,8 @@
 """``python -m rat_ext.train prepare``: from text to tokens in memory-mapped shards.
 
-The work is cut into parts of some MB of text. A process encodes a part and writes a shard for each split, then the part's record,
-under temporary names that are renamed: a run that is killed goes on where it stood. Cuts, splits and shards depend on the inputs
-and the settings only, not on the number of processes.
+The work is cut into parts of some MB of text. A process encodes a part and writes a shard for each split, then the part's
+record, under temporary names that are renamed: a run that is killed goes on where it stood. Cuts, splits and shards depend on
+the inputs and the settings only, not on the number of processes.
 
 Files of the output folder:
     tokenizer/          what AutoTokenizer loads
@@ -306,7 +306,7 @@ def make_tokenizer(parts: list[list[Slice]], settings: Settings, folder: Path) -
 
 
 def cut(text: str) -> Iterator[str]:
-    """Pieces of a long text. A piece begins before a single space between words, where tokens of byte-level BPE begin anyway."""
+    """Pieces of a long text. A piece begins before a single space between words, where a token of byte-level BPE begins."""
     start = 0
     while len(text) - start > PIECE:
         found = re.search(r"[^\W_](?= [^\W_])", text[start + PIECE - 4096 : start + PIECE])
@@ -390,8 +390,8 @@ def encode_part(out: Path, number: int, part: list[Slice], settings: Settings) -
     for split in SPLITS:
         if tokens[split]:
             name, array, table = f"{split}-{number:05d}", np.concatenate(tokens[split]), np.array(ends[split], dtype=np.int64)
-            write_whole(out / f"{name}.bin", lambda path, array=array: array.tofile(path))
-            write_whole(out / f"{name}.npy", lambda path, table=table: np.save(path, table))
+            write_whole(out / f"{name}.bin", array.tofile)
+            write_whole(out / f"{name}.npy", functools.partial(np.save, arr=table))
             shards.append(
                 {"split": split, "file": name, "tokens": len(array), "documents": len(table), "bytes": int(table[:, 1].sum())}
             )
@@ -402,7 +402,7 @@ def encode_part(out: Path, number: int, part: list[Slice], settings: Settings) -
 
 
 def prepare(text: list[str], out: str | Path, *, processes: int | None = None, overwrite: bool = False, **options: Any) -> dict:
-    """Tokenizes ``text`` (files, folders, datasets) into ``out``. Returns the index; what ``out`` already holds is not done again.
+    """Tokenizes ``text`` (files, folders, datasets) into ``out``. Returns the index. What ``out`` holds is not done again.
 
     Args:
         text: files, folders, or datasets by folder or name. A .jsonl file has a document per line, another file is a document;
@@ -463,10 +463,10 @@ def _encode(out: Path, parts: list[list[Slice]], missing: list[int], settings: S
         if processes <= 1:
             before = os.environ.get("TOKENIZERS_PARALLELISM")
             start_worker(_seen)
-            for done, number in enumerate(missing):
+            for i, number in enumerate(missing, 1):
                 encode_part(out, number, parts[number], settings)
                 bar.n = _seen.value
-                bar.set_postfix_str(f"part {done + 1} of {len(missing)}")
+                bar.set_postfix_str(f"part {i} of {len(missing)}")
             del os.environ["TOKENIZERS_PARALLELISM"]
             os.environ |= {} if before is None else {"TOKENIZERS_PARALLELISM": before}
             return

@@ -72,9 +72,15 @@ def arguments(run: Run, section: Any, **own: Any) -> dict[str, Any]:
         "ddp_find_unused_parameters": False,
     }
     if section.fsdp:
-        layer = {"transformer_layer_cls_to_wrap": ["RATDecoderLayer"], "state_dict_type": "SHARDED_STATE_DICT"}
-        found |= {"fsdp": True, "fsdp_config": layer, "gradient_checkpointing": False}
-        layer["activation_checkpointing"] = section.checkpointing  # type: ignore[assignment]
+        found |= {
+            "fsdp": True,
+            "fsdp_config": {
+                "transformer_layer_cls_to_wrap": ["RATDecoderLayer"],
+                "state_dict_type": "SHARDED_STATE_DICT",
+                "activation_checkpointing": section.checkpointing,
+            },
+            "gradient_checkpointing": False,
+        }
     return found | own | run.trainer
 
 
@@ -139,26 +145,24 @@ def dry_run(run: Run, config: Any, windows: int, ranks: int) -> None:
     tokens = recipe.micro_batch * recipe.length
     memory = flops.step_memory(config, tokens, ranks=ranks if recipe.fsdp else 1, checkpointing=recipe.checkpointing, bf16=bf16)
     top, source = flops.peak(where)
+    tokens_in_all, rate = recipe.steps * recipe.tokens_per_step, per_token / 1e9
+    print(f"model        {total / 1e6:.1f} M parameters, {products / 1e6:.1f} M in products; {rate:.3g} GFLOP per token")
     print(
-        f"model        {total / 1e6:.1f} M parameters, {products / 1e6:.1f} M in products; {per_token / 1e9:.3g} GFLOP per token"
-    )
-    print(
-        f"run          {recipe.steps:,} steps of {recipe.tokens_per_step:,} tokens, {recipe.steps * recipe.tokens_per_step:,} in all; "
-        f"{windows} windows of {recipe.length} are in the data, each is seen "
-        f"{recipe.steps * recipe.tokens_per_step / recipe.length / windows:.2f} times"
+        f"run          {recipe.steps:,} steps of {recipe.tokens_per_step:,} tokens, {tokens_in_all:,} in all; "
+        f"{windows:,} windows of {recipe.length} are in the data, each is seen {tokens_in_all / recipe.length / windows:.2f} times"
     )
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
     print(f"memory       about {sum(memory.values()) / 1e9:.2f} GB per rank ({parts}), micro-batch of {recipe.micro_batch}")
     print(f"device       {where}: {top / 1e12:.3g} TFLOP per second ({source}); {ranks} rank(s)")
-    whole = recipe.steps * recipe.tokens_per_step * per_token / top / ranks
+    whole = tokens_in_all * per_token / top / ranks
     if where.type == "cuda":
         seconds, used = _measure(run, config, where, bf16)
-        whole_measured = seconds * recipe.steps * recipe.tokens_per_step / tokens / ranks
+        rate = tokens / seconds
         print(
-            f"measured     {seconds:.3f} s per micro-batch, {tokens / seconds:,.0f} tokens/s, MFU {tokens / seconds * per_token / top:.1%}, "
+            f"measured     {seconds:.3f} s per micro-batch, {rate:,.0f} tokens/s, MFU {rate * per_token / top:.1%}, "
             f"{used / 1e9:.2f} GB"
         )
-        print(f"time         {_duration(whole_measured)}, saving and evaluating left out")
+        print(f"time         {_duration(tokens_in_all / rate / ranks)}, saving and evaluating left out")
     else:
         print(f"time         {_duration(whole / 0.4)} at 40 % of the device's rate, {_duration(whole)} at all of it")
 
@@ -205,6 +209,9 @@ def pretrain(run: Run, *, dry: bool = False) -> dict:
     """
     transformers = need("transformers", "train", "run")
     need("accelerate", "train", "run")
+    import rat_ext.models  # noqa: F401  (registers its classes)
+
+    transformers.utils.logging.disable_progress_bar()
     from . import flops
 
     if run.data is None:
@@ -241,7 +248,8 @@ def pretrain(run: Run, *, dry: bool = False) -> dict:
         transformers.TrainingArguments,
         arguments(
             run, recipe, max_steps=recipe.steps, gradient_accumulation_steps=accumulate, adam_beta1=recipe.betas[0],
-            adam_beta2=recipe.betas[1], warmup_steps=math.ceil(recipe.warmup * recipe.steps), lr_scheduler_type="cosine_with_min_lr",
+            adam_beta2=recipe.betas[1], warmup_steps=math.ceil(recipe.warmup * recipe.steps),
+            lr_scheduler_type="cosine_with_min_lr",
             lr_scheduler_kwargs={"min_lr": recipe.min_learning_rate}, torch_compile=recipe.compile,
             eval_strategy="steps" if held_out is not None else "no", eval_steps=recipe.eval_every or None,
             per_device_eval_batch_size=recipe.micro_batch, train_sampling_strategy="sequential", dataloader_drop_last=True,
@@ -331,6 +339,9 @@ def finetune(run: Run, file: Path, *, dry: bool = False) -> dict:
     """
     transformers, trl = need("transformers", "train", "run"), need("trl", "train", "run --sft")
     datasets = need("datasets", "train", "run --sft")
+    import rat_ext.models  # noqa: F401  (registers its classes)
+
+    transformers.utils.logging.disable_progress_bar()
     peft_config = None
     if run.lora is not None:
         lora = run.lora
@@ -362,7 +373,8 @@ def finetune(run: Run, file: Path, *, dry: bool = False) -> dict:
     args = make(
         trl.SFTConfig,
         arguments(
-            run, recipe, num_train_epochs=recipe.epochs, gradient_accumulation_steps=recipe.batch // (recipe.micro_batch * ranks),
+            run, recipe, num_train_epochs=recipe.epochs,
+            gradient_accumulation_steps=recipe.batch // (recipe.micro_batch * ranks),
             warmup_steps=recipe.warmup, lr_scheduler_type="cosine", max_length=recipe.length, completion_only_loss=True,
             dataset_num_proc=None,
         ),

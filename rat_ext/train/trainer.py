@@ -1,4 +1,4 @@
-"""transformers' Trainer with what a long run needs: whole checkpoints, an order that ranks do not change, a log for machines."""
+"""transformers' Trainer with what a long run needs: whole checkpoints, one order on any number of ranks, a log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -95,14 +95,14 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-class WholeCheckpoints:
+class WholeCheckpoints(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     """Over a Trainer: checkpoints are written under a temporary name and renamed, and the newest ``keep`` are kept."""
 
     keep: int
 
     def set_up(self, keep: int) -> None:
         """Call once after ``__init__``."""
-        self.keep, self._saving, self._away = keep, False, 0.0
+        self.keep, self._saving, self._saved, self._away = keep, False, 0, 0.0
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(Log(Path(self.args.output_dir), self.report))
@@ -117,6 +117,9 @@ class WholeCheckpoints:
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         begin, folder = time.perf_counter(), Path(self.args.output_dir)
+        if self._saved == self.state.global_step:
+            return
+        self._saved = self.state.global_step
         temporary = folder / ".saving.tmp"
         if self.args.should_save:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -130,6 +133,7 @@ class WholeCheckpoints:
         if self.args.should_save:
             name = f"checkpoint-{self.state.global_step}"
             publish(temporary / name, folder / name)
+            shutil.rmtree(temporary)
             for old in checkpoints(folder)[: -self.keep]:
                 remove(old)
         self.accelerator.wait_for_everyone()
@@ -156,6 +160,7 @@ class Pretrainer(WholeCheckpoints, Trainer):
         windows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.step_tokens = windows * train.length
         self._mark: tuple[float, int] | None = None
+        self._found: tuple[int, dict[str, float]] = (-1, {})
         self.set_up(keep)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -181,21 +186,21 @@ class Pretrainer(WholeCheckpoints, Trainer):
         return line
 
     @torch.no_grad()
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean loss per label over the held-out windows, and bits per byte of text."""
         assert self.held_out is not None
+        if self._found[0] == self.state.global_step:
+            return self._found[1]
         begin, world, model = time.perf_counter(), self.args.world_size, self.model_wrapped
         training = model.training
         model.eval()
-        size = self.args.per_device_eval_batch_size
+        size, nothing = self.args.per_device_eval_batch_size, torch.zeros(self.held_out.length, dtype=torch.int64)
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for first in range(0, len(self.held_out), size * world):
             mine = range(first + self.args.process_index * size, first + (self.args.process_index + 1) * size)
             items = [self.held_out[i] for i in mine if i < len(self.held_out)]
             # Every rank takes part in every call: one that has no window left takes one without labels.
-            items = items or [
-                {name: torch.full_like(x, -100 if name == "labels" else 0) for name, x in self.held_out[0].items()}
-            ]
+            items = items or [{"input_ids": nothing, "labels": nothing - 100}]
             batch = self._prepare_inputs(collate(items, self.eos))
             with self.compute_loss_context_manager():
                 loss = model(**batch, num_items_in_batch=1, logits_to_keep=1, use_cache=False).loss
@@ -205,6 +210,7 @@ class Pretrainer(WholeCheckpoints, Trainer):
         mean = nats / max(labels, 1.0)
         tokens = self.held_out.tokens
         found = {"eval_loss": mean, "eval_bits_per_byte": mean / math.log(2) * len(tokens) / max(tokens.bytes, 1)}
+        self._found = (self.state.global_step, found)
         self.log(found)
         self._away += time.perf_counter() - begin
         return found
