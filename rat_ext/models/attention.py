@@ -24,15 +24,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: b
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> Tensor:
     """Every token attends to those of its own sequence up to itself, at most ``window`` back: ``(B, T, H, D)`` each."""
-    cu_seqlens = layout.cu_seqlens
-    half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    short = window is None or q.shape[1] <= window + 1
-    if cu_seqlens is None and (short or not half):
-        return _dense(q, k, v, window)
-    if half:
+    cu_seqlens, compiling = layout.cu_seqlens, torch.compiler.is_compiling()
+    batch, tokens = q.shape[:2]
+    if cu_seqlens is None and (window is None or (not compiling and tokens <= window + 1)):
+        return _sdpa(q, k.transpose(1, 2), v.transpose(1, 2), causal=True)
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn  # only where it is used: its import takes long
 
-        batch, tokens = q.shape[:2]
         if cu_seqlens is None:
             cu_seqlens = torch.arange(batch + 1, device=q.device, dtype=torch.int32) * tokens
         visible = (-1 if window is None else window, 0)
@@ -41,13 +39,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) 
         y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=visible)
         assert isinstance(y, Tensor)
         return y.unflatten(0, (batch, tokens))
-    assert cu_seqlens is not None
-    if torch.compiler.is_compiling():
-        token = torch.arange(q.shape[1], device=q.device)
-        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+    if compiling:  # one graph for all lengths, and a mask of all pairs
+        token = torch.arange(tokens, device=q.device)
         back = token[:, None] - token
-        mask = (sequence[:, None] == sequence) & (back >= 0)
-        return _sdpa(q, k.transpose(1, 2), v.transpose(1, 2), mask if window is None else mask & (back <= window))
+        mask = back >= 0 if window is None else (back >= 0) & (back <= window)
+        if cu_seqlens is not None:
+            sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+            mask = mask & (sequence[:, None] == sequence)
+        return _sdpa(q, k.transpose(1, 2), v.transpose(1, 2), mask)
+    if cu_seqlens is None:
+        return _dense(q, k, v, window)
     cuts = cu_seqlens.tolist()
     pieces = [_dense(q[:, a:b], k[:, a:b], v[:, a:b], window) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if a < b]
     return torch.cat(pieces, dim=1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache
 
 from ..cache import RATCache, state_dtype
@@ -130,7 +132,8 @@ class RATStates(Layer):
     def assign(self, tensors: dict[str, Tensor]) -> None:
         if self.state is None:
             self.state = RATCache(**tensors, chunk_size=self.chunk_size, length_bound=0)
-            self.state.length_bound = self.state.capacity
+            if isinstance(self.state.chunk_k, Tensor) and self.state.chunk_k.dim() == 4:  # else a tree that is mapped
+                self.state.length_bound = self.state.capacity
         else:
             self.state = self.state.replace(**tensors)
 
@@ -475,3 +478,55 @@ def _layer(config: RATConfig, i: int) -> Layer:
     if kind == "sliding_attention":
         return Window(config.sliding_window)
     return RNNStates() if kind == "rnn" else KeysAndValues()
+
+
+# ---- pytree: torch.export takes and updates a cache --------------------------------------------------------------------------
+
+
+class _Context:
+    """What of a cache is no tensor. How many columns were seen makes no other structure: an exported step takes any."""
+
+    def __init__(self, config: str, max_length: int | None, static: bool, names: list[list[str]], seen: int):
+        self.structure, self.seen = (config, max_length, static, names), seen
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Context) and self.structure == other.structure
+
+    def __hash__(self) -> int:
+        return hash(self.structure[:3])
+
+
+def _flatten(cache: RATModelCache) -> tuple[list[Tensor], _Context]:
+    tensors = [layer.tensors() for layer in cache.states]
+    names = [list(named) for named in tensors]
+    leaves = [] if cache.lengths is None else [cache.lengths]
+    leaves += [x for named in tensors for x in named.values()]
+    config = cache.config.to_json_string(use_diff=False)
+    return leaves, _Context(config, cache.max_length, cache.static, names, cache.seen)
+
+
+def _unflatten(leaves: Iterable[Any], context: _Context) -> RATModelCache:
+    config, max_length, static, names = context.structure
+    cache = RATModelCache(RATConfig.from_dict(json.loads(config)), max_length, static)
+    left = iter(leaves)
+    if any(names):
+        cache.lengths = next(left)
+    for layer, wanted in zip(cache.states, names, strict=True):
+        if wanted:
+            layer.assign({name: next(left) for name in wanted})
+    cache.seen = context.seen
+    return cache
+
+
+pytree.register_pytree_node(
+    RATModelCache,
+    _flatten,
+    _unflatten,
+    serialized_type_name="rat_ext.models.RATModelCache",
+    to_dumpable_context=lambda context: json.dumps([*context.structure, context.seen]),
+    from_dumpable_context=lambda text: _Context(*json.loads(text)),
+    flatten_with_keys_fn=lambda cache: (
+        [(pytree.SequenceKey(i), x) for i, x in enumerate(_flatten(cache)[0])],
+        _flatten(cache)[1],
+    ),
+)

@@ -162,7 +162,7 @@ def _positions(layout: Layout, config: RATConfig, x: Tensor) -> None:
     """Positions of the tokens and tables of rotations, for the layers that there are."""
     dtype, dim, cache = state_dtype(x.dtype), config.head_dim, layout.cache
     # Tokens of the longest row, or more.
-    limit = layout.start + layout.tokens
+    limit = layout.start + max(layout.tokens, layout.max_seqlen)
     if cache is not None and cache.static and cache.max_length is not None:
         limit = cache.max_length
     for size in {config.chunk_sizes[i] for i, kind in enumerate(config.layer_types) if kind == "rat"}:

@@ -198,6 +198,8 @@ def _kind(path: str, i: int, cells: list[Mapping], gated: bool, thrice: bool) ->
     said = KINDS.get(str(_get(cells[i], "_name_")))
     if said in able:
         return said
+    if not gated and (not thrice or said in ("rat", "rnn")):
+        raise CheckpointError(path, f"the tensor backbone.layers.{i}.seq_layer.gate_bias is missing")
     others = {kind for cell in cells if (kind := KINDS.get(str(_get(cell, "_name_")))) in able}
     found = others or able
     if len(found) > 1:
