@@ -123,8 +123,9 @@ def parse(found: dict[str, Any], folder: Path) -> Run:
     if "path" in model:
         if extra := sorted(set(model) - {"path"}):
             raise wrong("run", "model", "path alone, or sizes", ", ".join(extra))
-        if (folder / model["path"]).exists():
-            model["path"] = str(folder / model["path"])
+        if not isinstance(model["path"], str) or not (folder / model["path"] / "config.json").is_file():
+            raise wrong("run", "model.path", "a folder with a model", model["path"])
+        model["path"] = str(folder / model["path"])
     run = Run(
         output=folder / found["output"],
         data=folder / found["data"] if found.get("data") else None,

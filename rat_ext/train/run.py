@@ -147,10 +147,9 @@ def dry_run(run: Run, config: Any, windows: int, ranks: int) -> None:
     top, source = flops.peak(where)
     tokens_in_all, rate = recipe.steps * recipe.tokens_per_step, per_token / 1e9
     print(f"model        {total / 1e6:.1f} M parameters, {products / 1e6:.1f} M in products; {rate:.3g} GFLOP per token")
-    print(
-        f"run          {recipe.steps:,} steps of {recipe.tokens_per_step:,} tokens, {tokens_in_all:,} in all; "
-        f"{windows:,} windows of {recipe.length} are in the data, each is seen {tokens_in_all / recipe.length / windows:.2f} times"
-    )
+    print(f"run          {recipe.steps:,} steps of {recipe.tokens_per_step:,} tokens, {tokens_in_all:,} in all")
+    rounds = tokens_in_all / recipe.length / windows
+    print(f"data         {windows:,} windows of {recipe.length} tokens, each is seen {rounds:.2f} times")
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
     print(f"memory       about {sum(memory.values()) / 1e9:.2f} GB per rank ({parts}), micro-batch of {recipe.micro_batch}")
     print(f"device       {where}: {top / 1e12:.3g} TFLOP per second ({source}); {ranks} rank(s)")
