@@ -19,10 +19,10 @@ from test_models import ALL, V, config_of, model_of, padded, rows_of, tokens_of
 from transformers import AutoModelForCausalLM
 
 import rat_ext
-from rat_ext.models import RATConfig, RATForCausalLM, RATModel, RATModelCache
+from rat_ext.models import RATForCausalLM, RATModel, RATModelCache
 from rat_ext.models import loss as losses
 from rat_ext.models.loss import linear_cross_entropy
-from rat_ext.models.modeling import CACHE, Embedding, Linear
+from rat_ext.models.modeling import Linear
 
 dist = pytest.importorskip("torch.distributed")
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
@@ -353,6 +353,23 @@ def test_distributed(tmp_path):
                 got = model.generate(rows[0], do_sample=False, max_new_tokens=6)
                 assert torch.equal(got, plain.eval().generate(rows[0], do_sample=False, max_new_tokens=6))
                 plain.train()
+        # FSDP1, flat shards, also of single mixers: a step goes through the hooks that gather weights, as the prompt does.
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+        from rat_ext.models.modeling import RAT, RATDecoderLayer
+        from rat_ext.models import RATModelCache
+        plain.eval()
+        wrapped = FullyShardedDataParallel(
+            copy.deepcopy(plain), auto_wrap_policy=ModuleWrapPolicy({RATDecoderLayer, RAT}), device_id=torch.device("cpu")
+        )
+        cache, ids = RATModelCache(config), rows[0]
+        with torch.no_grad():
+            logits = wrapped(ids, past_key_values=cache).logits
+            for _ in range(6):
+                new = logits[:, -1:].argmax(-1)
+                ids = torch.cat((ids, new), dim=1)
+                logits = wrapped(new, past_key_values=cache).logits
+        assert torch.equal(ids, plain.generate(rows[0], do_sample=False, max_new_tokens=6))
         dist.barrier()
         os._exit(0)
     """
@@ -538,12 +555,12 @@ def test_quantised_projections(device):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_torchao(tmp_path, bits):
     pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
     from transformers import TorchAoConfig
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 
     model, ids = mixed(), tokens_of("cpu", 2, 19)
     model.save_pretrained(tmp_path)
-    kind = Int8WeightOnlyConfig() if bits == 8 else Int4WeightOnlyConfig(group_size=32)
+    kind = Int8WeightOnlyConfig() if bits == 8 else IntxWeightOnlyConfig(torch.int4, PerGroup(32))
     quantised = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=TorchAoConfig(kind), device_map="cpu")
     assert type(quantised.model.layers[0].mixer.in_proj.weight) is not nn.Parameter
     logits = logits_of(quantised, ids)
