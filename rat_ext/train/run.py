@@ -89,7 +89,10 @@ def make(kind: Any, found: dict[str, Any]) -> Any:
     fields = {f.name for f in dataclasses.fields(kind)}
     if unknown := sorted(set(found) - fields):
         raise wrong("run", f"trainer.{unknown[0]}", f"an argument of {kind.__name__}", "an unknown key")
-    return kind(**found)
+    args = kind(**found)
+    if args.device.type == "cpu":
+        vars(args)["_setup_devices"] = torch.device("cpu")  # a rank is on "cpu:0", where torch.load cannot put an optimizer
+    return args
 
 
 def claim(run: Run, identity: dict[str, Any]) -> None:
