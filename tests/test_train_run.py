@@ -281,8 +281,8 @@ def test_flops_of_attention_count_the_keys_that_are_seen(kind, keys):
     def of(layers):
         return flops.flops_per_token(
             RATConfig(
-                vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_groups=4, layer_types=[layers] * 2,
-                chunk_size=16, sliding_window=40,
+                vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_groups=4,
+                layer_types=[layers] * 2, chunk_size=16, sliding_window=40,
             ),
             256,
         )  # fmt: skip

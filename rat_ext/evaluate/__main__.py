@@ -67,7 +67,7 @@ def evaluate(model: str, tasks: list[str], **options: Any) -> dict[str, Any]:
     metadata = {name: options[name] for name in names if options.get(name) is not None} | {"pretrained": model}
     manager = TaskManager(
         include_path=str(TASKS),
-        include_defaults=any(task not in BY and task not in ours() for task in tasks),
+        include_defaults=not all(task.startswith("rat_") for task in tasks),
         metadata=metadata,
     )
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
