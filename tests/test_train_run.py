@@ -343,6 +343,13 @@ def test_a_run_that_is_killed_anywhere_goes_on_bit_by_bit(base, trained, functio
     assert equal(weights(run.output / "model"), weights(trained[0].output / "model"))
 
 
+def test_a_complete_run_that_is_called_again_keeps_its_model(trained):
+    before = weights(trained[0].output / "model")
+    assert runs.pretrain(trained[0])["eval_loss"] == trained[1]["eval_loss"]
+    assert equal(weights(trained[0].output / "model"), before)
+    assert not list(trained[0].output.glob(".*"))
+
+
 def test_packed_training_and_checkpointing_of_activations(base, trained):
     """Runs apart documents; gradient checkpointing changes no bit of them."""
     plain = load(base, "packed", packed=True, steps=2)
@@ -379,19 +386,25 @@ def test_two_ranks_go_on_from_one(base, trained):
     assert losses(run) == [(step, key, pytest.approx(value, rel=1e-3)) for step, key, value in losses(trained[0])]
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_fsdp2_on_two_ranks(base, trained):
     """Sharded weights, optimizer and checkpoints: the losses of one rank; and it goes on where it stood."""
-    text = CONFIG.replace("[train]", "[train]\nfsdp = true")
+    text = CONFIG.replace("[train]", "[train]\nfsdp = true\nbf16 = false")
     run = on_ranks(base, "fsdp", 2, text)
-    assert losses(run) == [(step, key, pytest.approx(value, rel=1e-3)) for step, key, value in losses(trained[0])]
+    assert losses(run) == [(step, key, pytest.approx(value, rel=1e-2)) for step, key, value in losses(trained[0])]
     mine, theirs = weights(run.output / "model"), weights(trained[0].output / "model")
     for name, value in theirs.items():
-        torch.testing.assert_close(mine[name], value, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(mine[name], value, rtol=1e-2, atol=1e-2)
     runs.shutil.rmtree(run.output / "checkpoint-6")
     on_ranks(base, "fsdp", 2, text)
-    again = weights(run.output / "model")
-    assert equal(again, mine)
+    assert equal(weights(run.output / "model"), mine)
+
+
+def test_fsdp_is_refused_where_there_is_none(base):
+    with pytest.raises(Refused, match=r"run: fsdp: expected GPUs, under torchrun, got 1 rank\(s\)"):
+        runs.pretrain(load(base, "no-fsdp", fsdp=True))
 
 
 # ---- fine-tuning --------------------------------------------------------------------------------------------------------

@@ -72,6 +72,9 @@ def arguments(run: Run, section: Any, **own: Any) -> dict[str, Any]:
         "ddp_find_unused_parameters": False,
     }
     if section.fsdp:
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        if ranks == 1 or not torch.cuda.is_available():
+            raise wrong("run", "fsdp", "GPUs, under torchrun", f"{ranks} rank(s) on {device().type}")
         found |= {
             "fsdp": True,
             "fsdp_config": {

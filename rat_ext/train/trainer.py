@@ -41,7 +41,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Removes a folder under another name first, so that a half is never taken for the whole."""
-    trash = path.with_name(f".{path.name}.tmp")
+    trash = path.with_name(f".{path.name}.old.tmp")
     shutil.rmtree(trash, ignore_errors=True)
     path.rename(trash)
     shutil.rmtree(trash)
