@@ -1,0 +1,1 @@
+"""Tasks of lm-eval: YAML files, what makes their documents, and a text."""
