@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from .cache import RATCache, state_dtype
 from .ops import rat_attention_packed, rat_decode_step
 from .rotary import layer_tables
+
+if TYPE_CHECKING:
+    from .parallel import ContextParallel
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -41,6 +45,8 @@ class RATLayer(nn.Module):
     Parameters are the only state of the layer. Rotary tables are made at use, for the device and dtype of the projection, and
     shared by all layers.
     """
+
+    context_parallel: ContextParallel | None = None
 
     def __init__(
         self,
@@ -116,6 +122,7 @@ class RATLayer(nn.Module):
         cache: RATCache | None = None,
         slots: Tensor | None = None,
         rotary: Rotary | None = None,
+        context_parallel: ContextParallel | None = None,
     ) -> Tensor | tuple[Tensor, RATCache]:
         """All tokens at once; or, with ``cache``, one new token per sequence.
 
@@ -128,6 +135,8 @@ class RATLayer(nn.Module):
                 with ``return_state`` and then :meth:`rat_ext.RATCache.reserve`. Has no gradient.
             slots: ``(B,)`` int64 entries of ``cache``, -1 to skip a row; None: row b is entry b.
             rotary: tables ``(cos, sin)`` to use instead of the layer's own, as of :func:`rat_ext.rotary_tables`.
+            context_parallel: x is this rank's part of a longer row, see :func:`rat_ext.rat_attention`. None: the layer's
+                attribute of that name, which :func:`rat_ext.parallel.use_context_parallel` sets. Not used with ``cache``.
 
         Returns:
             y of the shape of x; with ``return_state``, that and a :class:`rat_ext.RATCache`.
@@ -144,11 +153,14 @@ class RATLayer(nn.Module):
             raise ValueError("RATLayer: slots: expected a cache that they index, got cache=None")
         self._check(x, initial_state, cache, rotary)
         projection = self.in_proj(x)
+        context_parallel = self.context_parallel if context_parallel is None else context_parallel
         past = 0 if initial_state is None else initial_state.length_bound
-        cos, sin = self._rotary(past + x.shape[1], projection) if rotary is None else rotary
+        tokens = past + x.shape[1] if context_parallel is None else context_parallel.length(x.shape[1])
+        cos, sin = self._rotary(tokens, projection) if rotary is None else rotary
         result = rat_attention_packed(
             projection, self.num_heads, self.num_groups, self.chunk_size, gate_bias=self.gate_bias, rotary_cos=cos,
             rotary_sin=sin, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state,
+            context_parallel=context_parallel,
         )  # fmt: skip
         if isinstance(result, Tensor):
             return self.out_proj(result.flatten(2))

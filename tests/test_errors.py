@@ -32,19 +32,20 @@ def good(op: str) -> dict:
     tables = {"gate_bias": random.normal(H, D), "rotary_cos": cos, "rotary_sin": sin}
     q, k, v, gate, out_gate = (random.normal(B, T, n, D) for n in (G, G, H, H, H))
     options = {"scale": 0.25, "cu_seqlens": None, "initial_state": None, "return_state": False, "deterministic": True}
+    ranks = {"context_parallel": None}
     if op == "rat_attention":
-        return {"q": q, "k": k, "v": v, "gate": gate, "chunk_size": L, "out_gate": out_gate, **tables, **options}
+        return {"q": q, "k": k, "v": v, "gate": gate, "chunk_size": L, "out_gate": out_gate, **tables, **options, **ranks}
     if op == "chunk_attention":
         del tables["gate_bias"]
         return {"q": q, "k_states": v, "v_states": gate, "chunk_size": L, "out_gate": out_gate, **tables, **options}
     if op == "rat_attention_packed":
         projection = random.normal(B, T, (2 * G + 3 * H) * D)
         numbers = {"num_heads": H, "num_groups": G, "chunk_size": L, "has_out_gate": True}
-        return {"projection": projection, **numbers, **tables, **options}
+        return {"projection": projection, **numbers, **tables, **options, **ranks}
     if op == "chunk_recurrence":
         state = {"initial_state": random.normal(B, H, D), "lengths": torch.tensor([3, 9], dtype=torch.int32)}
         return {"x": k, "gate": gate, "chunk_size": L, "gate_bias": tables["gate_bias"], "cu_seqlens": None, **state,
-                "return_state": False}  # fmt: skip
+                "return_state": False, **ranks}  # fmt: skip
     cache = make_state(random, [3, 9], H, D, L, rows=4)
     tokens = {"q": q[:, 0], "k": k[:, 0], "v": v[:, 0], "gate": gate[:, 0], "out_gate": out_gate[:, 0]}
     return {**tokens, "cache": cache, **tables, "scale": 0.25, "slots": torch.tensor([1, 0])}
@@ -133,6 +134,7 @@ KINDS = {
     **dict.fromkeys(("chunk_size", "num_heads", "num_groups"), INTEGERS),
     **dict.fromkeys(("has_out_gate", "return_state", "deterministic"), FLAGS),
     "scale": REALS,
+    "context_parallel": CACHES,
     "lengths": {key: f for key, f in STATES.items() if key != "float16"} | {"int16": lambda x: x.to(torch.int16)},
 }
 REQUIRED = ("q", "k", "v", "gate", "k_states", "v_states", "projection", "x")

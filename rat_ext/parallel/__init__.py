@@ -1,0 +1,5 @@
+"""More than one GPU: context parallelism, sharding rules, checkpoint policies. docs/scale.md says which for what."""
+
+from .context import ContextParallel, use_context_parallel
+
+__all__ = ["ContextParallel", "use_context_parallel"]
