@@ -31,6 +31,7 @@ from ..cache import RATCache, state_dtype
 from ..rotary import rotate
 from .exchange import Exchange, Route, finish, join, start
 from .layout import Layout
+from .parts import Parts
 
 # Tokens, over the batch, whose states are computed at once: what the recurrence writes for every token is gone after each.
 SLICE = 32768
@@ -314,30 +315,32 @@ class _Call:
 
     # ---- states ----
 
-    def _inputs_of_states(self, parts: Tensor | tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """What the recurrence runs over, k and v or x, of some tokens; and their gate."""
-        if not isinstance(parts, Tensor):
-            return parts[:-1], parts[-1]
+    def _cut_rows(self) -> None:
+        """Cuts the local tokens into spans: what continues in the early piece, what begins in it, the same of the late one."""
+        cuts = [0]
+        for piece in self.pieces:
+            cuts += [cuts[-1] + piece.continued, cuts[-1] + piece.tokens]
+        self.cuts = cuts
+        self.parts = {name: Parts(self.given[name], cuts) for name in self.rows}
+
+    def _inputs_of_states(self, begin: int, tokens: int) -> tuple[Tensor, ...]:
+        """What the recurrences run over, k and v or x, of some local tokens; and their gate."""
+        if self.rows[0] != "projection":
+            return tuple(self.parts[name].part(begin, tokens) for name in self.sources)
         heads, groups = self.given["num_heads"], self.given["num_groups"]
-        sizes = [groups, groups, heads, heads] + [heads] * bool(self.given["has_out_gate"])
-        _, k, v, gate, *_ = parts.unflatten(-1, (sum(sizes), -1)).split(sizes, dim=-2)
-        return (k, v), gate
+        size = self.lead.shape[-1] // (2 * groups + (3 if self.given["has_out_gate"] else 2) * heads)
+        columns = ((groups, groups), (2 * groups, heads), (2 * groups + heads, heads))
+        return tuple(self.parts["projection"].part(begin, tokens, (at * size, n, size)) for at, n in columns)
 
-    def _cut(self, sizes: Sequence[int]) -> list[Any]:
-        """Tokens that states are made of, cut once: the gradient of a split is one concatenation."""
-        if self.rows[0] == "projection":
-            return list(self.lead.split(sizes, dim=1))
-        return list(zip(*(self.given[name].split(sizes, dim=1) for name in self.sources), strict=True))
+    def _states_of(self, parts: tuple[Tensor, ...], chunk_size: int, *initial: Any) -> Tensor:
+        return _final_states(parts[:-1], parts[-1], self.given["gate_bias"], chunk_size, *initial)
 
-    def _states_of(self, parts: Any, chunk_size: int, *initial: Any) -> Tensor:
-        return _final_states(*self._inputs_of_states(parts), self.given["gate_bias"], chunk_size, *initial)
-
-    def _tail(self, parts: Any, compose: bool) -> Tensor:
+    def _tail(self, parts: tuple[Tensor, ...], compose: bool) -> Tensor:
         """What a piece says of the chunk that is open at its end: ``(1, 2 or 3, B, H, D)``, states and what is kept."""
-        u = _again(self._states_of, parts, self._inputs_of_states(parts)[1].shape[1])[0]
+        u = _again(self._states_of, parts, parts[-1].shape[1])[0]
         if not compose:
             return u[None]
-        return torch.cat((u, _again(lambda x: _kept(self._inputs_of_states(x)[1], self.given["gate_bias"]), parts)[None]))[None]
+        return torch.cat((u, _again(_kept, parts[-1], self.given["gate_bias"])[None]))[None]
 
     def _turned(self, rows: Tensor, first: int) -> Tensor:
         """Chunk states ``(C, 2, B, H, D)`` whose keys are rotated by the index of their chunk."""
@@ -356,25 +359,25 @@ class _Call:
             early = late = Route(cp.rank, cp.world, [piece.owner for piece in layout.pieces], {})
         states = [piece.states(self.chunk_size) for piece in self.pieces]
         step = max(SLICE // max(self.lead.shape[0], 1) // self.chunk_size, 1)  # chunks at a time
-        sizes: list[int] = []
-        for piece, s in zip(self.pieces, states, strict=True):
-            if s is None:
-                sizes += [piece.tokens, 0, 0]
-            else:
-                slices = [min(step, s.whole - i) * self.chunk_size for i in range(0, s.whole, step)]
-                sizes += [s.before, s.head, *slices, s.tail]
-        cut = iter(self._cut([*sizes, 0]))
+        self._cut_rows()
         tokens_of: list[tuple[Any, list[Any], Any]] = []  # head, slices of whole chunks, tail of each piece
-        for s in states:
-            next(cut)
-            head = next(cut)
-            slices = [next(cut) for _ in range(0, 0 if s is None else s.whole, step)]
-            tokens_of.append((head, slices, next(cut)))
-        anchor = next(cut)
-        anchors = [anchor] if isinstance(anchor, Tensor) else list(anchor)
+        for (at, _), s in zip(cp._spans(layout), states, strict=True):
+            if s is None:
+                tokens_of.append((None, [], None))
+                continue
+            at += s.before
+            head = self._inputs_of_states(at, s.head)
+            at += s.head
+            slices = []
+            for i in range(0, s.whole, step):
+                n = min(step, s.whole - i) * self.chunk_size
+                slices.append(self._inputs_of_states(at, n))
+                at += n
+            tokens_of.append((head, slices, self._inputs_of_states(at, s.tail)))
+        anchors = list(self._inputs_of_states(0, 0))
+        empty = anchors[-1].new_empty(0, self.states, self.lead.shape[0], *anchors[-1].shape[2:])
         if given["gate_bias"] is not None:
             anchors.append(given["gate_bias"][:0])
-        empty = self._empty(anchor)
         exchange = functools.partial(Exchange, cp.group)
         acc = state_dtype(self.lead.dtype)
         token: Tensor | None = None
@@ -421,23 +424,17 @@ class _Call:
                 waiting[name] = start(transfers[name], pair, [*order, *anchors])
 
         # Attention.
-        spans = self._spans_of_rows()
         result: list[Any] = [None, None, None, None]
         for i in (0, 1):
-            result[2 * i + 1] = self._fresh(i, spans[2 * i + 1], order)
+            result[2 * i + 1] = self._fresh(i)
         found: dict[int, Tensor] = {}
         for i, name in enumerate(("early", "late")):
             if name in transfers:
                 got, token = finish(transfers[name], waiting[name], *order)
                 found |= got
                 order = [token]
-            result[2 * i] = self._continued(i, spans[2 * i], found, before[i], order)
+            result[2 * i] = self._continued(i, found, before[i], empty)
         return self._results(result, order)
-
-    def _empty(self, anchor: Any) -> Tensor:
-        """No rows of chunk states: ``(0, 2, B, H, D)``."""
-        _, gate = self._inputs_of_states(anchor)
-        return gate.new_empty(0, self.states, gate.shape[0], *gate.shape[2:])
 
     def _compose(self, p: int, got: dict[int, Tensor]) -> Tensor | None:
         """The running states ``(2, B, H, D)`` before piece p, of what the pieces of its chunk say."""
@@ -452,13 +449,10 @@ class _Call:
 
     # ---- attention ----
 
-    def _spans_of_rows(self) -> list[dict[str, Tensor]]:
-        """Tensors of tokens of four spans: what continues in the early piece, what begins in it, the same of the late one."""
-        sizes: list[int] = []
-        for piece in self.pieces:
-            sizes += [piece.continued, piece.tokens - piece.continued]
-        parts = {name: self.given[name].split(sizes, dim=1) for name in self.rows}
-        return [{name: x[i] for name, x in parts.items()} for i in range(4)]
+    def _tensors(self, span: int) -> Given:
+        """The arguments of the op, those of tokens cut to a span."""
+        begin, end = self.cuts[span : span + 2]
+        return self.given | {name: self.parts[name].part(begin, end - begin) for name in self.rows}
 
     def _packed(self, starts: Sequence[int]) -> Tensor:
         key = (tuple(starts), self.lead.device)
@@ -470,7 +464,7 @@ class _Call:
         """Whether piece i of this rank is the last, of which the state is returned."""
         return bool(self.given["return_state"]) and self.cp.rank == 0 and i == 1
 
-    def _fresh(self, i: int, tensors: dict[str, Tensor], order: list[Tensor]) -> Any:
+    def _fresh(self, i: int) -> Any:
         piece = self.pieces[i]
         if not piece.fresh and not (self._returns(i) and piece.inward is None):
             return None
@@ -478,21 +472,19 @@ class _Call:
         for n in piece.fresh:
             starts.append(starts[-1] + n)
         cu_seqlens = self._packed(starts) if len(piece.fresh) > 1 else None
-        return self.function(**self.given | tensors | {"cu_seqlens": cu_seqlens, "return_state": self._returns(i)})
+        return self.function(**self._tensors(2 * i + 1) | {"cu_seqlens": cu_seqlens, "return_state": self._returns(i)})
 
-    def _continued(
-        self, i: int, tensors: dict[str, Tensor], found: dict[int, Tensor], running: Tensor | None, order: list[Tensor]
-    ) -> Any:
+    def _continued(self, i: int, found: dict[int, Tensor], running: Tensor | None, empty: Tensor) -> Any:
         piece, p = self.pieces[i], self.cp._mine()[i]
         if piece.inward is None or not (piece.continued or self._returns(i)):
             return None
         rows = [found[q] for q in self.layout.earlier(p) if q in found]
         batch = self.lead.shape[0]
-        past = torch.cat(rows) if rows else self._nothing(tensors)
+        past = torch.cat(rows) if rows else empty
         if running is None:
             running = past.new_zeros(self.states, *past.shape[2:], dtype=state_dtype(past.dtype))
         lengths = torch.full((batch,), piece.past, dtype=torch.int32, device=past.device)
-        options = self.given | tensors | {"return_state": self._returns(i)}
+        options = self._tensors(2 * i) | {"return_state": self._returns(i)}
         if self.alone:
             return self.function(**options | {"initial_state": running[0].contiguous(), "lengths": lengths})
         chunk_k, chunk_v = past.permute(1, 2, 3, 0, 4).contiguous().unbind(0)
@@ -501,15 +493,11 @@ class _Call:
         )
         return self.function(**options | {"initial_state": state})
 
-    def _nothing(self, tensors: dict[str, Tensor]) -> Tensor:
-        return self._empty(tensors["projection"] if "projection" in tensors else tuple(tensors[n] for n in self.sources))
-
     def _results(self, result: list[Any], order: list[Tensor]) -> Any:
         state = next((x[1] for x in result if isinstance(x, tuple)), None)
         ys = [x[0] if isinstance(x, tuple) else x for x in result if x is not None]
         if not ys:  # a rank without tokens
-            whole = self.lead if self.rows[0] == "projection" else tuple(self.given[name] for name in self.sources)
-            ys = [self._inputs_of_states(whole)[1].clone()]
+            ys = [self._inputs_of_states(0, 0)[-1].clone()]
         y = join(order[0], ys) if order else torch.cat(ys, dim=1)
         return (y, state) if self.given["return_state"] else y
 
