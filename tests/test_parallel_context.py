@@ -9,13 +9,14 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import rat_ext
 from rat_ext import testing
 from rat_ext.layers import RATLayer
 from rat_ext.model import RATLM
-from rat_ext.parallel import ContextParallel, use_context_parallel
+from rat_ext.parallel import ContextParallel, attention, use_context_parallel
 
 # Arguments of attention_case, or recurrence_case. "ranks": sizes from the local tokens alone. "one": through one projection.
 CASES = {
@@ -151,6 +152,50 @@ def under_autocast(rank: int, world: int) -> bool:
 
 def test_autocast(tmp_path):
     assert ranks.run("test_parallel_context:under_autocast", 2, tmp_path)
+
+
+# ---- attention of hybrids -----------------------------------------------------------------------------------------------
+
+DENSE = {
+    "all": ([90], None, 4),
+    "groups": ([90], None, 2),
+    "window": ([90], 17, 4),
+    "a window over pieces": ([70], 40, 4),
+    "blocks of queries": ([300], 9, 4),
+    "packed": ([40, 3, 0, 60, 10], None, 4),
+    "packed, window": ([40, 3, 60, 10], 9, 2),
+}
+
+
+def dense_on_ranks(rank: int = 0, world: int = 1) -> dict[str, float]:
+    found = {}
+    for name, (sequences, window, groups) in DENSE.items():
+        starts, tokens = list(itertools.accumulate([0, *sequences])), sum(sequences)
+        cp = ContextParallel(cu_seqlens=starts)
+        q, k, v, dy = (torch.randn(1, tokens, n, 8, dtype=torch.float64) for n in (4, groups, groups, 4))
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        place = torch.arange(tokens)
+        sequence = torch.bucketize(place, torch.tensor(starts[1:]), right=True)
+        back = place[:, None] - place
+        mask = (back >= 0) & (sequence[:, None] == sequence) & (back <= (tokens if window is None else window))
+        whole = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves), mask, enable_gqa=True).transpose(1, 2)
+        want = torch.autograd.grad(whole, leaves, dy)
+        y = attention(*(cp.shard(x) for x in leaves), cp, window=window)
+        assert tuple(y.shape) == tuple(cp.shard(dy).shape)
+        got = [cp.gather(cp.shard(g)) for g in torch.autograd.grad(y, leaves, cp.shard(dy))]
+        differences = [float((a - b).abs().max()) for a, b in zip((cp.gather(y), *got), (whole, *want), strict=True)]
+        found[name] = max(differences)
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_attention_of_hybrids(tmp_path, world):
+    for name, difference in ranks.run("test_parallel_context:dense_on_ranks", world, tmp_path).items():
+        assert difference < 1e-12, name
+
+
+def test_attention_of_one_rank():
+    assert max(dense_on_ranks().values()) < 1e-12
 
 
 # ---- a process alone ----------------------------------------------------------------------------------------------------

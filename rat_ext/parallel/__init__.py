@@ -3,5 +3,6 @@
 from . import sharding  # noqa: F401  (registers the rules)
 from .checkpoint import save_attention
 from .context import ContextParallel, use_context_parallel
+from .dense import attention
 
-__all__ = ["ContextParallel", "save_attention", "use_context_parallel"]
+__all__ = ["ContextParallel", "attention", "save_attention", "use_context_parallel"]
