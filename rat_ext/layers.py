@@ -102,6 +102,11 @@ class RATLayer(nn.Module):
             place = torch.ones_like(self.gate_bias, dtype=state_dtype(self.gate_bias.dtype)).cumsum(-1) - 1
             self.gate_bias.copy_(first + (last - first) / (self.head_dim - 1) * place)
 
+    def _bias(self, projection: Tensor) -> Tensor:
+        """The gate's bias beside ``projection``: this rank's heads, where the layer is split by heads."""
+        local = getattr(self.gate_bias, "to_local", None)
+        return self.gate_bias if local is None or hasattr(projection, "to_local") else local()
+
     def _rotary(self, tokens: int, projection: Tensor) -> Rotary | tuple[None, None]:
         """Tables for ``tokens`` tokens, of the device of ``projection`` and in the state dtype of its dtype."""
         if self.rotary_base is None:
@@ -158,7 +163,7 @@ class RATLayer(nn.Module):
         tokens = past + x.shape[1] if context_parallel is None else context_parallel.length(x.shape[1])
         cos, sin = self._rotary(tokens, projection) if rotary is None else rotary
         result = rat_attention_packed(
-            projection, self.num_heads, self.num_groups, self.chunk_size, gate_bias=self.gate_bias, rotary_cos=cos,
+            projection, self.num_heads, self.num_groups, self.chunk_size, gate_bias=self._bias(projection), rotary_cos=cos,
             rotary_sin=sin, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state,
             context_parallel=context_parallel,
         )  # fmt: skip
@@ -195,7 +200,16 @@ class RATLayer(nn.Module):
         cos, sin = self._rotary(tokens, projection) if rotary is None else rotary
         q, k, v, gate, out_gate = projection.unflatten(-1, (-1, self.head_dim)).split(self.parts, dim=-2)
         y = rat_decode_step(
-            q, k, v, gate, cache, gate_bias=self.gate_bias, out_gate=out_gate, rotary_cos=cos, rotary_sin=sin, slots=slots
+            q,
+            k,
+            v,
+            gate,
+            cache,
+            gate_bias=self._bias(projection),
+            out_gate=out_gate,
+            rotary_cos=cos,
+            rotary_sin=sin,
+            slots=slots,
         )
         return self.out_proj(y.flatten(-2))
 

@@ -4,5 +4,14 @@ from . import sharding  # noqa: F401  (registers the rules)
 from .checkpoint import save_attention
 from .context import ContextParallel, use_context_parallel
 from .dense import attention
+from .heads import SplitParts, full_state_dict, parallelize_plan
 
-__all__ = ["ContextParallel", "attention", "save_attention", "use_context_parallel"]
+__all__ = [
+    "ContextParallel",
+    "SplitParts",
+    "attention",
+    "full_state_dict",
+    "parallelize_plan",
+    "save_attention",
+    "use_context_parallel",
+]
