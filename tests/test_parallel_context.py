@@ -36,6 +36,9 @@ CASES = {
     "packed": dict(sequences=[40, 1, 0, 75, 30, 5], chunk_size=8),
     "packed, one long": dict(sequences=[11, 150, 11], chunk_size=8, dtype=torch.bfloat16, one=True),
     "packed, long chunks": dict(sequences=[60, 7, 33], chunk_size=50),
+    "packed, state": dict(sequences=[33, 1, 0, 90, 7, 20], chunk_size=8, return_state=True),
+    "packed, state, in long chunks": dict(sequences=[50, 30, 0], chunk_size=40, return_state=True, one=True),
+    "recurrence, packed, state": dict(sequences=[20, 0, 60, 9], chunk_size=16, op="chunk_recurrence", return_state=True),
     "packed at the cuts": dict(sequences=[24, 24, 48, 48], chunk_size=8),
     "recurrence": dict(tokens=117, chunk_size=12, op="chunk_recurrence", dtype=torch.float32),
     "recurrence, one chunk": dict(tokens=85, chunk_size=999, op="chunk_recurrence", return_state=True),
@@ -206,7 +209,7 @@ def test_one_rank_is_the_op(device):
     cp = ContextParallel(tokens=50)
     want, got = (rat_ext.rat_attention(**case.tensors, chunk_size=8, context_parallel=c, **case.options) for c in (None, cp))
     assert testing.same_bits(want, got) and testing.same_bits(cp.gather(cp.shard(want)), want)
-    packed = ContextParallel(cu_seqlens=[0, 20, 50])
+    packed = ContextParallel(cu_seqlens=torch.tensor([0, 20, 50]))
     one = {key: x[:1] if x.dim() == 4 else x for key, x in case.tensors.items()}
     got = rat_ext.rat_attention(**one, chunk_size=8, context_parallel=packed, **case.options)
     cu_seqlens = torch.tensor([0, 20, 50], dtype=torch.int32, device=device)

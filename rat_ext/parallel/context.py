@@ -270,10 +270,8 @@ class ContextParallel:
             raise _wrong(op, "context_parallel", "tensors of tokens (B, T, ...)", type(lead).__name__)
         if self.cu_seqlens is not None and lead.shape[0] != 1:
             raise _wrong(op, "context_parallel", "B = 1 for packed sequences", lead.shape[0])
-        if given["return_state"] and self.cuts is not None and len(self.cuts) > 1 and self.cuts[-2] == self.cuts[-1]:
+        if given["return_state"] and self.cuts is not None and self.cu_seqlens is None and self.cuts[-2] == self.cuts[-1]:
             raise _wrong(op, "return_state", "False where the last piece of context_parallel is empty", True)
-        if self.cu_seqlens is not None and given["return_state"]:
-            raise _wrong(op, "return_state", "False for packed sequences beside context_parallel", True)
         return _Call(self, op, dict(given)).run()
 
 
@@ -434,7 +432,14 @@ class _Call:
                 found |= got
                 order = [token]
             result[2 * i] = self._continued(i, found, before[i], empty)
-        return self._results(result, order)
+        state = next((x[1] for x in result if isinstance(x, tuple)), None)
+        if given["return_state"] and cp.cu_seqlens is not None:
+            state, order = self._packed_state(result, empty, anchors, order)
+        ys = [x[0] if isinstance(x, tuple) else x for x in result if x is not None]
+        if not ys:  # a rank without tokens
+            ys = [self._inputs_of_states(0, 0)[-1].clone()]
+        y = join(order[0], ys) if order else torch.cat(ys, dim=1)
+        return (y, state) if given["return_state"] else y
 
     def _compose(self, p: int, got: dict[int, Tensor]) -> Tensor | None:
         """The running states ``(2, B, H, D)`` before piece p, of what the pieces of its chunk say."""
@@ -461,8 +466,8 @@ class _Call:
         return self.cp._cu_seqlens[key]
 
     def _returns(self, i: int) -> bool:
-        """Whether piece i of this rank is the last, of which the state is returned."""
-        return bool(self.given["return_state"]) and self.cp.rank == 0 and i == 1
+        """Whether a state comes of piece i of this rank: of the last piece; of packed sequences, which end in any, of all."""
+        return bool(self.given["return_state"]) and (self.cp.cu_seqlens is not None or (self.cp.rank == 0 and i == 1))
 
     def _fresh(self, i: int) -> Any:
         piece = self.pieces[i]
@@ -493,13 +498,59 @@ class _Call:
         )
         return self.function(**options | {"initial_state": state})
 
-    def _results(self, result: list[Any], order: list[Tensor]) -> Any:
-        state = next((x[1] for x in result if isinstance(x, tuple)), None)
-        ys = [x[0] if isinstance(x, tuple) else x for x in result if x is not None]
-        if not ys:  # a rank without tokens
-            ys = [self._inputs_of_states(0, 0)[-1].clone()]
-        y = join(order[0], ys) if order else torch.cat(ys, dim=1)
-        return (y, state) if self.given["return_state"] else y
+    # ---- states of packed sequences ----
+
+    def _packed_state(
+        self, result: list[Any], empty: Tensor, anchors: list[Tensor], order: list[Tensor]
+    ) -> tuple[Any, list[Tensor]]:
+        """The state of all sequences on rank 0, of the states of the spans in which they end; None on other ranks."""
+        cp, pieces, size = self.cp, self.layout.pieces, self.chunk_size
+        acc = state_dtype(empty.dtype)
+        closed: list[Tensor] = []
+        running: list[Tensor] = []
+        for i, piece in enumerate(self.pieces):
+            chunks, finals = [empty], [empty.to(acc)]
+            for tokens, span, j in piece.ending():
+                state = result[2 * i + span][1]
+                if self.alone:
+                    finals.append(state[None, j : j + 1, None])
+                    continue
+                of_chunks = torch.stack((state.chunk_k[j], state.chunk_v[j]))[:, :, : tokens // size]
+                chunks.append(of_chunks.permute(2, 0, 1, 3)[:, :, None])
+                finals.append(torch.stack((state.running_k[j], state.running_v[j]))[None, :, None])
+            closed.append(torch.cat(chunks))
+            running.append(torch.cat(finals))
+        owners = [piece.owner for piece in pieces]
+        counts = {
+            "closed": [0 if self.alone else sum(n // size for n, _, _ in piece.ending()) for piece in pieces],
+            "running": [len(piece.ending()) for piece in pieces],
+        }
+        found: list[Tensor] = []
+        for mine, rows in ((closed, counts["closed"]), (running, counts["running"])):
+            route = Route(cp.rank, cp.world, owners, {(p, 0): (0, n) for p, n in enumerate(rows)})
+            got: dict[int, Tensor] = {}
+            if route.used:
+                transfer = Exchange(cp.group, route, empty.shape[1:], mine[0].dtype)
+                got, token = finish(transfer, start(transfer, mine, anchors), *order)
+                order = [token]
+            found.append(torch.cat([mine[0][:0], *(got[p] for p in sorted(got))])[:, :, 0])
+        if cp.rank:
+            return None, order
+        assert cp.cu_seqlens is not None
+        device, cuts = empty.device, cp.cu_seqlens
+        tokens_of = [b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        there = [i for i, n in enumerate(tokens_of) if n]
+        count, room = len(tokens_of), self.layout.tokens // size
+        all_running = found[1].new_zeros(count, *found[1].shape[1:])
+        all_running = all_running.index_copy(0, torch.tensor(there, dtype=torch.int64).to(device), found[1])
+        if self.alone:
+            return all_running[:, 0], order
+        places = torch.tensor([i * room + c for i in there for c in range(tokens_of[i] // size)], dtype=torch.int64)
+        rows_of = found[0].new_zeros(count * room, *found[0].shape[1:]).index_copy(0, places.to(device), found[0])
+        chunk_k, chunk_v = rows_of.unflatten(0, (count, room)).permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        running_k, running_v = all_running.transpose(0, 1).contiguous().unbind(0)
+        lengths = torch.tensor(tokens_of, dtype=torch.int32).to(device)
+        return RATCache(chunk_k, chunk_v, running_k, running_v, lengths, size, self.layout.tokens), order
 
 
 def use_context_parallel(model: nn.Module, context_parallel: ContextParallel | None) -> int:

@@ -71,6 +71,14 @@ class Piece:
         """Tokens of that sequence before the piece."""
         return 0 if self.inward is None else self.begin - self.inward[0]
 
+    def ending(self) -> list[tuple[int, int, int]]:
+        """Of each sequence that ends in the piece: its tokens; 0 where it crosses the begin, else 1; its place among those."""
+        found = []
+        if self.inward is not None and self.continued and self.inward[1] <= self.end:
+            found.append((self.inward[1] - self.inward[0], 0, 0))
+        inside = len(self.fresh) - (self.outward is not None)
+        return found + [(n, 1, j) for j, n in enumerate(self.fresh[: max(inside, 0)])]
+
     def states(self, chunk_size: int) -> States | None:
         """Of the sequence that crosses its end; None where there is none."""
         if self.outward is None:
