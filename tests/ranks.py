@@ -19,6 +19,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from rat_ext.layers import RATLayer
 
 HERE = Path(__file__).parent
 
@@ -42,6 +46,27 @@ def run(function: str, world: int, folder: Path, timeout: float = 180):
             os.killpg(ranks.pid, signal.SIGKILL)
     assert ranks.returncode == 0, errors
     return pickle.loads((folder / "out").read_bytes())
+
+
+class Block(nn.Module):
+    """A RAT layer and a gated feed-forward, each with its norm."""
+
+    def __init__(self, width: int, heads: int, groups: int, chunk_size: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.rat = RATLayer(width, heads, groups, chunk_size)
+        self.mlp = nn.ModuleDict({"up": nn.Linear(width, 4 * width), "down": nn.Linear(2 * width, width)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.rat(self.norm1(x))
+        gate, up = self.mlp["up"](self.norm2(x)).chunk(2, dim=-1)
+        return x + self.mlp["down"](F.silu(gate) * up)
+
+
+def model_of(words: int, width: int, layers: int, heads: int, groups: int, chunk_size: int) -> nn.Sequential:
+    """Token numbers to logits."""
+    blocks = [Block(width, heads, groups, chunk_size) for _ in range(layers)]
+    return nn.Sequential(nn.Embedding(words, width), *blocks, nn.RMSNorm(width), nn.Linear(width, words, bias=False))
 
 
 def rank_of(function: str, rank: int, world: int, folder: Path) -> None:

@@ -1,6 +1,8 @@
 """Context parallelism: the ranks together compute what one computes, outputs, states and gradients, by the rounding rule."""
 
+import doctest
 import functools
+import importlib
 import itertools
 import traceback
 from unittest import mock
@@ -15,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 import rat_ext
 from rat_ext import testing
 from rat_ext.layers import RATLayer
-from rat_ext.model import RATLM
 from rat_ext.parallel import ContextParallel, attention, use_context_parallel
 
 # Arguments of attention_case, or recurrence_case. "ranks": sizes from the local tokens alone. "one": through one projection.
@@ -102,7 +103,7 @@ def test_ranks_compute_what_one_does(by_case, name):
 def model_of_ranks(rank: int, world: int) -> dict[str, float]:
     """Largest differences of logits and gradients from those of one rank, with and without checkpoints; bytes that left."""
     tokens, sizes = 90, (32, 64, 2, 4, 2, 8)
-    model = RATLM(*sizes, max_length=tokens).double()
+    model = ranks.model_of(*sizes).double()
     batch = torch.randint(0, 32, (2, tokens))
     weight = torch.randn(2, tokens, 32, dtype=torch.float64)
     whole = model(batch)
@@ -215,6 +216,12 @@ def test_one_rank_is_the_op(device):
     cu_seqlens = torch.tensor([0, 20, 50], dtype=torch.int32, device=device)
     assert testing.same_bits(got, rat_ext.rat_attention(**one, chunk_size=8, cu_seqlens=cu_seqlens, **case.options))
     assert packed.positions(device=device).tolist() == [*range(20), *range(30)]
+
+
+@pytest.mark.parametrize("module", ["checkpoint", "context", "heads"])
+def test_docstring_examples(module):
+    found = doctest.testmod(importlib.import_module(f"rat_ext.parallel.{module}"))
+    assert found.attempted and not found.failed
 
 
 @pytest.mark.parametrize(

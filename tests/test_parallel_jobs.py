@@ -8,36 +8,17 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn import functional as F
 
 from rat_ext.layers import RATLayer
-from rat_ext.model import RATLM
 from rat_ext.parallel import ContextParallel
-
-
-class Stage(nn.Module):
-    """The blocks of a rank; the first begins with the embedding, the last ends with norm and head."""
-
-    def __init__(self, model: RATLM, rank: int, world: int):
-        super().__init__()
-        count = len(model.blocks) // world
-        self.first = model.embedding if rank == 0 else nn.Identity()
-        self.blocks = model.blocks[rank * count : (rank + 1) * count]
-        self.last = nn.Sequential(model.norm, model.head) if rank == world - 1 else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x)
-        for block in self.blocks:
-            x = block(x)[0]
-        return self.last(x)
 
 
 def pipeline(rank: int, world: int) -> list[float]:
     """The largest difference of a gradient from that of one process, by rank."""
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
-    model = RATLM(32, 64, 4, 4, 2, 8, max_length=40, tie_embeddings=False)
+    model = ranks.model_of(32, 64, 4, 4, 2, 8)
     tokens, targets = torch.randint(0, 32, (2, 4, 40))
 
     def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -46,7 +27,7 @@ def pipeline(rank: int, world: int) -> list[float]:
     loss(model(tokens), targets).backward()
     want = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    stage = PipelineStage(Stage(model, rank, world), rank, world, torch.device("cpu"))
+    stage = PipelineStage(model[rank * 3 : rank * 3 + 3 + rank], rank, world, torch.device("cpu"))
     schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=loss)
     schedule.step(*([tokens] if rank == 0 else []), **({"target": targets} if rank == world - 1 else {}))
     mine = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -66,7 +66,10 @@ class SplitParts(ParallelStyle):
             )
         rows = _rows(parts, size, world)
         with torch.no_grad():
-            linear.weight = nn.Parameter(linear.weight[rows.flatten().to(linear.weight.device)])
+            order = rows.flatten().to(linear.weight.device)
+            linear.weight = nn.Parameter(linear.weight[order])
+            if linear.bias is not None:
+                linear.bias = nn.Parameter(linear.bias[order])
         linear.out_features = rows.numel()
         module.register_buffer("rank_rows", rows.flatten(), persistent=False)
         ColwiseParallel()._apply(linear, device_mesh)
@@ -102,11 +105,12 @@ def _sharing(mesh: DeviceMesh, share: int) -> Any:
 
 def _linear(linear: nn.Linear, copied: int, group: Any, x: Tensor) -> Tensor:
     """What a split projection computes, whose first ``copied`` rows other ranks have too."""
-    return F.linear(x, _Copies.apply(linear.weight, copied, group))
+    bias = None if linear.bias is None else _Copies.apply(linear.bias, copied, group)
+    return F.linear(x, _Copies.apply(linear.weight, copied, group), bias)
 
 
 class _Copies(torch.autograd.Function):
-    """The weight; its gradient is summed, of the rows that ranks share. Whatever shards weights besides sees the sum."""
+    """A weight or bias; its gradient is summed, of the rows that ranks share. Whatever shards weights besides sees the sum."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, copied: int, group: Any) -> Tensor:
@@ -131,9 +135,9 @@ def parallelize_plan(model: nn.Module) -> dict[str, ParallelStyle]:
     gives them back as they were. Before FSDP2, where both are used.
 
     Example:
-        >>> from rat_ext.model import RATLM
-        >>> sorted(parallelize_plan(RATLM(32, 64, 1, 4, 2, 8)))
-        ['blocks.0.mlp', 'blocks.0.rat']
+        >>> from rat_ext.layers import RATLayer
+        >>> list(parallelize_plan(nn.Sequential(nn.Embedding(10, 64), RATLayer(64, 4, 2, 8))))
+        ['1']
     """
     plan: dict[str, ParallelStyle] = {}
     for name, module in model.named_modules():
@@ -156,8 +160,9 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
         rows = getattr(module, "rank_rows", None)
         if isinstance(rows, Tensor):
             first = next(n for n in ("in_proj", "up", "up_proj") if hasattr(module, n))
-            key = f"{name}.{first}.weight"
-            whole = state[key].new_empty(int(rows.max()) + 1, state[key].shape[1])
-            whole[rows] = state[key]
-            state[key] = whole
+            for key in (f"{name}.{first}.weight", f"{name}.{first}.bias"):
+                if key in state:
+                    whole = state[key].new_empty(int(rows.max()) + 1, *state[key].shape[1:])
+                    whole[rows] = state[key]
+                    state[key] = whole
     return state
