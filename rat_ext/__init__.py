@@ -3,6 +3,7 @@
 import sys
 
 try:
+    from . import _flops  # noqa: F401  (registers the formulas)
     from ._build_info import __version__, build_info
     from .cache import RATCache
     from .ops import chunk_attention, chunk_recurrence, explain, rat_attention, rat_attention_packed, rat_decode_step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from ._arguments import device_of, floating, integer, real, wrong
 from .cache import RATCache, state_dtype
 from .ops import rat_attention_packed, rat_decode_step
 from .rotary import layer_tables
+
+if TYPE_CHECKING:
+    from .parallel import ContextParallel
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -48,6 +52,8 @@ class RATLayer(nn.Module):
     Parameters are the only state of the layer. Rotary tables are made at use, for the device and dtype of the projection, and
     shared by all layers.
     """
+
+    context_parallel: ContextParallel | None = None
 
     def __init__(
         self,
@@ -103,6 +109,11 @@ class RATLayer(nn.Module):
             place = torch.ones_like(self.gate_bias, dtype=state_dtype(self.gate_bias.dtype)).cumsum(-1) - 1
             self.gate_bias.copy_(first + (last - first) / (self.head_dim - 1) * place)
 
+    def _bias(self, projection: Tensor) -> Tensor:
+        """The gate's bias beside ``projection``: this rank's heads, where the layer is split by heads."""
+        local = getattr(self.gate_bias, "to_local", None)
+        return self.gate_bias if local is None or hasattr(projection, "to_local") else local()
+
     def _rotary(self, tokens: int, projection: Tensor) -> Rotary | tuple[None, None]:
         """Tables for ``tokens`` tokens, of the device of ``projection`` and in the state dtype of its dtype."""
         if self.rotary_base is None:
@@ -124,6 +135,7 @@ class RATLayer(nn.Module):
         slots: Tensor | None = None,
         exact: bool | None = None,
         rotary: Rotary | None = None,
+        context_parallel: ContextParallel | None = None,
     ) -> Tensor | tuple[Tensor, RATCache]:
         """All tokens at once; or, with ``cache``, new tokens of sequences that a cache holds.
 
@@ -139,6 +151,8 @@ class RATLayer(nn.Module):
                 :func:`rat_ext.rat_decode_step`, faster for a few tokens per sequence. None: the forward's for 3 dimensions of
                 x, decoding's for 2.
             rotary: tables ``(cos, sin)`` to use instead of the layer's own, as of :func:`rat_ext.rotary_tables`.
+            context_parallel: x is this rank's part of a longer row, see :func:`rat_ext.rat_attention`. None: the layer's
+                attribute of that name, which :func:`rat_ext.parallel.use_context_parallel` sets. Not used with ``cache``.
 
         Returns:
             y of the shape of x; with ``return_state``, that and a :class:`rat_ext.RATCache`.
@@ -159,11 +173,14 @@ class RATLayer(nn.Module):
             if value is not None:
                 raise ValueError(f"RATLayer: {name}: expected a cache that it is for, got cache=None")
         projection = self.in_proj(x)
+        context_parallel = self.context_parallel if context_parallel is None else context_parallel
         past = 0 if initial_state is None else initial_state.length_bound
-        cos, sin = self._rotary(past + x.shape[1], projection) if rotary is None else rotary
+        tokens = past + x.shape[1] if context_parallel is None else context_parallel.length(x.shape[1])
+        cos, sin = self._rotary(tokens, projection) if rotary is None else rotary
         result = rat_attention_packed(
-            projection, self.num_heads, self.num_groups, self.chunk_size, gate_bias=self.gate_bias, rotary_cos=cos,
+            projection, self.num_heads, self.num_groups, self.chunk_size, gate_bias=self._bias(projection), rotary_cos=cos,
             rotary_sin=sin, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state,
+            context_parallel=context_parallel,
         )  # fmt: skip
         if isinstance(result, Tensor):
             return self.out_proj(result.flatten(2))
@@ -208,18 +225,19 @@ class RATLayer(nn.Module):
         rotary: Rotary | None,
     ) -> Tensor:
         projection = self.in_proj(x).detach()
+        gate_bias = self._bias(projection).detach()
         # A full cache has a chunk more: the open one, whose state has no row.
         cos, sin = self._rotary(cache.capacity + 1, projection) if rotary is None else rotary
         if exact and x.dim() == 3:
             y = rat_attention_packed(
-                projection, self.num_heads, self.num_groups, self.chunk_size, gate_bias=self.gate_bias.detach(), rotary_cos=cos,
+                projection, self.num_heads, self.num_groups, self.chunk_size, gate_bias=gate_bias, rotary_cos=cos,
                 rotary_sin=sin, cu_seqlens=cu_seqlens, cache=cache, slots=slots,
             )  # fmt: skip
             assert isinstance(y, Tensor)
         else:
             q, k, v, gate, out_gate = projection.unflatten(-1, (-1, self.head_dim)).split(self.parts, dim=-2)
             y = rat_decode_step(
-                q, k, v, gate, cache, gate_bias=self.gate_bias.detach(), out_gate=out_gate, rotary_cos=cos, rotary_sin=sin,
+                q, k, v, gate, cache, gate_bias=gate_bias, out_gate=out_gate, rotary_cos=cos, rotary_sin=sin,
                 slots=slots, exact=exact,
             )  # fmt: skip
         return self.out_proj(y.flatten(-2))

@@ -12,13 +12,27 @@ Modeling", arXiv 2507.04416.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from . import _autograd
+from ._arguments import wrong
 from ._autograd import call, decode
 from .cache import RATCache
+
+if TYPE_CHECKING:
+    from .parallel import ContextParallel
+
+
+def _run(op: str, given: dict[str, Any], context_parallel: ContextParallel | None) -> Any:
+    if context_parallel is None:
+        return call(op, given)
+    from .parallel import ContextParallel
+
+    if not isinstance(context_parallel, ContextParallel):
+        wrong(op, "context_parallel", "a ContextParallel or None", type(context_parallel).__name__)
+    return context_parallel.call(op, given)
 
 
 def rat_attention(
@@ -40,6 +54,7 @@ def rat_attention(
     cache: RATCache | None = None,
     slots: Tensor | None = None,
     deterministic: bool = True,
+    context_parallel: ContextParallel | None = None,
 ) -> Tensor | tuple[Tensor, RATCache]:
     """RAT: a gated linear recurrence inside chunks of L tokens, softmax attention across the states of the chunks.
 
@@ -74,6 +89,9 @@ def rat_attention(
             -1, skips the sequence, whose y is 0. None: sequence n continues entry n.
         deterministic: gradients have the same bits every time. False lets the backward add up dq in any order, which is
             faster where Hopper's kernels run and changes nothing elsewhere.
+        context_parallel: a :class:`rat_ext.parallel.ContextParallel`: the tensors are this rank's tokens of a longer row, which
+            the ranks of its group hold together. It takes ``cu_seqlens``; ``initial_state`` is None; the state is returned on
+            the rank that holds the last token, 0, and None on others. Rotary tables are those of the whole row.
 
     q, k, v, gate and out_gate share one dtype (bfloat16, float16, float32; on the CPU also float64) and one device. They may
     have any strides with a contiguous last dimension; no copy is made. Under autocast they are cast to its dtype.
@@ -98,11 +116,12 @@ def rat_attention(
         >>> tuple(y.shape)
         (2, 100, 4, 32)
     """
-    return call("rat_attention", dict(
+    given: dict[str, Any] = dict(
         q=q, k=k, v=v, gate=gate, chunk_size=chunk_size, gate_bias=gate_bias, out_gate=out_gate, rotary_cos=rotary_cos,
         rotary_sin=rotary_sin, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state,
         max_seqlen=max_seqlen, cache=cache, slots=slots, deterministic=deterministic,
-    ))  # fmt: skip
+    )  # fmt: skip
+    return _run("rat_attention", given, context_parallel)
 
 
 def chunk_attention(
@@ -160,6 +179,7 @@ def rat_attention_packed(
     cache: RATCache | None = None,
     slots: Tensor | None = None,
     deterministic: bool = True,
+    context_parallel: ContextParallel | None = None,
 ) -> Tensor | tuple[Tensor, RATCache]:
     """:func:`rat_attention` on one projection that holds all its inputs; the gradient comes back as one tensor too.
 
@@ -183,12 +203,13 @@ def rat_attention_packed(
         >>> projection.grad.shape == projection.shape
         True
     """
-    return call("rat_attention_packed", dict(
+    given: dict[str, Any] = dict(
         projection=projection, num_heads=num_heads, num_groups=num_groups, chunk_size=chunk_size, has_out_gate=has_out_gate,
         gate_bias=gate_bias, rotary_cos=rotary_cos, rotary_sin=rotary_sin, scale=scale, cu_seqlens=cu_seqlens,
         initial_state=initial_state, return_state=return_state, max_seqlen=max_seqlen, cache=cache, slots=slots,
         deterministic=deterministic,
-    ))  # fmt: skip
+    )  # fmt: skip
+    return _run("rat_attention_packed", given, context_parallel)
 
 
 def chunk_recurrence(
@@ -201,6 +222,7 @@ def chunk_recurrence(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     return_state: bool = False,
+    context_parallel: ContextParallel | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The gated linear recurrence alone: ``y_t = f_t y_{t-1} + (1 - f_t) x_t``, restarting from 0 every L tokens.
 
@@ -214,6 +236,7 @@ def chunk_recurrence(
         lengths: ``(B or N,)`` int32: how many tokens came before; needed with ``initial_state``. Where it is a multiple of L
             the recurrence restarts and the initial state is not used.
         return_state: also return y of the last token of each sequence, ``(B or N, H, D)`` float32.
+        context_parallel: as in :func:`rat_attention`; ``lengths`` is None too.
 
     Returns:
         y ``(B, T, H, D)`` in the dtype of x; with ``return_state``, ``(y, final_state)``. x, gate, gate_bias and initial_state
@@ -222,10 +245,11 @@ def chunk_recurrence(
     Raises:
         ValueError, RuntimeError: as :func:`rat_attention`.
     """
-    return call("chunk_recurrence", dict(
+    given: dict[str, Any] = dict(
         x=x, gate=gate, chunk_size=chunk_size, gate_bias=gate_bias, cu_seqlens=cu_seqlens, initial_state=initial_state,
         lengths=lengths, return_state=return_state,
-    ))  # fmt: skip
+    )  # fmt: skip
+    return _run("chunk_recurrence", given, context_parallel)
 
 
 def rat_decode_step(

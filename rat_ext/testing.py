@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from torch import Tensor
 import rat_ext
 from rat_ext import RATCache, reference
 from rat_ext.cache import state_dtype
+
+if TYPE_CHECKING:
+    from rat_ext.parallel import ContextParallel
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LOW = (torch.float32, torch.bfloat16, torch.float16)
@@ -339,6 +342,50 @@ def evaluate(
     if lengths is not None:
         values["lengths"] = lengths
     return values, grads
+
+
+def evaluate_on_ranks(cp: ContextParallel, case: Case, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As :func:`evaluate`, of the row that the ranks hold together: each has its own part of everything.
+
+    Values, a state that is returned included, are those of the whole row; a state is on rank 0 alone.
+    """
+    options = {key: x for key, x in case.options.items() if key != "cu_seqlens"}
+    leaves = {key: x.detach().clone().requires_grad_() for key, x in case.tensors.items()}
+    mine = {key: cp.shard(x) if x.dim() == 4 else x for key, x in leaves.items()}
+    if case.op == "rat_attention_packed":
+        heads, groups = mine["v"].shape[2], mine["q"].shape[2]
+        order = [key for key in ("q", "k", "v", "gate", "out_gate") if key in mine]
+        projection = torch.cat([mine[key].flatten(2) for key in order], dim=2)
+        result = rat_ext.rat_attention_packed(
+            projection, heads, groups, case.chunk_size, has_out_gate="out_gate" in mine, gate_bias=mine.get("gate_bias"),
+            context_parallel=cp, **options,
+        )  # fmt: skip
+    else:
+        result = getattr(rat_ext, case.op)(**mine, chunk_size=case.chunk_size, context_parallel=cp, **options)
+    y, state = result if isinstance(result, tuple) else (result, None)
+    assert (state is not None) == (bool(options.get("return_state")) and cp.rank == 0)
+    outputs = {"y": y}
+    if isinstance(state, Tensor):
+        outputs["final_state"] = state
+    elif state is not None:
+        outputs |= {key: getattr(state, key) for key in STATE}
+    fed = {key: cp.shard(g) if key == "y" else g for key, g in grads.items() if key in outputs}
+    got = torch.autograd.grad([outputs[key] for key in fed], list(leaves.values()), list(fed.values()), allow_unused=True)
+    values = {}
+    for (key, x), g in zip(leaves.items(), got, strict=True):
+        total = torch.zeros_like(x) if g is None else g.contiguous()
+        if x.dim() == 2:  # of a parameter every rank has a part
+            torch.distributed.all_reduce(total, group=cp.group)
+        else:
+            total = cp.gather(cp.shard(total))
+        values["d" + key] = total
+    with torch.no_grad():
+        values["y"] = cp.gather(y)
+    values |= {key: x.detach() for key, x in outputs.items() if key != "y"}
+    if isinstance(state, RATCache):
+        valid = valid_rows(state)
+        values |= {key: values[key].masked_fill(~valid, 0) for key in ("chunk_k", "chunk_v")} | {"lengths": state.lengths}
+    return values
 
 
 def training(case: Case) -> Callable[[], dict[str, Tensor]]:

@@ -1,0 +1,260 @@
+"""Context parallelism: the ranks together compute what one computes, outputs, states and gradients, by the rounding rule."""
+
+import doctest
+import functools
+import importlib
+import itertools
+import traceback
+from unittest import mock
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import rat_ext
+from rat_ext import testing
+from rat_ext.layers import RATLayer
+from rat_ext.parallel import ContextParallel, attention, use_context_parallel
+
+# Arguments of attention_case, or recurrence_case. "ranks": sizes from the local tokens alone. "one": through one projection.
+CASES = {
+    "even": dict(tokens=192, chunk_size=16),
+    "odd": dict(tokens=173, chunk_size=7),
+    "float32": dict(tokens=150, chunk_size=8, dtype=torch.float32),
+    "bfloat16": dict(tokens=203, chunk_size=16, dtype=torch.bfloat16, heads=8),
+    "projection": dict(tokens=131, chunk_size=16, dtype=torch.float32, one=True),
+    "state": dict(tokens=149, chunk_size=9, return_state=True),
+    "state, projection": dict(tokens=100, chunk_size=4, return_state=True, out_gate=False, one=True),
+    "no bias, no rotation": dict(tokens=90, chunk_size=5, gate_bias=False, rotary=False, out_gate=False),
+    "L = 1": dict(tokens=61, chunk_size=1),
+    "pieces inside chunks": dict(tokens=100, chunk_size=40, return_state=True),
+    "an RNN": dict(tokens=77, chunk_size=1000),
+    "fewer tokens than pieces": dict(tokens=3, chunk_size=2),
+    "no tokens": dict(tokens=0, chunk_size=2),
+    "packed": dict(sequences=[40, 1, 0, 75, 30, 5], chunk_size=8),
+    "packed, one long": dict(sequences=[11, 150, 11], chunk_size=8, dtype=torch.bfloat16, one=True),
+    "packed, long chunks": dict(sequences=[60, 7, 33], chunk_size=50),
+    "packed, state": dict(sequences=[33, 1, 0, 90, 7, 20], chunk_size=8, return_state=True),
+    "packed, state, in long chunks": dict(sequences=[50, 30, 0], chunk_size=40, return_state=True, one=True),
+    "recurrence, packed, state": dict(sequences=[20, 0, 60, 9], chunk_size=16, op="chunk_recurrence", return_state=True),
+    "packed at the cuts": dict(sequences=[24, 24, 48, 48], chunk_size=8),
+    "recurrence": dict(tokens=117, chunk_size=12, op="chunk_recurrence", dtype=torch.float32),
+    "recurrence, one chunk": dict(tokens=85, chunk_size=999, op="chunk_recurrence", return_state=True),
+    "recurrence, packed": dict(sequences=[20, 60, 9], chunk_size=999, op="chunk_recurrence"),
+    "all in one piece": dict(tokens=64, chunk_size=8),
+    "cuts inside a chunk": dict(tokens=64, chunk_size=8, return_state=True),
+}
+
+
+def make(name: str, world: int) -> tuple[testing.Case, ContextParallel, bool]:
+    arguments = {"dtype": torch.float64, "dim": 16} | CASES[name]
+    one = arguments.pop("one", False)
+    if arguments.get("op") == "chunk_recurrence":
+        case = testing.recurrence_case("cpu", **{key: x for key, x in arguments.items() if key != "op"})
+    else:
+        case = testing.attention_case("cpu", **arguments)
+    pieces = 2 * world
+    where: dict = {"tokens": arguments.get("tokens")}
+    if name == "even":
+        where = {}
+    elif "sequences" in arguments:
+        where = {"cu_seqlens": list(itertools.accumulate([0, *arguments["sequences"]]))}
+    elif name == "all in one piece":
+        where = {"cuts": [0] * (pieces - 1) + [64] * 2}
+    elif name == "cuts inside a chunk":  # with empty pieces between
+        where = {"cuts": [0, 9, 9, 11, *[12] * (pieces - 4), 64]}
+    return case, ContextParallel(**where), one
+
+
+def compare_all(rank: int, world: int) -> dict[str, str]:
+    """By case, what went wrong, or nothing."""
+    found = {}
+    for name in CASES:
+        case, cp, one = make(name, world)
+        exact, eager, grads, floor = testing.define(case)
+        case.op = "rat_attention_packed" if one else case.op
+        actual = testing.evaluate_on_ranks(cp, case, grads)
+        if rank == 0:
+            try:
+                testing.compare(actual, eager, exact, case.dtype, floor)
+                found[name] = ""
+            except AssertionError:
+                found[name] = traceback.format_exc(limit=-1)
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4])
+def by_case(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
+    return ranks.run("test_parallel_context:compare_all", request.param, folder)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_compute_what_one_does(by_case, name):
+    assert not by_case[name], by_case[name]
+
+
+# ---- layers and models --------------------------------------------------------------------------------------------------
+
+
+def model_of_ranks(rank: int, world: int) -> dict[str, float]:
+    """Largest differences of logits and gradients from those of one rank, with and without checkpoints; bytes that left."""
+    tokens, sizes = 90, (32, 64, 2, 4, 2, 8)
+    model = ranks.model_of(*sizes).double()
+    batch = torch.randint(0, 32, (2, tokens))
+    weight = torch.randn(2, tokens, 32, dtype=torch.float64)
+    whole = model(batch)
+    want = torch.autograd.grad((whole * weight).sum(), list(model.parameters()))
+    cp = ContextParallel(tokens=tokens)
+    assert use_context_parallel(model, cp) == 2
+    found = {}
+    for name in ("plain", "checkpointed"):
+        sent = []
+        with mock.patch.object(dist, "all_to_all_single", count_bytes(dist.all_to_all_single, rank, sent)):
+            run = functools.partial(checkpoint, model, use_reentrant=False) if name == "checkpointed" else model
+            y = run(cp.shard(batch))
+            forward = sum(sent)
+            got = torch.autograd.grad((y * cp.shard(weight)).sum(), list(model.parameters()))
+        for g in got:
+            dist.all_reduce(g)
+        found[f"{name} y"] = float((y - cp.shard(whole)).abs().max())
+        found[f"{name} gradients"] = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, want, strict=True))
+        said = cp.bytes_sent(2, 4, 16, 8, torch.float64)
+        back = said.pop("backward")
+        expected = 2 * sum(said.values()), 2 * (sum(said.values()) * (2 if name == "checkpointed" else 1) + back)
+        found[f"{name} bytes"] = abs(forward - expected[0]) + abs(sum(sent) - expected[1])
+    return found
+
+
+def count_bytes(function, rank: int, sent: list[int]):
+    """``all_to_all_single`` that notes the bytes it sends to other ranks."""
+
+    def call(output, rows, received, parts, **options):
+        width = rows[0].numel() if rows.shape[0] else 0
+        sent.append(sum(n for to, n in enumerate(parts) if to != rank) * width)
+        return function(output, rows, received, parts, **options)
+
+    return call
+
+
+def test_a_model_on_ranks(tmp_path):
+    for name, difference in ranks.run("test_parallel_context:model_of_ranks", 3, tmp_path).items():
+        assert difference < 1e-12, name
+
+
+def under_autocast(rank: int, world: int) -> bool:
+    layer, cp = RATLayer(64, 4, 2, 8), ContextParallel(tokens=75)
+    x = torch.randn(2, 75, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, y = layer(x), layer(cp.shard(x), context_parallel=cp)
+    y.sum().backward()
+    return y.dtype == torch.bfloat16 and torch.allclose(cp.gather(y), whole, rtol=2e-2, atol=2e-2)
+
+
+def test_autocast(tmp_path):
+    assert ranks.run("test_parallel_context:under_autocast", 2, tmp_path)
+
+
+# ---- attention of hybrids -----------------------------------------------------------------------------------------------
+
+DENSE = {
+    "all": ([90], None, 4),
+    "groups": ([90], None, 2),
+    "window": ([90], 17, 4),
+    "a window over pieces": ([70], 40, 4),
+    "blocks of queries": ([300], 9, 4),
+    "packed": ([40, 3, 0, 60, 10], None, 4),
+    "packed, window": ([40, 3, 60, 10], 9, 2),
+}
+
+
+def dense_on_ranks(rank: int = 0, world: int = 1) -> dict[str, float]:
+    found = {}
+    for name, (sequences, window, groups) in DENSE.items():
+        starts, tokens = list(itertools.accumulate([0, *sequences])), sum(sequences)
+        cp = ContextParallel(cu_seqlens=starts)
+        q, k, v, dy = (torch.randn(1, tokens, n, 8, dtype=torch.float64) for n in (4, groups, groups, 4))
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        place = torch.arange(tokens)
+        sequence = torch.bucketize(place, torch.tensor(starts[1:]), right=True)
+        back = place[:, None] - place
+        mask = (back >= 0) & (sequence[:, None] == sequence) & (back <= (tokens if window is None else window))
+        whole = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves), mask, enable_gqa=True).transpose(1, 2)
+        want = torch.autograd.grad(whole, leaves, dy)
+        y = attention(*(cp.shard(x) for x in leaves), cp, window=window)
+        assert tuple(y.shape) == tuple(cp.shard(dy).shape)
+        got = [cp.gather(cp.shard(g)) for g in torch.autograd.grad(y, leaves, cp.shard(dy))]
+        differences = [float((a - b).abs().max()) for a, b in zip((cp.gather(y), *got), (whole, *want), strict=True)]
+        found[name] = max(differences)
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_attention_of_hybrids(tmp_path, world):
+    for name, difference in ranks.run("test_parallel_context:dense_on_ranks", world, tmp_path).items():
+        assert difference < 1e-12, name
+
+
+def test_attention_of_one_rank():
+    assert max(dense_on_ranks().values()) < 1e-12
+
+
+# ---- a process alone ----------------------------------------------------------------------------------------------------
+
+
+def test_one_rank_is_the_op(device):
+    case = testing.attention_case(device, torch.float32, tokens=50, chunk_size=8)
+    cp = ContextParallel(tokens=50)
+    want, got = (rat_ext.rat_attention(**case.tensors, chunk_size=8, context_parallel=c, **case.options) for c in (None, cp))
+    assert testing.same_bits(want, got) and testing.same_bits(cp.gather(cp.shard(want)), want)
+    packed = ContextParallel(cu_seqlens=torch.tensor([0, 20, 50]))
+    one = {key: x[:1] if x.dim() == 4 else x for key, x in case.tensors.items()}
+    got = rat_ext.rat_attention(**one, chunk_size=8, context_parallel=packed, **case.options)
+    cu_seqlens = torch.tensor([0, 20, 50], dtype=torch.int32, device=device)
+    assert testing.same_bits(got, rat_ext.rat_attention(**one, chunk_size=8, cu_seqlens=cu_seqlens, **case.options))
+    assert packed.positions(device=device).tolist() == [*range(20), *range(30)]
+
+
+@pytest.mark.parametrize("module", ["checkpoint", "context", "heads"])
+def test_docstring_examples(module):
+    found = doctest.testmod(importlib.import_module(f"rat_ext.parallel.{module}"))
+    assert found.attempted and not found.failed
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "message"),
+    [
+        ({}, {"tokens": 60}, "context_parallel: expected 60 tokens on rank 0 of 1, got 50"),
+        ({"cu_seqlens": torch.tensor([0, 50])}, {}, "cu_seqlens: expected None beside context_parallel, which takes them"),
+        ({"initial_state": 3}, {}, "initial_state: expected None beside context_parallel, got int"),
+        ({"rotary_cos": torch.ones(3, 16), "rotary_sin": torch.ones(3, 16)}, {}, "rotary_cos: expected at least 7 rows"),
+        ({"rotary_cos": None}, {}, "rotary_cos, rotary_sin: expected both or neither"),
+        ({"chunk_size": 0}, {}, "chunk_size: expected at least 1, got 0"),
+        ({}, {"cu_seqlens": [0, 50]}, "context_parallel: expected B = 1 for packed sequences, got 2"),
+        ({"return_state": True}, {"cuts": [0, 50, 50]}, "return_state: expected False where the last piece of context_par"),
+    ],
+)
+def test_wrong_calls(change, where, message):
+    case = testing.attention_case("cpu", torch.float32, tokens=50, chunk_size=8)
+    arguments = {"chunk_size": 8, "context_parallel": ContextParallel(**where)} | case.tensors | case.options | change
+    with pytest.raises(ValueError, match=f"^rat_ext.rat_attention: {message}"):
+        rat_ext.rat_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"cuts": [0, 5]}, "cuts: expected 3 numbers from 0 to T that never fall, got"),
+        ({"cuts": [0, 7, 5]}, "cuts: expected"),
+        ({"cuts": [0, 3, 5], "tokens": 6}, "cuts: expected 3 numbers from 0 to 6"),
+        ({"cu_seqlens": [1, 5]}, "cu_seqlens: expected numbers that begin at 0 and never fall"),
+        ({"cu_seqlens": torch.tensor([0, 5, 4])}, "cu_seqlens: expected numbers"),
+        ({"cu_seqlens": [0, 5], "tokens": 6}, "tokens: expected the end of cu_seqlens, 5, got 6"),
+    ],
+)
+def test_wrong_layouts(where, message):
+    with pytest.raises(ValueError, match=f"^rat_ext.ContextParallel: {message}"):
+        ContextParallel(**where)
