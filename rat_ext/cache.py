@@ -39,8 +39,8 @@ class RATCache:
         length_bound: an upper bound of ``lengths`` that the host knows, in tokens; it decides how many chunk rows a forward
             that continues from here allocates. The ops keep it. Who writes ``lengths`` or replays decode steps in a CUDA
             graph, and then continues with a forward, sets it too; a bound that is too low is an error, not a wrong result.
-        error: ``(4,)`` int32: code, row, slot and detail of the first row that a GPU skipped; zeros where there was none. Made by
-            the first ``rat_decode_step`` where it is None; no part of the state.
+        error: ``(4,)`` int32: code, row, slot and detail of the first row that a GPU skipped; zeros where there was none. Made
+            by the first ``rat_decode_step`` where it is None; no part of the state.
         workspace: scratch of the decode kernel, made by the first ``rat_decode_step`` outside a graph; no part of the state.
     """
 
