@@ -107,7 +107,7 @@ def decode_pool(dtype: torch.dtype, dim: int, lengths: list[int], tokens: int, r
         assert y.isfinite().all() and not error.any()
 
     arguments = {"dim": dim, "lengths": lengths, "tokens": tokens, "ring": ring, "page_rows": page_rows, "fp8": fp8}
-    return title("rat_decode_step", dtype, arguments), run
+    return title("rat_decode_pool", dtype, arguments), run
 
 
 def cases() -> Iterator[Case]:
