@@ -27,6 +27,8 @@ def rows(device: torch.device, quick: bool) -> list[tuple[int, int, int, int]]:
         return [(64, 4096, 128, 16)]
     return [
         (256, 1024, 128, 16),
+        (512, 4096, 128, 16),
+        (512, 16384, 128, 16),
         (64, 4096, 128, 16),
         (64, 4096, 128, 64),
         (64, 4096, 64, 16),
@@ -35,6 +37,47 @@ def rows(device: torch.device, quick: bool) -> list[tuple[int, int, int, int]]:
         (2, 131072, 128, 16),
         (1, 131072, 128, 16),
     ]
+
+
+def variants(device: torch.device, quick: bool) -> list[tuple[str, int, int]]:
+    """(what, batch, tokens), all of D = 128, L = 16: other ways to call the step."""
+    if device.type == "cpu":
+        return []
+    if quick:
+        return [("draft of 4", 64, 4096)]
+    chains = [("chain of 15", 1, 1024), ("chain of 15", 8, 4096)]
+    return [*chains, *((what, b, 4096) for what in ("draft of 4", "pages of 16", "e4m3") for b in (64, 512))]
+
+
+class Pool:
+    """The tensors of a pool as the operator takes them."""
+
+    def __init__(self, what: str, batch: int, tokens: int, dim: int, chunk_size: int, device: torch.device):
+        rows = (tokens + 1024) // chunk_size
+        blocks, page = (batch * (rows // 16), 16) if what == "pages of 16" else (batch, rows)
+        states = torch.float8_e4m3fn if what == "e4m3" else torch.bfloat16
+        make = {"device": device, "dtype": torch.bfloat16}
+        self.states = [torch.randn(blocks, HEADS, page, dim, **make).to(states) for _ in range(2)]
+        self.scales = [torch.ones(blocks, HEADS, page, device=device) if what == "e4m3" else None for _ in range(2)]
+        self.table = None
+        if what == "pages of 16":
+            self.table = torch.randperm(blocks, device=device).to(torch.int32).reshape(batch, -1).contiguous()
+        self.running = [torch.randn(batch, HEADS, dim, device=device) for _ in range(2)]
+        self.lengths = torch.full((batch,), tokens, dtype=torch.int32, device=device)
+        self.error = torch.zeros(4, dtype=torch.int32, device=device)
+        size = torch.ops.rat_ext.decode_workspace.default(batch, HEADS, rows, dim)
+        self.workspace = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.tables = rat_ext.rotary_tables(rows + 1, dim, device=device)
+        shape = (batch, 4) if what == "draft of 4" else (batch,)
+        self.new = [torch.randn(*shape, n, dim, **make) for n in (GROUPS, GROUPS, HEADS, HEADS, HEADS)]
+        self.chunk_size, self.scale = chunk_size, dim**-0.5
+
+    def step(self) -> torch.Tensor:
+        q, k, v, gate, out_gate = self.new
+        return torch.ops.rat_ext.rat_decode_step.default(
+            q, k, v, gate, None, out_gate, *self.tables, None, self.table, *self.states, *self.scales, *self.running,
+            self.lengths, self.error, self.workspace, self.chunk_size, self.scale,
+        )  # fmt: skip
 
 
 def graphed(function, device: torch.device):
@@ -103,7 +146,7 @@ def main() -> int:
                 continue
             mine = clock.median(graphed(step, device), 200, 200)
             theirs = None
-            if not options.no_peers:
+            if not options.no_peers and batch * tokens <= 1 << 21:  # memory for its keys and values
                 query = torch.randn(batch, HEADS, 1, dim, device=device, dtype=dtype)
                 keys, values = (torch.randn(batch, HEADS, tokens, dim, device=device, dtype=dtype) for _ in range(2))
                 theirs = clock.median(
@@ -134,6 +177,23 @@ def main() -> int:
                 ratio,
             ]
         )
+    for what, batch, tokens in variants(device, options.quick):
+        name = f"{what} T={tokens} B={batch} H={HEADS} G={GROUPS} D=128 L=16"
+        if not re.search(options.rows, name) or deadline.over():
+            continue
+        free()
+        steps = 15 if what == "chain of 15" else 1
+        pools = [Pool(what, batch, tokens, 128, 16, device) for _ in range(steps)]
+        mine = clock.median(graphed(lambda p=pools: [pool.step() for pool in p], device), 200, 100) / steps
+        if any(pool.error.any() for pool in pools):
+            print(f"{name}: an error, {pools[0].error.tolist()}: not counted")
+            wrong = True
+            continue
+        states = 2 * batch * HEADS * (tokens // 16) * 128 * pools[0].states[0].element_size()
+        floor = states / limits["copy_gb_s"] / 1e6
+        result["rows"].append({"name": name, "ms": {"rat_ext": mine}, "floor_ms": floor, "state_bytes": states})
+        shown.append([name, f"{mine * 1e3:.1f}", f"{floor * 1e3:.1f}", f"{floor / mine:.0%}", "-", ""])
+        del pools
     table(["", "us", "floor us", "of floor", "sdpa us", "ratio"], shown)
     save(result, options)
     return 1 if wrong else 0

@@ -130,6 +130,36 @@ def cached(
     return title("rat_attention_cached", dtype, arguments), run
 
 
+def decode_pool(dtype: torch.dtype, dim: int, lengths: list[int], tokens: int, ring: int, page_rows: int, fp8: bool) -> Case:
+    def run(device: torch.device) -> None:
+        random = Random(0, device, dtype)
+        batch, rows = len(lengths), (max(lengths) + tokens) // 4
+        columns = -(-rows // page_rows)
+        shape = (batch * columns, 4, page_rows, dim)
+        chunk_k, chunk_v = (random.normal(*shape) for _ in range(2))
+        scale_k = scale_v = None
+        if fp8:
+            chunk_k, chunk_v = chunk_k.to(torch.float8_e4m3fn), chunk_v.to(torch.float8_e4m3fn)
+            scale_k, scale_v = (torch.ones(shape[:3], device=device) for _ in range(2))
+        table = torch.arange(batch * columns, dtype=torch.int32, device=device).flip(0).reshape(batch, columns).contiguous()
+        running_k, running_v = (random.normal(batch, ring, 4, dim, dtype=torch.float32) for _ in range(2))
+        held = torch.tensor(lengths, dtype=torch.int32, device=device)
+        error = torch.zeros(4, dtype=torch.int32, device=device)
+        size = torch.ops.rat_ext.decode_workspace.default(batch, 4, columns * page_rows, dim)
+        workspace = torch.zeros(size, dtype=torch.uint8, device=device)
+        q, k = (random.normal(batch, tokens, 2, dim) for _ in range(2))
+        v, gate, out_gate = (random.normal(batch, tokens, 4, dim) for _ in range(3))
+        cos, sin = rat_ext.rotary_tables(rows + 1, dim, device=device)
+        y = torch.ops.rat_ext.rat_decode_step.default(
+            q, k, v, gate, None, out_gate, cos, sin, None, table, chunk_k, chunk_v, scale_k, scale_v, running_k, running_v,
+            held, error, workspace, 4, dim**-0.5,
+        )  # fmt: skip
+        assert y.isfinite().all() and not error.any()
+
+    arguments = {"dim": dim, "lengths": lengths, "tokens": tokens, "ring": ring, "page_rows": page_rows, "fp8": fp8}
+    return title("rat_decode_pool", dtype, arguments), run
+
+
 def cases() -> Iterator[Case]:
     for dtype in DTYPES:
         small = {"batch": 1, "heads": 2, "groups": 1}
@@ -155,6 +185,9 @@ def cases() -> Iterator[Case]:
         yield recurrence(dtype, sequences=[10, 0, 35], lengths=[3, 16, 0], return_state=True, dim=64)
         for dim in PADDED_HEAD_SIZES:
             yield decode(dtype, dim, [0, 3, 7], 4, [2, -1, 0])
+            for fp8 in (False, True):
+                for tokens in (1, 4):
+                    yield decode_pool(dtype, dim, [0, 3, 1022], tokens, 5, 16, fp8)
         yield decode(dtype, 64, [2000, 5], 502, [0, 1])
         mixed = {"counts": [1, 30, 0, 7, 3, 2], "slots": [3, 0, 1, -1, 9, 2], "lengths": [3, 16, 0, 31]}
         for dim in PADDED_HEAD_SIZES:
@@ -169,6 +202,7 @@ def cases() -> Iterator[Case]:
                 yield cached(dtype, dim, [1100, 1000], [1, 0], [4080, 1000], rows=6400, chunk_size=1, heads=16)
         unseen = {"chunk_size": 4, "dim": 64, "tokens": 90, "batch": 1, "heads": 2, "groups": 1}
         yield not_finite(dtype, **unseen)
+        yield decode_pool(dtype, 64, [5], 10, 1, 4, False)
 
 
 def main(arguments: list[str] | None = None) -> None:

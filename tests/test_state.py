@@ -190,6 +190,8 @@ print("the longest is fine", flush=True)
 call(x)
 if x.is_cuda:
     torch.cuda.synchronize()
+    if op == "rat_decode_step" and state.error[0] == 2:
+        sys.exit(f"lengths[{state.error[2]}] is {state.error[3]}")
 """
 
 
@@ -200,5 +202,4 @@ def test_no_more_than_2_31_tokens_in_all(device, op):
     said = done.stdout + done.stderr
     assert "the longest is fine" in said, said
     assert done.returncode != 0
-    # Decode on a GPU says "sequence 1 has 2147483647 tokens".
     assert re.search(r"lengths\[1\].*2147483647|sequence 1 .*2147483647", said), said

@@ -73,8 +73,8 @@ __device__ __forceinline__ void finish_ways(const Decode& a, SharedHead& head, c
 }
 
 template <class K>
-__device__ __forceinline__ void consume_item(const Decode& a, char* memory, const SharedLayout& layout, const Item& item,
-                                             RingPlace& place, Ring<kPrepared>& prepared) {
+__device__ __forceinline__ void consume_item(const Decode& a, char* memory, const SharedLayout& layout,
+                                             const Item& item, RingPlace& place, Ring<kPrepared>& prepared) {
   using S = typename K::S;
   constexpr int N = K::N, kTokens = Share<K>::kTokens;
   SharedHead& head = *reinterpret_cast<SharedHead*>(memory);
@@ -91,7 +91,8 @@ __device__ __forceinline__ void consume_item(const Decode& a, char* memory, cons
   prepared.wait_full();
   load_queries<K>(a, item, lane, rows, queries);
   const uint32_t all_keys = queries.keys[N - 1];
-  if (N > 1 && item.tail && all_keys > item.keys) mbarrier_wait(scanned, round);  // the chunk states that close are there
+  if (N > 1 && item.tail && all_keys > item.keys)
+    mbarrier_wait(scanned, round);  // the chunk states that close are there
 
   // The tail has the new keys too, which may reach into a slice of their own.
   const int end_slice = item.tail ? max(item.slices, static_cast<int>((all_keys + kSlice - 1) / kSlice)) : item.slices;
@@ -182,7 +183,7 @@ __device__ __forceinline__ void consume(const Decode& a, char* memory, const Sha
 
 // That a multiprocessor holds at once: registers and shared memory are planned for them.
 template <class K>
-constexpr int kBlocks = K::N > 1 ? 1 : 2;
+constexpr int kBlocks = K::N > 1 || sizeof(typename K::T) == 4 ? 1 : 2;
 
 template <class K>
 __global__ void __launch_bounds__(kDecodeThreads, kBlocks<K>) decode_step_kernel(const __grid_constant__ Decode a) {
@@ -201,7 +202,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kBlocks<K>) decode_step_kernel
   }
   __syncthreads();
   let_next_kernel_start();
-  const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 32, 0);  // the compiler sees that a warp is of one mind
+  const int warp =
+      __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 32, 0);  // the compiler sees that a warp is of one mind
   if (warp < kConsumerWarps) {
     warm_tokens<K>(a);
     wait_for_earlier_kernels();
@@ -305,8 +307,9 @@ void with_kind(const DecodeParams& p, int64_t tokens, F&& f) {
   }
 }
 
-void* advanced(const Rows& rows, int64_t tokens, int64_t element) {
-  return rows.ptr ? static_cast<char*>(rows.ptr) + tokens * rows.token * element : nullptr;
+Rows from_token(Rows rows, int64_t token, int64_t element) {
+  if (rows.ptr) rows.ptr = static_cast<char*>(rows.ptr) + token * rows.token * element;
+  return rows;
 }
 
 }  // namespace
@@ -332,9 +335,10 @@ void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream
   const int64_t most_slices = std::max<int64_t>(1, ceil_div(p.pool.rows, kSlice)), pairs = p.batch * p.heads;
   const int64_t most_tokens = std::min<int64_t>(p.tokens, kMostTokens);
   a.entries = 1 + most_slices;
-  // Enough ways to fill the chip. Blocks go on with the next pair when they are done: with many pairs one is enough.
+  // Few pairs: a way for each block that the chip holds. More: enough that all blocks have about as much to do.
   const int64_t resident = 2 * int64_t{device_attribute<cudaDevAttrMultiProcessorCount>()};
-  a.ways = static_cast<int>(std::clamp<int64_t>(ceil_div(2 * resident, pairs), 1, most_slices));
+  const int64_t ways = (pairs <= resident ? 1 : 4) * resident / pairs;
+  a.ways = static_cast<int>(std::clamp<int64_t>(ways, 1, most_slices));
   Piece<float> partial;
   Piece<int64_t> admitted;
   if (a.ways > 1) partial = scratch.take<float>(pairs * most_tokens * a.entries * (p.head_dim + 8));
@@ -344,8 +348,10 @@ void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream
   a.chunk_size = static_cast<uint32_t>(std::min<int64_t>(p.chunk_size, int64_t{1} << 31));
   grid_x(pairs * a.ways, "decode_step");
   a.heads = static_cast<uint32_t>(p.heads);
-  a.q_share = static_cast<uint32_t>(p.heads / p.q_groups);
-  a.k_share = static_cast<uint32_t>(p.heads / p.k_groups);
+  for (int i = 0; i < kInputs; ++i) {
+    const int64_t groups = i == kQuery ? p.q_groups : i == kKey ? p.k_groups : p.heads;
+    a.input_share[i] = static_cast<uint32_t>(p.heads / groups);
+  }
   a.pairs = static_cast<uint32_t>(pairs);
   a.candidates = static_cast<uint32_t>(pairs * a.ways);
   for (int64_t rows = p.pool.page_rows; p.pool.page_table && rows > 1; rows /= 2) ++a.page_shift;
@@ -361,14 +367,9 @@ void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream
   for (int64_t done = 0; done < p.tokens; done += a.tokens) {
     a.tokens = static_cast<int>(std::min<int64_t>(p.tokens - done, kMostTokens));
     a.reserve = a.tokens;
-    for (auto [rows, of] : {std::pair(&a.p.q, &p.q),
-                            {&a.p.k, &p.k},
-                            {&a.p.v, &p.v},
-                            {&a.p.gate, &p.gate},
-                            {&a.p.out_gate, &p.out_gate},
-                            {&a.p.y, &p.y}}) {
-      rows->ptr = advanced(*of, done, element);
-    }
+    const Rows* const inputs[kInputs] = {&p.q, &p.k, &p.v, &p.gate, &p.out_gate};
+    for (int i = 0; i < kInputs; ++i) a.input[i] = from_token(*inputs[i], done, element);
+    a.p.y = from_token(p.y, done, element);
     with_kind(a.p, a.tokens, [&](auto kind) { launch<decltype(kind)>(a, stream); });
   }
 }

@@ -136,15 +136,10 @@ struct View {
   void* data = nullptr;
 };
 
-// Users know an op that updates a cache in place by the name of the one that does not.
-inline constexpr std::string_view kCached = "_cached";
-
 // What does not depend on the op's schema.
 class CallBase {
  public:
-  CallBase(std::string_view op_, std::string_view state, Mode mode_) : op(op_), mode(mode_), state_(state) {
-    if (op.ends_with(kCached)) op.remove_suffix(kCached.size());
-  }
+  CallBase(std::string_view op_, std::string_view state, Mode mode_) : op(op_), mode(mode_), state_(state) {}
   CallBase(const CallBase&) = delete;
 
   template <class... Parts>

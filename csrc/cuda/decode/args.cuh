@@ -13,7 +13,7 @@ constexpr int kDecodeThreads = kConsumers + 64;
 constexpr int kSlice = 256;
 constexpr int kMostTokens = 4;  // of a launch
 constexpr int kItems = 4;       // that the fetching warp may be ahead
-constexpr int kPrepared = 2;         // that the scanning warp may be ahead
+constexpr int kPrepared = 2;    // that the scanning warp may be ahead
 
 // Instantiations: T of the tokens, S of the chunk states, W lanes for a row, room for N tokens.
 template <class T_, class S_, int W_, int N_>
@@ -29,10 +29,15 @@ struct Kind {
   static_assert(kSlice % kStageKeys == 0);
 };
 
+// The tokens' inputs, in the order of Decode::input.
+enum Input : int { kQuery, kKey, kValue, kGate, kOutGate, kInputs };
+
 struct Decode {
   DecodeParams p;
-  uint32_t chunk_size;  // at most 2^31: no length reaches more
-  uint32_t heads, q_share, k_share;  // heads, and of them to a group of q and of k
+  Rows input[kInputs];
+  uint32_t input_share[kInputs];  // heads that a row serves: one, or those of a group
+  uint32_t chunk_size;            // at most 2^31: no length reaches more
+  uint32_t heads;
   uint32_t pairs;       // (row, head)
   uint32_t candidates;  // pairs * ways
   int ways;             // blocks that may share a pair
@@ -41,11 +46,11 @@ struct Decode {
   int page_shift;       // log2(page_rows) where paged
   int stages;           // of the ring
   int stage_bytes;
-  bool vector;         // rows of tokens are read 16 bytes at a time
-  bool bulk;           // stages are filled by bulk copies
-  float scale;         // in units of log2
-  int64_t entries;     // of partial results for each (pair, token): the own state, then slices
-  float* partial;      // (pairs, tokens, entries, D + 8): values, then maximum and sum; null where no blocks share a pair
+  bool vector;      // rows of tokens are read 16 bytes at a time
+  bool bulk;        // stages are filled by bulk copies
+  float scale;      // in units of log2
+  int64_t entries;  // of partial results for each (pair, token): the own state, then slices
+  float* partial;   // (pairs, tokens, entries, D + 8): values, then maximum and sum; null where no blocks share a pair
   unsigned* arrived;   // (P, H): ways that have stored their slices
   unsigned* read;      // (P, H): ways that have read the length
   unsigned* heads_in;  // (P): heads of which all ways have
@@ -62,7 +67,7 @@ struct Item {
   uint32_t length;        // of the sequence, without the new tokens
   uint32_t keys, offset;  // its closed chunks, and its tokens since
   int way, ways, slices;  // of the pair: which part this is, parts, slices
-  bool tail;  // has the last slice, and with it the new tokens
+  bool tail;              // has the last slice, and with it the new tokens
 };
 
 constexpr int kMostStages = 16;
@@ -84,6 +89,8 @@ struct SharedHead {
 struct SharedLayout {
   int values;    // (N, warps, columns) floats: of a slice, warp by warp
   int prepared;  // (kPrepared, 3, N, columns) floats: queries, scaled and rotated; output gates; own values v~
+  int tokens;    // (kInputs, N, columns) of T: the scanning warp's own
+  int angle;     // (2, columns / 2) floats: rows of the rotary tables, cosine and sine
   int fresh;     // (kPrepared, 2, N, D) of S: keys, then values of the chunks that the tokens close; N > 1 only
   int ring;      // stages: keys, values, and where scaled their scales
 };
@@ -93,7 +100,9 @@ __host__ __device__ __forceinline__ SharedLayout shared_layout(int head_dim) {
   SharedLayout l;
   l.values = (static_cast<int>(sizeof(SharedHead)) + 127) / 128 * 128;
   l.prepared = l.values + K::N * kConsumerWarps * K::kColumns * 4;
-  l.fresh = l.prepared + kPrepared * 3 * K::N * K::kColumns * 4;
+  l.tokens = l.prepared + kPrepared * 3 * K::N * K::kColumns * 4;
+  l.angle = l.tokens + kInputs * K::N * K::kColumns * static_cast<int>(sizeof(typename K::T));
+  l.fresh = l.angle + K::kColumns * 4;
   const int fresh = K::N > 1 ? 2 * kPrepared * K::N * head_dim * static_cast<int>(sizeof(typename K::S)) : 0;
   l.ring = (l.fresh + fresh + 127) / 128 * 128;
   return l;
@@ -110,7 +119,8 @@ __host__ __device__ __forceinline__ int stage_bytes(int head_dim) {
 // Row of chunk state `key` among all rows of the pool.
 __device__ __forceinline__ int64_t state_row(const Decode& a, int entry, int head, uint32_t key) {
   const Pool& pool = a.p.pool;
-  if (!pool.page_table) return static_cast<int64_t>(static_cast<uint32_t>(entry) * static_cast<uint64_t>(a.heads) + head) * pool.rows + key;
+  if (!pool.page_table)
+    return static_cast<int64_t>(static_cast<uint32_t>(entry) * static_cast<uint64_t>(a.heads) + head) * pool.rows + key;
   const int64_t columns = pool.rows >> a.page_shift;
   const int64_t page = pool.page_table[entry * columns + (key >> a.page_shift)];
   return ((page * a.heads + head) << a.page_shift) + (key & static_cast<uint32_t>(pool.page_rows - 1));

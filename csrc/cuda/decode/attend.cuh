@@ -241,7 +241,8 @@ __device__ __forceinline__ Joined join_slices(const Decode& a, const Item& item,
 #pragma unroll
     for (int s = 0; s < kAtATime; ++s) {
       const float* const row = partial_row(a, item, token, 1 + min(first + s, count - 1));
-      part[s] = {__ldcg(row + D), __ldcg(row + D + 1), __ldcg(row + d)};
+      const float2 both = __ldcg(reinterpret_cast<const float2*>(row + D));
+      part[s] = {both.x, both.y, __ldcg(row + d)};
     }
 #pragma unroll
     for (int s = 0; s < kAtATime; ++s) {

@@ -32,7 +32,8 @@ __device__ __forceinline__ PoolError refusal(const Decode& a, int64_t slot, int6
 }
 
 // And among others, by the whole warp, of a row that is right by itself. `firsts`: slots[lane], of the first 32 rows.
-__device__ __forceinline__ PoolError refusal_among(const Decode& a, int row, int slot, uint32_t length, int64_t firsts) {
+__device__ __forceinline__ PoolError refusal_among(const Decode& a, int row, int slot, uint32_t length,
+                                                   int64_t firsts) {
   const DecodeParams& p = a.p;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   if (p.slots) {
@@ -175,10 +176,10 @@ __device__ __forceinline__ void warm_tokens(const Decode& a) {
   using T = typename K::T;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const uint32_t pair = blockIdx.x % a.pairs, row = pair / a.heads, head = pair % a.heads;
-  if (warp >= 5 || lane * 128 >= a.p.head_dim * static_cast<int64_t>(sizeof(T))) return;
-  const Rows& r = warp == 0 ? a.p.q : warp == 1 ? a.p.k : warp == 2 ? a.p.v : warp == 3 ? a.p.gate : a.p.out_gate;
-  const uint32_t h = warp == 0 ? head / a.q_share : warp == 1 ? head / a.k_share : head;
-  if (r.ptr) prefetch_l2(row_of<T>(r, row, 0, h, lane * (128 / static_cast<int>(sizeof(T)))));
+  if (warp >= kInputs || lane * 128 >= a.p.head_dim * static_cast<int64_t>(sizeof(T))) return;
+  const Rows& rows = a.input[warp];
+  const uint32_t d = lane * (128 / static_cast<uint32_t>(sizeof(T)));
+  if (rows.ptr) prefetch_l2(row_of<T>(rows, row, 0, head / a.input_share[warp], d));
 #endif
 }
 
@@ -262,7 +263,8 @@ __device__ __forceinline__ void fetch(const Decode& a, SharedHead& head, uint32_
       for (uint32_t begin = way * kSlice; begin < keys;) {
         const uint32_t end = min(keys, begin + K::kStageKeys);
         mbarrier_wait(shared_address(&head.empty[place.slot]), place.round ^ 1);
-        fill_stage<K>(a, shared_address(&head.full[place.slot]), ring + place.slot * a.stage_bytes, entry, of_head, begin, end);
+        fill_stage<K>(a, shared_address(&head.full[place.slot]), ring + place.slot * a.stage_bytes, entry, of_head,
+                      begin, end);
         place.next(a.stages);
         begin += K::kStageKeys;
         if (begin % kSlice == 0) begin += (ways - 1) * kSlice;

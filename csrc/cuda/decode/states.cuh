@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../device/e4m3.cuh"
+#include "../ptx/cp_async.cuh"
 #include "args.cuh"
 
 namespace rat::cuda {
@@ -13,11 +14,9 @@ struct Angle {
   float cosine[8], sine[8];
 };
 
-__device__ __forceinline__ Angle load_angle(const Rotary& r, uint32_t row, int head_dim, const Lane& lane) {
+__device__ __forceinline__ Angle load_angle(const float* cosine, const float* sine, int head_dim, const Lane& lane) {
   Angle angle;
   const int half = head_dim / 2;
-  const float* const cosine = static_cast<const float*>(r.cos) + static_cast<int64_t>(row) * half;
-  const float* const sine = static_cast<const float*>(r.sin) + static_cast<int64_t>(row) * half;
 #pragma unroll
   for (int m = 0; m < 2; ++m) {  // D/2 is a multiple of 4: four elements at a time lie on one side
     const int d = static_cast<int>(lane.d) + 4 * m, i = d >= half ? d - half : d;
@@ -29,6 +28,11 @@ __device__ __forceinline__ Angle load_angle(const Rotary& r, uint32_t row, int h
     angle.sine[4 * m + 2] = sign * s.z, angle.sine[4 * m + 3] = sign * s.w;
   }
   return angle;
+}
+
+__device__ __forceinline__ Angle load_angle(const Rotary& r, uint32_t row, int head_dim, const Lane& lane) {
+  const int64_t at = static_cast<int64_t>(row) * (head_dim / 2);
+  return load_angle(static_cast<const float*>(r.cos) + at, static_cast<const float*>(r.sin) + at, head_dim, lane);
 }
 
 // x of a lane group, rotated. All lanes of the warp take part. See rotate() in device/rotary.cuh for who pairs with whom.
@@ -59,77 +63,102 @@ __device__ __forceinline__ void rotate(const Angle& angle, int head_dim, const L
 
 // ---- the scan ---------------------------------------------------------------------------------------------------------
 
-// A row of tokens: pointer to the lane's eight elements of the first one.
-template <class T>
-struct TokenRow {
-  const T* at = nullptr;
-  int64_t step = 0;
-  bool vector = false;
-  __device__ __forceinline__ Raw8<T> load(int i) const {
-    return vector ? load_raw<true>(at + i * step) : load_raw<false>(at + i * step);
+// The rows of an item's tokens in shared memory, as a lane sees them.
+template <class K>
+struct Tokens {
+  typename K::T* at;
+  float* angle;  // of the first token
+  __device__ __forceinline__ typename K::T* row(int input, int i) const {
+    return at + (input * K::N + i) * K::kColumns;
   }
+  __device__ __forceinline__ Raw8<typename K::T> load(int input, int i) const { return load_raw<true>(row(input, i)); }
 };
 
-template <class T>
-__device__ __forceinline__ TokenRow<T> token_row(const Decode& a, const Rows& rows, int64_t row, int64_t head,
-                                                 const Lane& lane) {
-  return {static_cast<const T*>(rows.ptr) + row * rows.batch + head * rows.head + lane.d, rows.token, a.vector};
+// Brings them there, all at once: nothing waits for one row before it asks for the next.
+template <class K>
+__device__ __forceinline__ void fetch_tokens(const Decode& a, const Item& item, const Lane& lane,
+                                             const Tokens<K>& tokens) {
+  using T = typename K::T;
+  const int group = static_cast<int>(threadIdx.x) % 32 / K::W;
+#pragma unroll 1
+  for (int i = group; i < kInputs * a.tokens; i += 32 / K::W) {
+    const int input = i % kInputs, token = i / kInputs;
+    const Rows& rows = a.input[input];
+    if (!rows.ptr || !lane.live) continue;
+    const T* const from =
+        row_of<T>(rows, item.row, token, static_cast<uint32_t>(item.head) / a.input_share[input], lane.d);
+    T* const to = tokens.row(input, token);
+    if (a.vector) {
+#pragma unroll
+      for (int part = 0; part < static_cast<int>(sizeof(T)) / 2; ++part) {
+        cp_async16(shared_address(to) + 16 * part, reinterpret_cast<const char*>(from) + 16 * part, true);
+      }
+    } else {
+      store_raw<true>(to, load_raw<false>(from));
+    }
+  }
+  if (!a.p.rotary.cos) return;
+  const int half = static_cast<int>(a.p.head_dim) / 2;
+  const int64_t row = static_cast<int64_t>(item.keys) * half;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x) % 32; i < half / 2; i += 32) {
+    const void* const table = i < half / 4 ? a.p.rotary.cos : a.p.rotary.sin;
+    const int from = 4 * (i < half / 4 ? i : i - half / 4);
+    float* const to = tokens.angle + (i < half / 4 ? 0 : K::kColumns / 2) + from;
+    cp_async16(shared_address(to), static_cast<const float*>(table) + row + from, true);
+  }
 }
 
-// What the consumers want of the tokens of a (row, head): queries, scaled and rotated, and output gates.
+// What the consumers want of the tokens: queries, scaled and rotated, and output gates.
 template <class K>
-__device__ __forceinline__ void prepare_tokens(const Decode& a, const Item& item, const Lane& lane, bool stores,
-                                               float* query, float* out_gate) {
+__device__ __forceinline__ void prepare_tokens(const Decode& a, const Item& item, const Lane& lane,
+                                               const Tokens<K>& tokens, bool stores, float* query, float* out_gate) {
   using T = typename K::T;
   const int D = static_cast<int>(a.p.head_dim);
-  const TokenRow<T> q_row = token_row<T>(a, a.p.q, item.row, item.head / a.q_share, lane);
-  const TokenRow<T> gate_row = token_row<T>(a, a.p.out_gate, item.row, item.head, lane);
-  const bool gated = a.p.out_gate.ptr != nullptr;
+  uint32_t keys = item.keys, offset = item.offset;
 #pragma unroll 1
-  for (int i = 0; i < K::N; ++i) {
-    const int token = min(i, a.tokens - 1);
-    const Raw8<T> q_raw = q_row.load(token);
-    Raw8<T> gate_raw = q_raw;
-    if (gated) gate_raw = gate_row.load(token);
+  for (int i = 0; i < a.tokens; ++i) {
     float x[8], y[8];
-    unpack(q_raw, x);
+    unpack(tokens.load(kQuery, i), x);
 #pragma unroll
     for (int j = 0; j < 8; ++j) x[j] = __fmul_rn(x[j], a.scale);
-    if (a.p.rotary.cos) rotate<K::W>(load_angle(a.p.rotary, keys_of(a, item, token), D, lane), D, lane, x);
-    unpack(gate_raw, y);
+    if (a.p.rotary.cos) {
+      const bool first = keys == item.keys;
+      rotate<K::W>(first ? load_angle(tokens.angle, tokens.angle + K::kColumns / 2, D, lane)
+                         : load_angle(a.p.rotary, keys, D, lane),
+                   D, lane, x);
+    }
+    if (a.input[kOutGate].ptr) {
+      unpack(tokens.load(kOutGate, i), y);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float open, shut;
-      gates<T>(__fmul_rn(kLogitUnit<T>, y[j]), open, shut);
-      y[j] = gated ? open : 1.0f;
+      for (int j = 0; j < 8; ++j) {
+        float open, shut;
+        gates<T>(__fmul_rn(kLogitUnit<T>, y[j]), open, shut);
+        y[j] = open;
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) y[j] = 1.0f;
     }
     if (stores) {
       store_scratch(query + i * K::kColumns + lane.d, x);
       store_scratch(out_gate + i * K::kColumns + lane.d, y);
     }
+    if (++offset == a.chunk_size) {
+      offset = 0;
+      ++keys;
+    }
   }
 }
 
-// What a scan reads first: issued before the consumers' part, which waits for reads of its own.
-template <class T>
+// What a walk over the tokens starts from.
 struct ScanStart {
-  TokenRow<T> q_row, gate_row, x_row;
-  Raw8<T> q, gate, x;
   float bias[8], state[8];
 };
 
-template <class K>
-__device__ __forceinline__ ScanStart<typename K::T> start_scan(const Decode& a, const Item& item, const Lane& lane, bool is_value) {
-  using T = typename K::T;
+__device__ __forceinline__ ScanStart start_scan(const Decode& a, const Item& item, const Lane& lane, bool is_value) {
   const DecodeParams& p = a.p;
-  ScanStart<T> s;
-  s.q_row = token_row<T>(a, p.q, item.row, item.head / a.q_share, lane);
-  s.gate_row = token_row<T>(a, p.gate, item.row, item.head, lane);
-  s.x_row = is_value ? token_row<T>(a, p.v, item.row, item.head, lane)
-                     : token_row<T>(a, p.k, item.row, item.head / a.k_share, lane);
-  s.gate = s.gate_row.load(0);
-  s.x = s.x_row.load(0);
-  s.q = s.q_row.load(0);
+  ScanStart s;
   zero(s.bias);
   zero(s.state);
   const int64_t at = static_cast<int64_t>(item.head) * p.head_dim + lane.d;
@@ -146,17 +175,21 @@ __device__ __forceinline__ ScanStart<typename K::T> start_scan(const Decode& a, 
 // close. To the block, in shared memory: each token's own score and value, and, where there may be several tokens, the chunk
 // states that close. By a warp: where rows have fewer lanes, one lane group walks the keys and another the values.
 template <class K>
-__device__ __forceinline__ void scan_tokens(const Decode& a, const Item& item, const Lane& lane, ScanStart<typename K::T>& s,
-                                            bool is_value, bool stores, float* own_score, float* own_value,
-                                            typename K::S* fresh, float (*fresh_scale)[kMostTokens]) {
+__device__ __forceinline__ void scan_tokens(const Decode& a, const Item& item, const Lane& lane,
+                                            const Tokens<K>& tokens, const ScanStart& start, bool is_value, bool stores,
+                                            float* own_score, float* own_value, typename K::S* fresh,
+                                            float (*fresh_scale)[kMostTokens]) {
   using T = typename K::T;
   using S = typename K::S;
   constexpr int W = K::W, N = K::N;
   const DecodeParams& p = a.p;
   const int D = static_cast<int>(p.head_dim);
-  float(&state)[8] = s.state;
+  float state[8], bias[8];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) s.bias[j] = __fmul_rn(s.bias[j], kLogitUnit<T>);
+  for (int j = 0; j < 8; ++j) {
+    state[j] = start.state[j];
+    bias[j] = __fmul_rn(start.bias[j], kLogitUnit<T>);
+  }
   float* const running = static_cast<float*>(is_value ? p.pool.running_v : p.pool.running_k) + item.head * D + lane.d;
   const int64_t place = static_cast<int64_t>(a.heads) * D;  // of the ring
   const uint32_t ring = static_cast<uint32_t>(p.pool.ring);
@@ -164,20 +197,13 @@ __device__ __forceinline__ void scan_tokens(const Decode& a, const Item& item, c
   uint32_t chunk = item.keys, offset = item.offset, turn = ring == 1 ? 0 : item.length % ring;
 #pragma unroll 1
   for (int i = 0; i < a.tokens; ++i) {
-    const Raw8<T> gate_raw = s.gate, x_raw = s.x, q_raw = s.q;
-    if (N > 1) {
-      const int next = min(i + 1, a.tokens - 1);
-      s.gate = s.gate_row.load(next);
-      s.x = s.x_row.load(next);
-      s.q = s.q_row.load(next);
-    }
     if (offset == 0) zero(state);
     float f[8], g[8], x[8];
-    gates_of(gate_raw, s.bias, true, f, g);
-    unpack(x_raw, x);
+    gates_of(tokens.load(kGate, i), bias, true, f, g);
+    unpack(tokens.load(is_value ? kValue : kKey, i), x);
 #pragma unroll
     for (int j = 0; j < 8; ++j) state[j] = fmaf(f[j], state[j], __fmul_rn(g[j], x[j]));
-    unpack(q_raw, x);
+    unpack(tokens.load(kQuery, i), x);
 #pragma unroll
     for (int j = 0; j < 8; ++j) x[j] = lane.live ? __fmul_rn(x[j], a.scale) : 0.0f;
     const float score = group_sum<W>(lane.live ? dot(x, state) : 0.0f);
@@ -188,8 +214,7 @@ __device__ __forceinline__ void scan_tokens(const Decode& a, const Item& item, c
       } else if (lane.index == 0) {
         own_score[i] = score;
       }
-      if (static_cast<uint32_t>(a.tokens - i) <= ring)
-        store_scratch(running + (places + turn) * place, state);
+      if (static_cast<uint32_t>(a.tokens - i) <= ring) store_scratch(running + (places + turn) * place, state);
     }
     if (offset == a.chunk_size - 1) {  // the chunk closes
 #pragma unroll
@@ -255,17 +280,24 @@ __device__ __forceinline__ void scan(const Decode& a, char* memory, const Shared
     const int place = static_cast<int>(prepared.slot());
     float* const rows = reinterpret_cast<float*>(memory + layout.prepared) + place * 3 * K::N * K::kColumns;
     S* const fresh = reinterpret_cast<S*>(memory + layout.fresh) + place * 2 * K::N * D;
-    auto start = start_scan<K>(a, item, lane, K::W < 32 && group % 2 == 1);
+    const Tokens<K> tokens{reinterpret_cast<typename K::T*>(memory + layout.tokens) + lane.d,
+                           reinterpret_cast<float*>(memory + layout.angle)};
+    __syncwarp();  // the last item's have been read
+    fetch_tokens<K>(a, item, lane, tokens);
+    cp_async_commit();
+    ScanStart start = start_scan(a, item, lane, K::W < 32 && group % 2 == 1);
     prepared.wait_empty();
-    prepare_tokens<K>(a, item, lane, group == 0 && lane.live, rows, rows + K::N * K::kColumns);
+    cp_async_wait<0>();
+    __syncwarp();
+    prepare_tokens<K>(a, item, lane, tokens, group == 0 && lane.live, rows, rows + K::N * K::kColumns);
     __syncwarp();
     if (thread == 0) mbarrier_arrive(prepared.full());
     if (item.tail) {
 #pragma unroll 1
       for (int role = 0; role < (K::W == 32 ? 2 : 1); ++role) {
         const bool is_value = K::W == 32 ? role == 1 : group % 2 == 1;
-        if (role == 1) start = start_scan<K>(a, item, lane, true);
-        scan_tokens<K>(a, item, lane, start, is_value, group < 2 && lane.live, head.own_score[place],
+        if (role == 1) start = start_scan(a, item, lane, true);
+        scan_tokens<K>(a, item, lane, tokens, start, is_value, group < 2 && lane.live, head.own_score[place],
                        rows + 2 * K::N * K::kColumns, fresh, head.fresh_scale[place]);
       }
       __syncwarp();
