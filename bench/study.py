@@ -50,7 +50,7 @@ class Sizes:
     window: int = 1024
     tokens: int = 36_000_000
     tokens_per_step: int = 1 << 17
-    micro_batch: int = 8
+    micro_batch: int = 16
     megabytes: int = 160  # of text, of which the tokens are drawn
     vocab: int = 8192
     recall_steps: int = 1200
@@ -73,7 +73,7 @@ QUICK = Sizes(
 
 def gather(roots: list[Path], megabytes: int, path: Path) -> None:
     """Sources and prose below ``roots`` as JSON lines, in an order that depends on the names alone, up to a size."""
-    files = sorted(file for root in roots for file in root.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    files = sorted({file for root in roots for file in root.rglob("*") if file.suffix in SUFFIXES and file.is_file()})
     size = 0
     with open(path, "w") as out:
         for i in np.random.default_rng(0).permutation(len(files)):
@@ -290,8 +290,8 @@ def report(result: dict, page: Path) -> None:
         found = result["language"]
         text.append(
             f"\n## Language\n\nT = {sizes['length']}, {sizes['tokens']:,} tokens of sources and prose, "
-            f"{sizes['tokens_per_step']:,} per step, the paper's recipe; vocabulary {sizes['vocab']}, width {sizes['hidden']}, {sizes['layers']} layers, window "
-            f"{sizes['window']}. The same tokens in the same order, the same seed.\n"
+            f"{sizes['tokens_per_step']:,} per step, the paper's recipe; vocabulary {sizes['vocab']}, width {sizes['hidden']}, "
+            f"{sizes['layers']} layers, window {sizes['window']}. The same tokens in the same order, the same seed.\n"
         )
         near = found["attention"]["bits_per_byte"]
         body = [
@@ -354,9 +354,8 @@ def main() -> int:
         if {"language", "step"} & set(parts):
             roots = options.text or [Path(sysconfig.get_paths()[key]) for key in ("stdlib", "purelib")]
             gather(roots, sizes.megabytes, folder / "text.jsonl")
-            prepare(
-                [str(folder / "text.jsonl")], folder / "data", vocab=sizes.vocab, validation=sizes.held_out, tokenizer_bytes=1 << 25,
-            )  # fmt: skip
+            options_of = {"vocab": sizes.vocab, "validation": sizes.held_out, "tokenizer_bytes": 1 << 25}
+            prepare([str(folder / "text.jsonl")], folder / "data", **options_of)
             result["data"] = json.loads((folder / "data" / "index.json").read_text())["splits"]
         work = {
             "language": lambda: language(folder, sizes, device), "recall": lambda: recall(sizes, device),
