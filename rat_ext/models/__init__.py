@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .cache import RATModelCache
 from .config import RATConfig
+from .generator import Generator, Request
 from .modeling import RATForCausalLM, RATModel, RATPreTrainedModel
 from .official import load_official_checkpoint
 
@@ -21,10 +22,12 @@ AutoModel.register(RATConfig, RATModel, exist_ok=True)
 AutoModelForCausalLM.register(RATConfig, RATForCausalLM, exist_ok=True)
 
 __all__ = [
+    "Generator",
     "RATConfig",
     "RATForCausalLM",
     "RATModel",
     "RATModelCache",
     "RATPreTrainedModel",
+    "Request",
     "load_official_checkpoint",
 ]
