@@ -409,7 +409,7 @@ def test_e4m3_skips_rows(device, dtype):
 # ---- errors: a GPU skips the row and leaves a word, the CPU throws before anything is written ------------------------------
 
 ERRORS = {
-    "slot": ([0, 3], {}, (1, 1, 3, 0), r"rat_ext\.rat_attention_cached: slots\[1\]: expected less than the cache's 3 entries, got 3"),
+    "slot": ([0, 3], {}, (1, 1, 3, 0), r"rat_attention_cached: slots\[1\]: expected less than the cache's 3 entries, got 3"),
     "full": ([0, 1], {"lengths": {1: 30}}, (2, 1, 1, 30), r"cache\.lengths\[1\]: expected room for 6 more tokens .*cache full"),
     "twice": ([1, 1], {}, (3, 1, 1, 0), r"slots\[1\]: expected an entry that no other row names, got 1"),
     "rotary": ([0, 1], {"lengths": {1: 15}, "tables": 5}, (4, 1, 1, 5), r"rotary_cos: expected at least 6 rows"),

@@ -33,20 +33,20 @@ def good(op: str) -> dict:
     q, k, v, gate, out_gate = (random.normal(B, T, n, D) for n in (G, G, H, H, H))
     options = {"scale": 0.25, "cu_seqlens": None, "initial_state": None, "return_state": False, "max_seqlen": None}
     options["deterministic"] = True
-    pool, ranks = {"cache": None, "slots": None}, {"context_parallel": None}
+    beside = {"cache": None, "slots": None, "context_parallel": None}
     if op == "rat_attention":
-        return {"q": q, "k": k, "v": v, "gate": gate, "chunk_size": L, "out_gate": out_gate, **tables, **options, **pool, **ranks}
+        return {"q": q, "k": k, "v": v, "gate": gate, "chunk_size": L, "out_gate": out_gate, **tables, **options, **beside}
     if op == "chunk_attention":
         del tables["gate_bias"]
         return {"q": q, "k_states": v, "v_states": gate, "chunk_size": L, "out_gate": out_gate, **tables, **options}
     if op == "rat_attention_packed":
         projection = random.normal(B, T, (2 * G + 3 * H) * D)
         numbers = {"num_heads": H, "num_groups": G, "chunk_size": L, "has_out_gate": True}
-        return {"projection": projection, **numbers, **tables, **options, **pool, **ranks}
+        return {"projection": projection, **numbers, **tables, **options, **beside}
     if op == "chunk_recurrence":
         state = {"initial_state": random.normal(B, H, D), "lengths": torch.tensor([3, 9], dtype=torch.int32)}
         return {"x": k, "gate": gate, "chunk_size": L, "gate_bias": tables["gate_bias"], "cu_seqlens": None, **state,
-                "return_state": False, **ranks}  # fmt: skip
+                "return_state": False, "context_parallel": None}  # fmt: skip
     cache = make_state(random, [3, 9], H, D, L, rows=4)
     tokens = {"q": q[:, 0], "k": k[:, 0], "v": v[:, 0], "gate": gate[:, 0], "out_gate": out_gate[:, 0]}
     return {**tokens, "cache": cache, **tables, "scale": 0.25, "slots": torch.tensor([1, 0]), "exact": False}

@@ -1,5 +1,6 @@
 """The layer inside torch's wrappers: one process, gloo, CPU; two processes where a fault needs two."""
 
+import copy
 import math
 import socket
 import subprocess

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, configurat
 
 from .cache import RATModelCache
 from .config import LAYER_TYPES, RATConfig
+from .generator import Generator, Request
 from .modeling import RATForCausalLM, RATModel, RATPreTrainedModel
 from .official import load_official_checkpoint
 
@@ -25,10 +26,12 @@ AutoModel.register(RATConfig, RATModel, exist_ok=True)
 AutoModelForCausalLM.register(RATConfig, RATForCausalLM, exist_ok=True)
 
 __all__ = [
+    "Generator",
     "RATConfig",
     "RATForCausalLM",
     "RATModel",
     "RATModelCache",
     "RATPreTrainedModel",
+    "Request",
     "load_official_checkpoint",
 ]

@@ -1,0 +1,301 @@
+"""rat_ext.models.Generator: tokens of transformers' own generate, whatever else is in the batch."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="rat_ext.models needs transformers: pip install 'rat_ext[models]'")
+
+from rat_ext.models import Generator, RATConfig, RATForCausalLM
+from rat_ext.models.config import PATTERNS
+from rat_ext.models.generator import FILTERED, GREEDY, SAMPLED, STOPS, choose, state_bytes, uniform
+
+V = 61
+LENGTHS = (5, 19, 1, 8, 12)
+
+
+def model_of(device, pattern="rat-swa", **changes) -> RATForCausalLM:
+    torch.manual_seed(0)
+    config = RATConfig(**dict(
+        vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, chunk_size=4, sliding_window=5,
+        max_position_embeddings=64, initializer_range=0.3, layer_types=pattern,
+    ) | changes)  # fmt: skip
+    return RATForCausalLM(config).eval().to(device)
+
+
+def prompts_of(lengths=LENGTHS) -> list[list[int]]:
+    return [torch.randint(0, V, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+
+
+def hugging_face(model, prompt, tokens, **options) -> list[int]:
+    ids = torch.tensor([prompt], device=model.device)
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options)
+    return found[0, len(prompt) :].tolist()
+
+
+@pytest.fixture
+def model(device) -> RATForCausalLM:
+    return model_of(device)
+
+
+# ---- the tokens --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", sorted(PATTERNS))
+def test_greedy_tokens_are_those_of_generate(pattern, device):
+    """Ragged prompts, more of them than slots: they wait, and slots are used again."""
+    model, prompts = model_of(device, pattern), prompts_of()
+    generator = Generator(model, max_batch=2, max_length=40)
+    found = generator.generate(prompts, max_new_tokens=20)
+    assert found == [hugging_face(model, prompt, 20) for prompt in prompts]
+    assert generator.running == 0 and sorted(generator.unused) == [0, 1] and generator.modes == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_act": "swiglu"}, {"rope_theta": None}, {"chunk_size": [4, 1], "layer_types": "rat"}, {"num_groups": 4}]
+)
+def test_other_models(changes, device):
+    model, prompts = model_of(device, **changes), prompts_of()
+    assert Generator(model, 5, 40).generate(prompts, 15) == [hugging_face(model, prompt, 15) for prompt in prompts]
+
+
+def test_a_window_longer_than_the_sequences(device):
+    model, prompts = model_of(device, "attention-swa", sliding_window=100), prompts_of()
+    assert Generator(model, 5, 40).generate(prompts, 15) == [hugging_face(model, prompt, 15) for prompt in prompts]
+
+
+def test_prefill_in_parts(model):
+    """Prompts beyond prefill_tokens join a step later; one that is longer than that joins alone."""
+    prompts = prompts_of()
+    generator = Generator(model, 5, 40, prefill_tokens=10)
+    requests = [generator.submit(prompt, 15) for prompt in prompts]
+    generator.step()
+    assert generator.running == 1 and len(generator.waiting) == 4
+    generator.run()
+    assert [request.tokens for request in requests] == [hugging_face(model, prompt, 15) for prompt in prompts]
+
+
+def test_the_longest_sequence(model):
+    """Prompt and new tokens fill max_length; the first token comes from the prefill."""
+    prompts = prompts_of((1, 23, 15))
+    for prompt in prompts:
+        [found] = Generator(model, 1, 24).generate([prompt], 24 - len(prompt))
+        assert found == hugging_face(model, prompt, 24 - len(prompt))
+
+
+def test_compiled_norms(device):
+    model, prompts = model_of(device), prompts_of()
+    found = Generator(model, 5, 40, compile=True).generate(prompts, 10)
+    assert found == Generator(model, 5, 40).generate(prompts, 10)
+
+
+# ---- requests that come and go -----------------------------------------------------------------------------------------
+
+
+def test_requests_that_come_later_have_the_tokens_they_have_alone(model):
+    prompts = prompts_of()
+    options = [
+        {},
+        {"temperature": 0.9, "seed": 1},
+        {"temperature": 1.3, "top_k": 7, "seed": 2},
+        {"temperature": 1.0, "top_p": 0.7, "seed": 3},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "seed": -4},
+    ]
+    alone = []
+    for prompt, option in zip(prompts, options, strict=True):
+        generator = Generator(model, 3, 40)
+        alone.append(generator.submit(prompt, 12, **option))
+        generator.run()
+    generator = Generator(model, 3, 40)
+    requests = []
+    for prompt, option in zip(prompts, options, strict=True):
+        requests.append(generator.submit(prompt, 12, **option))
+        for _ in range(3):
+            generator.step()
+    generator.run()
+    assert [request.tokens for request in requests] == [request.tokens for request in alone]
+    assert {request.finished for request in requests} == {"length"}
+
+
+def test_seeds(model):
+    generator = Generator(model, 4, 40)
+    options = dict(max_new_tokens=20, temperature=1.5)
+    one, two, three = generator.generate([[3, 4]] * 3, seed=5, **options)
+    assert len({tuple(tokens) for tokens in (one, two, three)}) == 3
+    assert generator.generate([[3, 4]], seed=6, **options) == [two]
+    assert generator.generate([[3, 4]], seed=0, max_new_tokens=20) == [hugging_face(model, [3, 4], 20)]
+
+
+def test_stop_tokens(model):
+    prompt = prompts_of((8,))[0]
+    whole = hugging_face(model, prompt, 30)
+    stop = next(token for i, token in enumerate(whole) if i > 3 and token not in whole[:i])
+    end = whole.index(stop) + 1
+    generator = Generator(model, 1, 60)
+    request, after = generator.submit(prompt, 30, stop=[60, stop]), generator.submit([1, 2, 3], 5)
+    generator.run()
+    assert request.tokens == whole[:end] and request.finished == "stop"
+    assert request.tokens == hugging_face(model, prompt, 30, eos_token_id=stop)
+    assert after.tokens == hugging_face(model, [1, 2, 3], 5)
+    first = generator.submit(prompt, 30, stop=whole[0])  # the token of the prefill
+    generator.run()
+    assert first.tokens == whole[:1] and first.finished == "stop" and generator.running == 0
+
+
+def test_streaming(model):
+    seen = []
+    generator = Generator(model, 2, 40)
+    requests = [generator.submit(p, 6, on_token=lambda r, t: seen.append((r, t))) for p in prompts_of((5, 9, 7))]
+    generator.run()
+    for request in requests:
+        assert [token for r, token in seen if r is request] == request.tokens
+    order = [requests.index(r) for r, _ in seen]
+    assert order[:4] == [0, 1, 0, 1]  # as they come, not when a request has ended
+
+
+def test_a_callback_that_raises_loses_no_token(model):
+    def fails(request, token):
+        raise KeyError("mine")
+
+    prompts = prompts_of((5, 9))
+    generator = Generator(model, 2, 40)
+    generator.submit(prompts[0], 4, on_token=fails)
+    other = generator.submit(prompts[1], 6)
+    errors = 0
+    while True:
+        try:
+            if not generator.step():
+                break
+        except KeyError:
+            errors += 1
+    assert errors == 4 and other.tokens == hugging_face(model, prompts[1], 6)
+
+
+def test_cancelled_requests(model):
+    prompts = prompts_of((5, 9, 7))
+    generator = Generator(model, 1, 40)
+    running, waiting, last = (generator.submit(prompt, 10) for prompt in prompts)
+    for _ in range(3):
+        generator.step()
+    count = len(running.tokens)
+    generator.cancel(waiting)
+    generator.cancel(running)
+    assert running.finished == waiting.finished == "cancelled" and generator.running == 0
+    generator.run()
+    assert len(running.tokens) == count and waiting.tokens == []
+    assert last.tokens == hugging_face(model, prompts[2], 10)
+    generator.cancel(last)
+    assert last.finished == "length"
+
+
+# ---- choosing ----------------------------------------------------------------------------------------------------------
+
+
+def test_uniform_numbers(device):
+    seed = torch.arange(200, device=device)[:, None]
+    u = uniform(seed, torch.arange(100, device=device, dtype=torch.int32)[None]).flatten()
+    assert u.min() >= 0 and u.max() < 1 and len(u.unique()) == len(u)
+    counts = torch.histc(u.float(), 20, 0, 1)
+    assert float(((counts - 1000) ** 2 / 1000).sum()) < 50  # chi squared of 19 degrees of freedom: one in 10,000
+    pairs = u.view(200, 100)
+    for a, b in ((pairs[:, 1:], pairs[:, :-1]), (pairs[1:], pairs[:-1])):
+        assert abs(float(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1])) < 0.03
+
+
+def draws(device, logits, mode, count=20000, temperature=1.0, top_k=0, top_p=1.0):
+    def column(x, dtype):
+        return torch.full((count,), x, dtype=dtype, device=device)
+
+    options = column(temperature, torch.float32), column(top_k, torch.int64), column(top_p, torch.float32)
+    seeds = torch.arange(count, device=device)
+    token = choose(logits.to(device).expand(count, -1), mode, *options, seeds, column(9, torch.int32))
+    return torch.bincount(token, minlength=logits.shape[-1]).cpu() / count
+
+
+def test_frequencies_are_the_probabilities(device):
+    logits = torch.tensor([1.0, 3.0, -2.0, 2.0, 0.0])
+    for options, kept in (
+        ({}, [0, 1, 2, 3, 4]),
+        ({"temperature": 2.0}, [0, 1, 2, 3, 4]),
+        ({"top_k": 2}, [1, 3]),
+        ({"top_k": 100}, [0, 1, 2, 3, 4]),
+        ({"top_p": 0.8}, [1, 3]),  # 0.64 + 0.24
+        ({"top_p": 0.6}, [1]),
+        ({"top_k": 3, "top_p": 0.95}, [0, 1, 3]),
+        ({"top_k": 1, "temperature": 50.0}, [1]),
+    ):
+        want = torch.full((5,), -torch.inf)
+        want[kept] = logits[kept] / options.get("temperature", 1.0)
+        for mode in (SAMPLED, FILTERED) if not {"top_k", "top_p"} & set(options) else (FILTERED,):
+            assert (draws(device, logits, mode, **options) - want.softmax(0)).abs().max() < 0.015, options
+
+
+def test_a_row_has_one_token_in_every_mode(device):
+    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)).to(device)
+    greedy = torch.arange(50, device=device) % 2 == 0
+    options = (
+        torch.where(greedy, torch.tensor(0.0), torch.tensor(1.0)).to(device), torch.zeros(50, dtype=torch.int64, device=device),
+        torch.ones(50, device=device), torch.arange(50, device=device), torch.full((50,), 7, device=device),
+    )  # fmt: skip
+    sampled, filtered = (choose(logits, mode, *options) for mode in (SAMPLED, FILTERED))
+    assert torch.equal(sampled, filtered)
+    assert torch.equal(sampled[greedy], choose(logits, GREEDY, *options)[greedy])
+    assert not torch.equal(sampled, logits.argmax(-1))
+
+
+# ---- memory, errors ----------------------------------------------------------------------------------------------------
+
+
+def test_memory_by_slot():
+    sizes = {
+        pattern: state_bytes(RATConfig.preset("1.3b", pattern), 4096, torch.bfloat16)
+        for pattern in ("attention", "attention-swa", "rat-swa", "rat")
+    }
+    assert sizes["attention"] == 24 * 4096 * 2 * 2048 * 2
+    assert sizes["attention-swa"] == 12 * (4096 + 1025) * 2 * 2048 * 2
+    rat = 256 * 2 * 2048 * 2 + 2 * 2048 * 4 + 4  # chunk states, running states, the length
+    assert sizes["rat"] == 24 * rat
+    assert sizes["rat-swa"] == 12 * (rat + 1025 * 2 * 2048 * 2)
+
+
+def test_memory_is_that_of_state_bytes(device):
+    model = model_of(device)
+    assert Generator(model, 3, 40).nbytes == 3 * state_bytes(model.config, 40, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda g: g.submit([1] * 21, 20),
+            r"submit: prompt: expected at most max_length = 40 tokens with .*, got 21 \+ 20 max_new",
+        ),
+        (lambda g: g.submit([], 5), "submit: prompt: expected at least one token, each from 0 to 60, got none"),
+        (lambda g: g.submit([1, 61], 5), "submit: prompt: expected at least one token, each from 0 to 60, got 61"),
+        (lambda g: g.submit(torch.ones(1, 4), 5), r"submit: prompt: expected one row of tokens, got shape \(1, 4\)"),
+        (lambda g: g.submit([1], 0), "submit: max_new_tokens: expected an int from 1 on, got 0"),
+        (lambda g: g.submit([1], 5, temperature=-1), "submit: temperature: expected a finite number from 0 on, got -1"),
+        (lambda g: g.submit([1], 5, top_k=0.5), "submit: top_k: expected an int from 0 on, got 0.5"),
+        (lambda g: g.submit([1], 5, top_p=0), "submit: top_p: expected a number above 0, up to 1, got 0"),
+        (lambda g: g.submit([1], 5, seed=2**63), "submit: seed: expected an int of 64 bits, got 9223372036854775808"),
+        (lambda g: g.submit([1], 5, stop=range(STOPS + 1)), "submit: stop: expected up to 16 tokens, got"),
+        (
+            lambda g: [g.submit([1], 5, wait=False) for _ in range(3)],
+            "submit: max_batch: expected a free slot among 2, got 2 requests under way",
+        ),
+        (lambda g: Generator(g.model, 0, 40), "__init__: max_batch: expected an int from 1 on, got 0"),
+        (lambda g: Generator(g.model, 1, 1.5), "__init__: max_length: expected an int from 2 on, got 1.5"),
+        (lambda g: Generator(g.model.model, 1, 40), "__init__: model: expected a rat_ext.models.RATForCausalLM, got RATModel"),
+    ],
+)
+def test_errors_are_one_line(model, call, words):
+    with pytest.raises(ValueError, match=f"^rat_ext.Generator.{words}") as error:
+        call(Generator(model, 2, 40))
+    assert "\n" not in str(error.value)
+
+
+def test_generate_leaves_nothing_behind_an_error(model):
+    generator = Generator(model, 2, 40)
+    with pytest.raises(ValueError, match="prompt: expected at most max_length"):
+        generator.generate([[1, 2], [3] * 50], 5)
+    assert not generator.waiting and not generator.step()
