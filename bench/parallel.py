@@ -27,12 +27,12 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from common import Deadline, free, number, parser, record, save, sync, table
+from rat_ext.model import RATLM
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn import functional as F
 
 import rat_ext
 from rat_ext import testing
-from rat_ext.model import RATLM
 from rat_ext.parallel import ContextParallel
 
 HEADS, GROUPS, DIM, CHUNK = 16, 2, 128, 16
