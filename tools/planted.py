@@ -735,7 +735,7 @@ CPU = [
     Mutant(
         "pool: a page of another sequence",
         "csrc/cpu/*",
-        r"c\.page_table\[c\.entry\[n\] \* c\.columns",
+        r"c\.page_table\[owner \* c\.columns",
         "c.page_table[n * c.columns",
         "tests/test_cached.py::test_mixed_batches",
     ),

@@ -1,6 +1,7 @@
 // What the decode kernel is given, how a block's shared memory is laid out, and what its warps tell each other.
 #pragma once
 
+#include "../device/e4m3.cuh"
 #include "../device/rotary.cuh"
 #include "../ptx/mbarrier.cuh"
 
