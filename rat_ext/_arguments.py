@@ -173,8 +173,9 @@ _NO_STATE = dict.fromkeys(STATE)
 
 def take_pool(given: Given, cache: RATCache) -> None:
     """The tensors of a cache that is updated in place; its scratch is the caller's to make."""
-    for name in POOL[:-2]:
-        given[name] = getattr(cache, name)
+    tensors = cache.tensors()
+    given["chunk_k"], given["chunk_v"], given["running_k"], given["running_v"], given["lengths"] = tensors
+    given["page_table"], given["scale_k"], given["scale_v"] = cache.page_table, cache.scale_k, cache.scale_v
     given["error"] = cache.error
 
 

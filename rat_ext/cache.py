@@ -318,7 +318,7 @@ class RATCache:
     def error(self) -> Tensor:
         """``(4,)`` int32 on the device: (code, row, slot, detail) of the first row that a call had to skip; zeros for none."""
         error = self._error
-        if error is None or error.device != self.lengths.device:
+        if error is None:
             error = torch.zeros(4, dtype=torch.int32, device=self.lengths.device)
             if not self._in_a_graph():
                 self._error = error
@@ -353,6 +353,11 @@ class RATCache:
         made.workspace, made._book = None, None
         if self.page_table is not None and "page_table" not in changes:
             made._book = self._pages()  # one book for those that share a table
+        if (
+            isinstance(made._error, Tensor)
+            and getattr(changes.get("lengths"), "device", made._error.device) != made._error.device
+        ):
+            made._error = None
         for name, value in changes.items():
             setattr(made, "_error" if name == "error" else name, value)
         made._bounds = None if made._bounds is None or "length_bound" in changes else list(made._bounds)

@@ -311,6 +311,8 @@ def test_bounds_where_the_device_knows_the_slots(device):
         pool.reset(slots[3])
     assert pool.length_bound == (3 if device.type == "cpu" else pool.capacity == 47 and 47)
     assert pool.lengths.tolist() == [0, 0, 3, 0]
+    pool.length_bound = 1000
+    assert pool.length_bound == pool.capacity
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
