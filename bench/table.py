@@ -114,6 +114,11 @@ def families(result: dict) -> str:
     return markdown(["ms by graph replay (portable kernels' time over it)", "forward", "forward + backward"], rows)
 
 
+def model(result: dict) -> str:
+    rows = [[f"`{name}`", f"**{figure}**", more] for name, figure, more in (row["words"] for row in result["rows"])]
+    return markdown(["1.3B", "", ""], rows)
+
+
 def readme(result: dict) -> str:
     """Six rows that say what there is to say: the shapes at which the peers are timed too."""
     rows = []
@@ -137,6 +142,7 @@ MAKERS = {
     "families": families,
     "host": host,
     "phases": phases,
+    "model": model,
 }
 
 # What RESULTS.md says above each bench's tables.
@@ -160,6 +166,11 @@ One step in a CUDA graph, other memory read through the L2 cache before each. Th
 The chosen kernels beside the portable ones, forced by `RAT_EXT_KERNELS=sm80`: none of the chosen may be slower.""",
     "host": "## Host time",
     "phases": "## Time by kernel",
+    "model": """## The models
+
+1.3B models, random weights. "largest batch" is as many sequences of T tokens as memory holds, "floor" the time to read
+weights and states once. A peer's step is the fastest of the ways it was tried. Model FLOP utilisation (MFU) counts 6 N per
+token and the products of attention, no recomputation, of 989 TFLOP/s.""",
 }
 
 
