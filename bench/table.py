@@ -136,6 +136,11 @@ def parallel(result: dict) -> str:
     return "\n\n".join(([markdown(head, lines)] if lines else []) + words)
 
 
+def model(result: dict) -> str:
+    rows = [[f"`{name}`", f"**{figure}**", more] for name, figure, more in (row["words"] for row in result["rows"])]
+    return markdown(["1.3B", "", ""], rows)
+
+
 def readme(result: dict) -> str:
     """Six rows that say what there is to say: the shapes at which the peers are timed too."""
     rows = []
@@ -160,6 +165,7 @@ MAKERS = {
     "host": host,
     "phases": phases,
     "parallel": parallel,
+    "model": model,
 }
 
 # What RESULTS.md says above each bench's tables.
@@ -187,6 +193,11 @@ The chosen kernels beside the portable ones, forced by `RAT_EXT_KERNELS=sm80`: n
 
 One row of tokens over the GPUs of one host, beside what one GPU takes for the whole row and beside PyTorch's context-parallel
 attention of as many heads of keys and values.""",
+    "model": """## The models
+
+1.3B models, random weights. "largest batch" is as many sequences of T tokens as memory holds, "floor" the time to read
+weights and states once. A peer's step is the fastest of the ways it was tried. Model FLOP utilisation (MFU) counts 6 N per
+token and the products of attention, no recomputation, of 989 TFLOP/s.""",
 }
 
 
