@@ -36,8 +36,12 @@ def expected(name) -> dict:
 
 
 def logits_of(model, name):
+    return logits_of_tokens(model, expected(name)["input_ids"])
+
+
+def logits_of_tokens(model, ids):
     with torch.no_grad():
-        return model(expected(name)["input_ids"]).logits
+        return model(ids).logits
 
 
 def assert_right(model, name):
@@ -88,7 +92,8 @@ def test_conversion_by_command(tmp_path):
     command = [sys.executable, "-m", "rat_ext.models", "convert"]
     absent = subprocess.run([*command, "absent.pth", "out"], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert absent.returncode == 2
-    assert absent.stderr == "python -m rat_ext.models: rat_ext.load_official_checkpoint: absent.pth: there is no such file\n"
+    line = "python -m rat_ext.models: rat_ext.load_official_checkpoint: absent.pth: there is no such file"
+    assert absent.stderr.splitlines()[-1] == line and "Traceback" not in absent.stderr
 
 
 def test_arguments_of_the_command(tmp_path, capsys):
@@ -172,6 +177,22 @@ def test_tensors_alone(tmp_path):
     path = tmp_path / "tensors.pth"
     torch.save(dict(read("rnn")["task"]), path)
     assert_right(load_official_checkpoint(path), "rnn")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_positions(tmp_path, name):
+    """A configuration whose position encoding is empty: nothing is rotated."""
+
+    def change(checkpoint):
+        checkpoint["config"]["model"]["embedding"]["pe"] = {"_name_": "empty"}
+
+    model = load_official_checkpoint(saved(tmp_path, name, change), **({"chunk_size": 4} if "rat" in name else {}))
+    got, want = logits_of(model, name), expected(name)["logits"]
+    size = {"attention": 1, "attention-swa": 1, "rat": 4, "rat-swa": 1, "rnn": 24}[name]
+    torch.testing.assert_close(got[:, :size], want[:, :size], rtol=0, atol=2e-4)  # one position: no difference
+    assert (got - want).abs().max() > 1e-2 or name == "rnn"
+    got = model.generate(expected(name)["input_ids"], **GREEDY)
+    assert torch.equal(got[:, 24:], logits_of_tokens(model, got)[:, 23:-1].argmax(-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -321,6 +342,9 @@ def test_other_wrong_contents(tmp_path):
     for keys, value, words in (
         (("hidden_cell", "act_fn"), "relu", "config: act_fn: expected gelu, got 'relu'"),
         (("ln",), "layernorm", "config: ln: expected rmsnorm, got 'layernorm'"),
+        (("..", "embedding", "pe", "dim"), 4, "config: pe: expected dim 8, the size of a head, got 4"),
+        (("..", "embedding", "pe", "_name_"), "rope", "config: pe: expected interrope, got 'rope'"),
+        (("..", "embedding", "pe", "_name_"), "alibi", "config: pe: expected interrope, got 'alibi'"),
         (("seq_cell", "num_head"), 5, "its sizes make no model: rat_ext.RATConfig: num_attention_heads: expected "),
         (("seq_cell", "chunk_size"), 0, "its config names no"),
         (("seq_cell", "chunk_size"), "x", "its sizes make no model: rat_ext.RATConfig: chunk_size: expected "),
@@ -329,7 +353,7 @@ def test_other_wrong_contents(tmp_path):
         def change(checkpoint, keys=keys, value=value):
             place = checkpoint["config"]["model"]["backbone"]
             for key in keys[:-1]:
-                place = place[key]
+                place = checkpoint["config"]["model"] if key == ".." else place[key]
             place[keys[-1]] = value
             checkpoint["config"]["model"]["embedding"]["pe"].pop("chunk_size", None)
 

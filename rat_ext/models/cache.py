@@ -260,7 +260,6 @@ class RATModelCache(Cache):
         self.seen = 0  # columns of the batch so far, padding included
         self.lengths: Tensor | None = None  # (B,) int32, tokens of each row
         self.valid: Tensor | None = None  # (B, seen) bool; None: no padding so far
-        self.recording = False
         if batch is not None:
             self.allocate(batch, dtype, device)
 
@@ -315,6 +314,9 @@ class RATModelCache(Cache):
             new = valid if valid is not None else torch.ones(batch, columns, dtype=torch.bool, device=device)
             self.valid = torch.cat((old, new.to(device)), dim=1)
         new_tokens = columns if counts is None else counts.to(self.lengths.device)
+        if self.static and self.seen == 0 and not torch.compiler.is_compiling():
+            for x in (self.lengths, *(x for layer in self.states for x in layer.tensors().values())):
+                torch._dynamo.mark_static_address(x)  # compiled steps in a CUDA graph write there
         # A new tensor where that may be: autograd may have saved the old one.
         self.lengths = self.lengths.add_(new_tokens) if self.static else self.lengths + new_tokens
         self.seen += columns
@@ -394,7 +396,6 @@ class RATModelCache(Cache):
 
     def activate_past_recording(self) -> None:
         """From now on keeps what :meth:`crop` needs."""
-        self.recording = True
         for layer in self.states:
             layer.record()
             if isinstance(layer, Window) and self.lengths is not None:

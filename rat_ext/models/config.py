@@ -48,7 +48,7 @@ class RATConfig(PreTrainedConfig):
         sliding_window: W; token i of a sliding-window layer sees token j where ``0 <= i - j <= W``.
         hidden_act: "gelu" (exact), or "swiglu" for a gated feed-forward.
         rms_norm_eps: of every norm.
-        rope_theta: base of the rotary frequencies: by chunk index in RAT layers, by token in attention.
+        rope_theta: base of the rotary frequencies: by chunk index in RAT layers, by token in attention. None: no rotation.
         max_position_embeddings: tokens that the model is trained for. It bounds nothing; the gates of RNN layers start with
             time scales up to it.
         initializer_range: deviation of the normal weights.
@@ -72,7 +72,7 @@ class RATConfig(PreTrainedConfig):
     sliding_window: int = 1024
     hidden_act: str = "gelu"
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    rope_theta: float | None = 10000.0
     max_position_embeddings: int = 4096
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -126,8 +126,8 @@ class RATConfig(PreTrainedConfig):
             raise wrong("sliding_window", "at least 0", self.sliding_window)
         if self.hidden_act not in ("gelu", "swiglu"):
             raise wrong("hidden_act", "gelu or swiglu", self.hidden_act)
-        if not 0 < self.rope_theta < math.inf:
-            raise wrong("rope_theta", "a finite number above 0", self.rope_theta)
+        if self.rope_theta is not None and not 0 < self.rope_theta < math.inf:
+            raise wrong("rope_theta", "a finite number above 0, or None", self.rope_theta)
 
     @property
     def head_dim(self) -> int:

@@ -1,4 +1,4 @@
-"""Where the tokens of one call stand: rows, paddings, packed sequences, positions, rotary tables."""
+"""Where the tokens of one call stand: rows, paddings, packed sequences, rotations."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Layout:
         place: ``(B * T,)`` the packed token whose output a column gets: its own; that of the last one before it where it is
             padding.
         rows: ``(B, T)`` the packed token that is a row's t-th (where t is past its count: some token).
-        positions: ``(1 or B, T)`` or ``(1, n)`` tokens before each in its sequence; None where no layer attends by token.
-        angles: cosine and sine of the positions' rotations, ``(..., 1, D / 2)``, or None.
-        tables: rotary tables by chunk size.
+        angles: cosine and sine of the rotations by token, ``(1 or B, T, 1, D / 2)``, or ``(1, n, ...)`` packed; None where no
+            layer rotates by token.
+        tables: rotary tables by chunk size; none without rotation.
     """
 
     cache: RATModelCache | None = None
@@ -50,7 +50,6 @@ class Layout:
     place: Tensor | None = None
     rows: Tensor | None = None
     valid: Tensor | None = None
-    positions: Tensor | None = None
     angles: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, batch: int, tokens: int):
@@ -115,7 +114,7 @@ def make_layout(
         layout.cache = layout.lengths = None
     elif attention_mask is not None:
         _unpad(layout, attention_mask, x)
-    _positions(layout, config, x)
+    _rotations(layout, config, x)
     return layout
 
 
@@ -158,16 +157,18 @@ def _unpad(layout: Layout, mask: Tensor, x: Tensor) -> None:
     layout.counts, layout.valid = counts, valid
 
 
-def _positions(layout: Layout, config: RATConfig, x: Tensor) -> None:
-    """Positions of the tokens and tables of rotations, for the layers that there are."""
-    dtype, dim, cache = state_dtype(x.dtype), config.head_dim, layout.cache
+def _rotations(layout: Layout, config: RATConfig, x: Tensor) -> None:
+    """Rotations, for the layers that there are."""
+    dtype, dim, base, cache = state_dtype(x.dtype), config.head_dim, config.rope_theta, layout.cache
+    if base is None:
+        return
     # Tokens of the longest row, or more.
     limit = layout.start + max(layout.tokens, layout.max_seqlen)
     if cache is not None and cache.static and cache.max_length is not None:
         limit = cache.max_length
     for size in {config.chunk_sizes[i] for i, kind in enumerate(config.layer_types) if kind == "rat"}:
         rows = limit // size + 2  # never 0 or 1, of which a tracer makes graphs of their own
-        layout.tables[size] = layer_tables(rows, dim, config.rope_theta, x.device, dtype)
+        layout.tables[size] = layer_tables(rows, dim, base, x.device, dtype)
     if not {"attention", "sliding_attention"} & set(config.layer_types):
         return
     device, past = x.device, layout.lengths if layout.start != 0 else None
@@ -175,14 +176,14 @@ def _positions(layout: Layout, config: RATConfig, x: Tensor) -> None:
         n = layout.tokens if layout.index is None else layout.index.shape[0]
         token = torch.arange(n, device=device)
         sequence = torch.searchsorted(layout.cu_seqlens[1:].contiguous(), token, right=True)
-        positions = token - layout.cu_seqlens[sequence]
+        position = (token - layout.cu_seqlens[sequence])[None]
         if past is not None:
-            positions = positions + past[sequence]
-        layout.positions = positions[None]
+            position = position + past[sequence]
     else:
-        positions = torch.arange(layout.tokens, device=device)[None]
-        layout.positions = positions if past is None else positions + past[:, None]
+        position = torch.arange(layout.tokens, device=device)[None]
+        if past is not None:
+            position = position + past[:, None]
     # float64: a position past 2^24 times a frequency is no float32.
     exponent = torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim
-    angle = layout.positions[:, :, None, None] * config.rope_theta**-exponent
+    angle = position[:, :, None, None] * base**-exponent
     layout.angles = (angle.cos().to(dtype), angle.sin().to(dtype))

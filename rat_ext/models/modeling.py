@@ -116,7 +116,7 @@ class RAT(Gated):
         self.num_groups, self.chunk_size = groups, self_size
 
     def mix(self, projection: Tensor, layout: Layout) -> Tensor:
-        cos, sin = layout.tables[self.chunk_size]
+        cos, sin = layout.tables.get(self.chunk_size, (None, None))
         call = functools.partial(
             rat_attention_packed, projection, self.num_heads, self.num_groups, self.chunk_size, gate_bias=self.gate_bias,
             rotary_cos=cos, rotary_sin=sin, cu_seqlens=layout.cu_seqlens,
@@ -203,8 +203,8 @@ class Attention(Mixer):
 
     def mix(self, projection: Tensor, layout: Layout) -> Tensor:
         q, k, v = self.split(projection)
-        assert layout.angles is not None
-        q, k = attention.rotate(q, layout.angles), attention.rotate(k, layout.angles)
+        if layout.angles is not None:
+            q, k = attention.rotate(q, layout.angles), attention.rotate(k, layout.angles)
         if layout.cache is None:
             return attention.attend(q, k, v, layout, self.window)
         state = layout.cache.states[self.layer]
@@ -414,7 +414,7 @@ class RATForCausalLM(RATPreTrainedModel, GenerationMixin):
 
         Args:
             labels: ``(B, T)`` int64, shifted here: the label of column t is predicted from column t - 1. -100 is left out, and
-                so is what is padding or predicted from padding.
+                so is what is padding, is predicted from padding or from another packed sequence.
             logits_to_keep: how many of the last columns get logits, or which columns; 0: all.
             kwargs: ``num_items_in_batch`` divides the sum of the losses in place of the number of labels; ``shift_labels``
                 are labels that are shifted already. The rest, and the other arguments: as of :class:`RATModel`.
@@ -423,16 +423,20 @@ class RATForCausalLM(RATPreTrainedModel, GenerationMixin):
             loss, where there are labels; logits ``(B, T, V)`` in the model's dtype, but not in training mode beside a loss,
             unless ``config.logits_with_loss``: the loss is computed in pieces; the cache; hidden states.
         """
-        items, shifted = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
+        items, target = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
+        past = past_key_values if cache is None else cache
+        if kwargs.get("cu_seq_lens_q") is None and past is None and attention_mask is None and position_ids is not None:
+            kwargs["cu_seq_lens_q"] = packed_sequences(position_ids)
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values, cache=cache, use_cache=use_cache, output_hidden_states=output_hidden_states,
-            return_dict=True, **kwargs,
+            past_key_values=past, use_cache=use_cache, output_hidden_states=output_hidden_states, return_dict=True, **kwargs,
         )  # fmt: skip
         x = outputs.last_hidden_state
         loss = logits = None
-        if labels is not None or shifted is not None:
-            loss = self._loss(x, _shift(labels, attention_mask) if shifted is None else shifted, items)
+        if target is None and labels is not None:
+            target = _shift(labels, attention_mask, kwargs.get("cu_seq_lens_q"))
+        if target is not None:
+            loss = self._loss(x, target, items)
         if loss is None or not self.training or self.config.logits_with_loss:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(x[:, kept])
@@ -444,10 +448,10 @@ class RATForCausalLM(RATPreTrainedModel, GenerationMixin):
     def _loss(self, x: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
         """Mean over the labels of hidden states ``x`` ``(B, T, d_model)``."""
         head, labels = self.lm_head, labels.to(x.device).flatten()
-        plain = type(head).forward is nn.Linear.forward and "forward" not in vars(head) and head.bias is None
-        if plain and not torch._C._are_functorch_transforms_active():
+        plain = type(head).forward is nn.Linear.forward and "forward" not in vars(head) and not head._forward_pre_hooks
+        if plain and head.bias is None and type(head.weight) in (Tensor, nn.Parameter):
             total = linear_cross_entropy(x.flatten(0, 1), head.weight, labels)
-        else:  # an adapter, a quantised weight: only the module knows its logits
+        else:  # an adapter, a quantised or sharded weight: only the module knows its logits
             total = F.cross_entropy(head(x).flatten(0, 1).float(), labels, ignore_index=IGNORED, reduction="sum")
         return total / ((labels != IGNORED).sum() if items is None else items)
 
@@ -473,11 +477,13 @@ class RATForCausalLM(RATPreTrainedModel, GenerationMixin):
         return attention_mask
 
 
-def _shift(labels: Tensor | None, mask: Tensor | None) -> Tensor:
-    """The label of each column is that of the next one, none where either is padding."""
-    assert labels is not None
+def _shift(labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The label of each column is that of the next one; none where either is padding, or the next begins a sequence."""
     target = labels[:, 1:]
     if mask is not None:
         valid = mask[:, -labels.shape[1] :].to(labels.device).bool()
         target = torch.where(valid[:, 1:] & valid[:, :-1], target, IGNORED)
-    return F.pad(target, (0, 1), value=IGNORED)
+    target = F.pad(target, (0, 1), value=IGNORED)
+    if cu_seqlens is not None:
+        target = target.index_fill(1, (cu_seqlens[1:].to(labels.device).long() - 1) % labels.shape[1], IGNORED)
+    return target

@@ -131,14 +131,16 @@ def _sizes(path: str, tensors: Mapping[str, Tensor], config: Mapping, overrides:
     pe = _get(config, "model", "embedding", "pe") or {}
 
     kinds = overrides.get("layer_types")
-    if isinstance(kinds, str) and kinds in PATTERNS:
+    if isinstance(kinds, str):
+        if kinds not in PATTERNS:
+            raise CheckpointError(path, f"layer_types: expected a pattern of {', '.join(PATTERNS)}, or a list, got {kinds!r}")
         kinds = [PATTERNS[kinds][i % 2] for i in range(layers)]
     if kinds is None:
         kinds = [_kind(path, i, cells, gated[i], rows[i] == 3 * width) for i in range(layers)]
     heads = overrides.get("num_attention_heads")
     if heads is None:
         heads = _heads(path, cells, pe, width, kinds)
-    dim = width // heads if isinstance(heads, int) and heads > 0 else 0
+    dim = width // heads if isinstance(heads, int) and heads > 0 and width % heads == 0 else 0  # 0: the configuration refuses
     sizes: dict[str, Any] = {
         "vocab_size": vocab,
         "hidden_size": width,
@@ -168,12 +170,10 @@ def _sizes(path: str, tensors: Mapping[str, Tensor], config: Mapping, overrides:
         if len(windows) > 1 or None in windows:
             raise CheckpointError(path, "its config names no single window_size; give one: sliding_window=W")
         sizes["sliding_window"] = windows.pop()
-    for name, value in (
-        ("rope_theta", _get(pe, "base")),
-        ("initializer_range", _get(config, "model", "backbone", "init", "initializer_range")),
-    ):
-        if value is not None:
-            sizes[name] = float(value)
+    sizes |= _rotation(path, pe, kinds, dim)
+    deviation = _get(config, "model", "backbone", "init", "initializer_range")
+    if isinstance(deviation, (int, float)):
+        sizes["initializer_range"] = float(deviation)
     for value in (_get(config, "model", "embedding", "seq_len"), _get(config, "data", "seq_len"), _get(pe, "max_seq_len")):
         if isinstance(value, int):
             sizes["max_position_embeddings"] = value
@@ -205,6 +205,21 @@ def _kind(path: str, i: int, cells: list[Mapping], gated: bool, thrice: bool) ->
     if len(found) > 1:
         raise CheckpointError(path, f"its config does not tell what layer {i} is; give layer_types")
     return str(found.pop())
+
+
+def _rotation(path: str, pe: Any, kinds: Any, dim: int) -> dict[str, Any]:
+    """Base of the rotations; None where the configuration names none. RNN layers have none to name."""
+    wanted = {{"rat": "interrope", "rnn": ""}.get(kind, "rope") for kind in kinds} - {""}
+    name, base = _get(pe, "_name_"), _get(pe, "base")
+    if not wanted or name is None:
+        return {} if base is None else {"rope_theta": float(base)}
+    if name == "empty":
+        return {"rope_theta": None}
+    if name not in ("rope", "interrope", "rope_interrope") or not wanted <= set(name.split("_")):
+        raise CheckpointError(path, f"config: pe: expected {'_'.join(sorted(wanted, reverse=True))}, got {name!r}")
+    if dim and _get(pe, "dim") not in (None, dim):
+        raise CheckpointError(path, f"config: pe: expected dim {dim}, the size of a head, got {_get(pe, 'dim')!r}")
+    return {} if base is None else {"rope_theta": float(base)}
 
 
 def _heads(path: str, cells: list[Mapping], pe: Any, width: int, kinds: Any) -> int:
