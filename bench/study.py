@@ -53,7 +53,7 @@ class Sizes:
     micro_batch: int = 16
     megabytes: int = 160  # of text, of which the tokens are drawn
     vocab: int = 8192
-    recall_steps: int = 1200
+    recall_steps: int = 4000
     recall_batch: int = 64
     recall_hidden: int = 256
     recall_pairs: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
@@ -64,7 +64,7 @@ class Sizes:
 
 QUICK = Sizes(
     hidden=32, layers=2, heads=4, length=128, window=32, tokens=4096, tokens_per_step=1024, micro_batch=4, megabytes=1,
-    vocab=512, recall_steps=4, recall_batch=4, recall_hidden=32, recall_pairs=(2, 4), long=256, steps=4, held_out=0.1,
+    vocab=512, recall_steps=4, recall_batch=4, recall_hidden=32, recall_pairs=(2, 4), long=256, steps=4, held_out=0.3,
 )  # fmt: skip
 
 
@@ -149,13 +149,13 @@ def recall_batch(
     tokens = np.zeros((batch, length), dtype=np.int64)
     labels = np.full((batch, length), -100)
     half = vocab // 2
-    for row in range(batch):
-        keys = 1 + draw.choice(half - 1, pairs, replace=False)
-        values = half + draw.integers(half, size=pairs)
-        order = draw.permutation(pairs)
-        tokens[row, : 4 * pairs : 2] = np.concatenate((keys, keys[order]))
-        tokens[row, 1 : 4 * pairs : 2] = np.concatenate((values, values[order]))
-        labels[row, 2 * pairs : 4 * pairs : 2] = values[order]
+    keys = 1 + draw.random((batch, half - 1)).argsort(1)[:, :pairs]
+    values = half + draw.integers(half, size=(batch, pairs))
+    order = draw.random((batch, pairs)).argsort(1)
+    asked, answers = (np.take_along_axis(x, order, 1) for x in (keys, values))
+    tokens[:, : 4 * pairs : 2] = np.concatenate((keys, asked), axis=1)
+    tokens[:, 1 : 4 * pairs : 2] = np.concatenate((values, answers), axis=1)
+    labels[:, 2 * pairs : 4 * pairs : 2] = answers
     return torch.from_numpy(tokens), torch.from_numpy(labels)
 
 
