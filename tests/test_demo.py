@@ -147,6 +147,30 @@ sys.exit(main(["time", "--device", "cpu", "--out", {str(tmp_path / "x.png")!r}])
     assert "Traceback" not in found.stderr
 
 
+def test_without_transformers():
+    """No model; one line says what to install."""
+    code = """
+import sys
+sys.modules["transformers"] = None
+from rat_ext.__main__ import main
+sys.exit(main(["train", "--device", "cpu", "--train-seconds", "1"]))
+"""
+    found = run("-W", "ignore", "-c", code)
+    assert found.returncode == 0, found.stderr
+    (line,) = (line for line in found.stdout.splitlines() if "rat_ext[models]" in line)
+    assert line.startswith("no model: transformers is not installed")
+    assert "Traceback" not in found.stderr and "text:" not in found.stdout
+
+
+def test_train():
+    """It learns, writes, and its steps agree with its forward."""
+    pytest.importorskip("transformers", reason="rat_ext.models needs transformers")
+    found = run("-W", "ignore", "-m", "rat_ext", "train", "--device", "cpu", "--train-seconds", "2", "--json", "-")
+    assert found.returncode == 0, found.stderr
+    results = json.loads(found.stdout)["train"]
+    assert results["ok"] and len(results["text"]) == 300 and results["losses"][-1]["bits"] < results["losses"][0]["bits"]
+
+
 # ---- doctor ----------------------------------------------------------------------------------------------------------
 
 

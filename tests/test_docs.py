@@ -3,8 +3,13 @@
 import doctest
 import importlib
 import inspect
+import os
 import pkgutil
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +18,15 @@ import torch
 import rat_ext
 
 README = Path(__file__).parents[1] / "README.md"
+CHECKPOINT = Path(__file__).parent / "data" / "official_rat.pth"
 MODULES = sorted(m.name for m in pkgutil.iter_modules(rat_ext.__path__) if m.name not in ("_C", "__main__"))
+MODULES += ["models.config"]
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_docstring_examples(module):
+    if module.startswith("models"):
+        pytest.importorskip("transformers", reason="rat_ext.models needs transformers")
     found = importlib.import_module(f"rat_ext.{module}")
     torch.manual_seed(0)
     failed, _ = doctest.testmod(found, verbose=False, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
@@ -68,6 +77,12 @@ def blocks() -> list[tuple[str, str]]:
     return found
 
 
+def commands() -> list[str]:
+    """Lines of the documentation's shell blocks that run the models' command."""
+    text = "".join(page.read_text() for page in pages())
+    return re.findall(r"^python -m rat_ext\.models .*$", text, re.MULTILINE)
+
+
 @pytest.mark.skipif(not README.exists(), reason="no README beside the tests")
 def test_the_readme_has_examples():
     assert sum(name.startswith("README.md") for name, _ in blocks()) >= 2
@@ -77,7 +92,24 @@ def test_the_readme_has_examples():
 def test_documented_example(name, code, tmp_path, monkeypatch):
     """Each block runs by itself, as a reader would paste it."""
     monkeypatch.chdir(tmp_path)
+    if "rat_ext.models" in code:
+        pytest.importorskip("transformers", reason="rat_ext.models needs transformers")
+    if "from peft" in code:
+        pytest.importorskip("peft", reason="the example needs peft")
+    if "checkpoint.pth" in code:
+        shutil.copy(CHECKPOINT, "checkpoint.pth")
     exec(compile(code, name, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("line", commands(), ids=lambda line: " ".join(line.split()[2:4]))
+def test_documented_command(line, tmp_path):
+    """Each line runs as a reader would type it, beside a checkpoint."""
+    pytest.importorskip("transformers", reason="rat_ext.models needs transformers")
+    shutil.copy(CHECKPOINT, tmp_path / "checkpoint.pth")
+    environment = os.environ | {"PYTHONPATH": str(README.parent)}
+    command = [sys.executable, *shlex.split(line)[1:]]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)

@@ -1,6 +1,5 @@
-"""The layer and the model inside torch's wrappers: one process, gloo, CPU; two processes where a fault needs two."""
+"""The layer inside torch's wrappers: one process, gloo, CPU; two processes where a fault needs two."""
 
-import copy
 import math
 import socket
 import subprocess
@@ -14,13 +13,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rat_ext.layers import RATLayer
-from rat_ext.model import RATLM
 
 dist = pytest.importorskip("torch.distributed")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SIZES = (64, 4, 2, 8)
-MODEL = (32, 64, 2, 4, 2, 8)
 
 
 def free_port() -> int:
@@ -94,31 +91,6 @@ def test_fsdp2_meta(fsdp2):
     assert layer.in_proj.weight.grad is not None
 
 
-def model_pairs():
-    torch.manual_seed(0)
-    model = RATLM(*MODEL, max_length=16)
-    return model, copy.deepcopy(model), torch.randint(0, 32, (3, 11))
-
-
-@pytest.mark.parametrize("parts", [("blocks",), ("blocks", "rat", "embedding")], ids="-".join)
-def test_fsdp2_generates(fsdp2, parts):
-    model, plain, prompt = model_pairs()
-    if "embedding" in parts:
-        fsdp2(model.embedding)
-    for block in model.blocks:
-        if "rat" in parts:
-            fsdp2(block.rat)
-        fsdp2(block)
-    fsdp2(model)
-    want, logits = plain.generate(prompt, 12, temperature=0, return_logits=True)
-    got, found = model.generate(prompt, 12, temperature=0, return_logits=True)
-    assert torch.equal(got, want)
-    torch.testing.assert_close(found, logits)
-    model(prompt).logsumexp(-1).sum().backward()
-    plain(prompt).logsumexp(-1).sum().backward()
-    torch.testing.assert_close(model.embedding.weight.grad.full_tensor(), plain.embedding.weight.grad)
-
-
 @pytest.mark.parametrize("which", [1, 2])
 def test_mixed_precision_leaves_states_alone(fsdp1, fsdp2, which):
     """Wrappers cast what goes in and out; running states stay float32 and the caller's cache is the one that is updated."""
@@ -163,7 +135,6 @@ def on_two_ranks(script: str, folder) -> None:
     head = textwrap.dedent("""
         import copy, os, sys, torch, torch.distributed as dist
         from rat_ext.layers import RATLayer
-        from rat_ext.model import RATLM, Block, generate
         rank = int(sys.argv[1])
         torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
@@ -189,24 +160,5 @@ def test_ddp_with_lengths_by_rank(tmp_path):
             alone.load_state_dict(layer.state_dict())
             torch.testing.assert_close(y, alone(x))
             y.sum().backward()
-    """
-    on_two_ranks(script, tmp_path)
-
-
-def test_fsdp1_generates(tmp_path):
-    """Decode steps go through the hooks that gather weights, as the prefill does. Flat shards: half a weight has no shape."""
-    script = """
-        from torch.distributed.fsdp import FullyShardedDataParallel
-        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-        plain = RATLM(32, 64, 2, 4, 2, 8, max_length=16)
-        policy = ModuleWrapPolicy({Block, RATLayer})
-        wrapped = FullyShardedDataParallel(
-            copy.deepcopy(plain), auto_wrap_policy=policy, device_id=torch.device("cpu")
-        )
-        prompt = torch.randint(0, 32, (3, 11))
-        want, logits = plain.generate(prompt, 12, temperature=0, return_logits=True)
-        got, found = generate(wrapped, prompt, 12, temperature=0, return_logits=True)
-        assert torch.equal(got, want)
-        torch.testing.assert_close(found, logits)
     """
     on_two_ranks(script, tmp_path)

@@ -8,13 +8,15 @@ import sysconfig
 import time
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..model import RATLM
 from .console import Console
+
+if TYPE_CHECKING:
+    from ..models import RATForCausalLM
 
 CHUNK = 16
 PROMPT, WRITTEN = 100, 200
@@ -49,15 +51,19 @@ def batch(text: Tensor, size: int, context: int, generator: torch.Generator, dev
     return text[start + torch.arange(context + 1)].to(device, torch.int64)
 
 
-def bits(model: RATLM, tokens: Tensor) -> Tensor:
+def bits(model: RATForCausalLM, tokens: Tensor) -> Tensor:
     """Mean bits per byte that the model needs for tokens 1 ... of ``(B, context + 1)``."""
-    logits = model(tokens[:, :-1])
-    return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()) / math.log(2)
+    return model(tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss / math.log(2)
 
 
 def run(console: Console, device: torch.device, budget: float) -> dict:
     """Trains for ``budget`` seconds, writes text. Returns losses, the text, whether decode agreed with the forward."""
     console.title(f"train: a two-layer byte-level RAT model, {budget:.0f} s on {device.type}")
+    try:
+        from ..models import RATConfig, RATForCausalLM
+    except ModuleNotFoundError as error:
+        console.print(f"no model: {error.name} is not installed (pip install transformers, or rat_ext[models])")
+        return {"losses": [], "skipped": f"{error.name} is not installed"}
     gpu = device.type == "cuda"
     train, held, train_files, held_files = read_corpus()
     console.print(
@@ -68,7 +74,11 @@ def run(console: Console, device: torch.device, budget: float) -> dict:
     generator = torch.Generator().manual_seed(0)
     width, size, context = (512, 64, 512) if gpu else (128, 4, 256)
     heads = width // 64 if gpu else width // 32
-    model = RATLM(256, width, 2, heads, 2, CHUNK, max_length=context).to(device)
+    config = RATConfig(
+        vocab_size=256, hidden_size=width, num_hidden_layers=2, num_attention_heads=heads, num_groups=2, chunk_size=CHUNK,
+        hidden_act="swiglu", initializer_range=width**-0.5 / 2, max_position_embeddings=2 * context, layer_types="rat",
+    )  # fmt: skip
+    model = RATForCausalLM(config).to(device)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
         f"model: {parameters / 1e6:.2f} M parameters, width {width}, {heads} heads, L = {CHUNK}, {context} bytes of context"
@@ -137,12 +147,16 @@ def run(console: Console, device: torch.device, budget: float) -> dict:
     }
 
 
-def write(model: RATLM, held: Tensor, device: torch.device) -> tuple[bytes, float, float]:
+def write(model: RATForCausalLM, held: Tensor, device: torch.device) -> tuple[bytes, float, float]:
     """Prompt and written text; the largest difference of logits, decode to forward; what it may be (float32)."""
+    model.eval()
     prompt = held[:PROMPT].to(device, torch.int64)[None]
-    generator = torch.Generator(device).manual_seed(0)
-    tokens, logits = model.generate(prompt, WRITTEN, temperature=0.7, generator=generator, return_logits=True)
+    torch.manual_seed(0)
+    out = model.generate(
+        prompt, max_new_tokens=WRITTEN, do_sample=True, temperature=0.7, top_k=0, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
     with torch.no_grad():
-        whole = model(tokens)[:, PROMPT - 1 : -1]
-    difference = float((whole - logits).abs().max())
-    return bytes(tokens[0].tolist()), difference, 1e-4 * max(1.0, float(whole.abs().max()))
+        whole = model(out.sequences, use_cache=False).logits[:, PROMPT - 1 : -1]
+    difference = float((whole - torch.stack(out.logits, dim=1)).abs().max())
+    return bytes(out.sequences[0].tolist()), difference, 1e-4 * max(1.0, float(whole.abs().max()))

@@ -1,0 +1,81 @@
+"""Cross-entropy of a linear head in pieces: the logits of a piece of the tokens are there at a time, never those of all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Logits of a piece, as a number of elements: 128 MB of float32.
+PIECE = 1 << 25
+IGNORED = -100
+
+
+@torch.library.custom_op("rat_ext::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, x_gradient: bool, weight_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the losses, and its gradients, which cost one product each while the logits are there."""
+    tokens, vocab = x.shape[0], weight.shape[0]
+    loss = torch.zeros((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+    dx = torch.zeros_like(x) if x_gradient else x.new_empty(0)
+    dweight = torch.zeros_like(weight, dtype=loss.dtype) if weight_gradient else loss.new_empty(0)
+    piece = max(PIECE // vocab, 1)
+    for start in range(0, tokens, piece):
+        part = x[start : start + piece]
+        logits = (part @ weight.t()).to(loss.dtype)
+        label = labels[start : start + piece]
+        counts = label != IGNORED
+        place = label.clamp(min=0)[:, None]
+        norm = logits.logsumexp(-1)
+        loss += ((norm - logits.gather(1, place)[:, 0]) * counts).sum()
+        if x_gradient or weight_gradient:
+            # softmax minus one at the label; nothing for tokens that are ignored
+            dlogits = logits.sub_(norm[:, None]).exp_()
+            dlogits.scatter_add_(1, place, dlogits.new_full(place.shape, -1.0))
+            dlogits = dlogits.mul_(counts[:, None]).to(x.dtype)
+            if x_gradient:
+                torch.mm(dlogits, weight, out=dx[start : start + piece])
+            if weight_gradient:
+                dweight += dlogits.t() @ part
+    return loss, dx, dweight.to(weight.dtype)
+
+
+@_linear_cross_entropy.register_fake
+def _(x: Tensor, weight: Tensor, labels: Tensor, x_gradient: bool, weight_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    loss = x.new_empty((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    dx = torch.empty_like(x) if x_gradient else x.new_empty(0)
+    return loss, dx, torch.empty_like(weight) if weight_gradient else weight.new_empty(0)
+
+
+def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, dx, dweight = output
+    ctx.wanted = inputs[3:]
+    ctx.mark_non_differentiable(dx, dweight)
+    ctx.save_for_backward(dx, dweight)
+
+
+def _backward(ctx, dloss: Tensor, *unused: Tensor | None) -> tuple:
+    gradients = [g * dloss.to(g.dtype) if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
+    return *gradients, None, None, None
+
+
+_linear_cross_entropy.register_autograd(_backward, setup_context=_save)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Sum over tokens of ``cross_entropy(x @ weight.T, labels)``, in float32 (float64 for float64).
+
+    Args:
+        x: ``(N, d)``.
+        weight: ``(V, d)``.
+        labels: ``(N,)`` int64; -100 is left out.
+
+    Returns:
+        The sum, a scalar. Gradients of x and weight are computed along with it. No second derivatives.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight = x.to(dtype), weight.to(dtype)
+    grad = torch.is_grad_enabled()
+    return _linear_cross_entropy(x, weight, labels, grad and x.requires_grad, grad and weight.requires_grad)[0]
