@@ -18,6 +18,7 @@ import rat_ext
 from rat_ext import testing
 from rat_ext.layers import RATLayer
 from rat_ext.parallel import ContextParallel, attention, use_context_parallel
+from rat_ext.parallel.parts import Parts
 
 # Arguments of attention_case, or recurrence_case. "ranks": sizes from the local tokens alone. "one": through one projection.
 CASES = {
@@ -258,3 +259,22 @@ def test_wrong_calls(change, where, message):
 def test_wrong_layouts(where, message):
     with pytest.raises(ValueError, match=f"^rat_ext.ContextParallel: {message}"):
         ContextParallel(**where)
+
+
+@pytest.mark.parametrize("used", ["abcd", "dcba", "b", "d", "bd", "db", "a", "cc"])
+def test_gradients_of_parts_meet_in_one_buffer(used):
+    """Whichever part's gradient comes first, and whether a stretch gets one at all."""
+    x = torch.randn(2, 10, 6, requires_grad=True)
+    views = {
+        "a": (lambda y: y[:, :4], (0, 4)),
+        "b": (lambda y: y[:, 5:8], (5, 3)),
+        "c": (lambda y: y[:, 4:], (4, 6)),
+        "d": (lambda y: y[:, 1:3, 2:].unflatten(-1, (2, 2)), (1, 2, (2, 2, 2))),
+    }
+    weights = {name: torch.randn(view(x).shape) for name, (view, _) in views.items()}
+    want = torch.autograd.grad(sum((views[name][0](x) * weights[name]).sum() for name in used), x)[0]
+    parts = Parts(x, [0, 4, 4, 10])
+    loss = sum((parts.part(*views[name][1]) * weights[name]).sum() for name in used)
+    for _ in range(2):  # the buffer begins anew
+        got = torch.autograd.grad(loss, x, retain_graph=True)[0]
+        torch.testing.assert_close(got, want)
