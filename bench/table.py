@@ -114,6 +114,28 @@ def families(result: dict) -> str:
     return markdown(["ms by graph replay (portable kernels' time over it)", "forward", "forward + backward"], rows)
 
 
+def parallel(result: dict) -> str:
+    """Rows of context parallelism; then those of training."""
+    lines, words = [], []
+    for row in result["rows"]:
+        if "speedup" in row:
+            ms = f"{number(row['one_ms'])} ms on one GPU, {number(row['all_ms'])} ms on {row['ranks']}"
+            words.append(f"`{row['name']}`: a step takes {ms}: {row['speedup']:.2f}x the tokens per second.")
+        elif "ms" not in row:
+            lines.append([f"`{row['name']}`", "wrong: not timed", *[""] * 6])
+        else:
+            ring = row.get("ring_ms")
+            lines.append([
+                f"`{row['name']}`", *(f"**{number(ms)}**" for ms in row["ms"]), f"{row['of_share'][1]:.2f}x",
+                f"{number(ring[1])} ({ring[1] / row['ms'][1]:.1f}x)" if ring else "-",
+                f"{row['peak_gb'] / max(row['one_peak_gb'], 1e-9):.2f}x", number(row["bytes_sent"] / 1e6),
+                f"1/{row['ring_bytes'] / max(row['bytes_sent'], 1):.0f}",
+            ])  # fmt: skip
+    head = ["context parallel", "forward ms", "forward + backward ms", "of one GPU's / ranks", "ring attention ms (ratio)"]
+    head += ["memory of one's", "MB sent per rank", "of the ring's"]
+    return "\n\n".join(([markdown(head, lines)] if lines else []) + words)
+
+
 def readme(result: dict) -> str:
     """Six rows that say what there is to say: the shapes at which the peers are timed too."""
     rows = []
@@ -137,6 +159,7 @@ MAKERS = {
     "families": families,
     "host": host,
     "phases": phases,
+    "parallel": parallel,
 }
 
 # What RESULTS.md says above each bench's tables.
@@ -160,6 +183,10 @@ One step in a CUDA graph, other memory read through the L2 cache before each. Th
 The chosen kernels beside the portable ones, forced by `RAT_EXT_KERNELS=sm80`: none of the chosen may be slower.""",
     "host": "## Host time",
     "phases": "## Time by kernel",
+    "parallel": """## Several GPUs
+
+One row of tokens over the GPUs of one host, beside what one GPU takes for the whole row and beside PyTorch's context-parallel
+attention of as many heads of keys and values.""",
 }
 
 
