@@ -204,29 +204,32 @@ def training_row(device: torch.device, options) -> dict:
     """Tokens per second of a step on all ranks and on one."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    from rat_ext.models import RATConfig, RATForCausalLM
+    from rat_ext.models.config import PRESETS
+
     world = dist.get_world_size()
     # 1.3 billion parameters: 24 layers of width 2048.
-    sizes = (1024, 64, 2, 4, 2) if options.quick else (32000, 2048, 24, HEADS, GROUPS)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4} if options.quick else PRESETS["1.3b"]
+    config = RATConfig(vocab_size=32000, layer_types="rat", chunk_size=CHUNK, num_groups=GROUPS, **sizes)
     batch, tokens = (2, 256) if options.quick else (2, 4096)
     meshes = init_device_mesh(device.type, (world, 1), mesh_dim_names=("all", "one"))
     entry: dict = {"tokens": tokens, "batch": batch, "ranks": world}
     for name in ("all", "one"):
         torch.manual_seed(0)
         with torch.device("meta"):
-            model = RATLM(*sizes, CHUNK, max_length=tokens)
+            model = RATForCausalLM(config)
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        for block in model.blocks:
+        for block in model.model.layers:
             fully_shard(block, mesh=meshes[name], mp_policy=policy)
         fully_shard(model, mesh=meshes[name], mp_policy=policy)
         model.to_empty(device=device)
-        model.reset_parameters()
+        model.init_weights()
         entry["parameters"] = sum(p.numel() for p in model.parameters())
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
-        batch_of = torch.randint(0, sizes[0], (batch, tokens + 1), device=device)
+        batch_of = torch.randint(0, config.vocab_size, (batch, tokens + 1), device=device)
 
         def step(model=model, optimizer=optimizer, batch_of=batch_of) -> None:
-            logits = model(batch_of[:, :-1])
-            F.cross_entropy(logits.flatten(0, 1), batch_of[:, 1:].flatten()).backward()
+            model(batch_of[:, :-1], shift_labels=batch_of[:, 1:]).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 

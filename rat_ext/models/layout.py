@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from ..cache import state_dtype
 from ..rotary import layer_tables
 from .cache import RATModelCache
 from .config import RATConfig
+
+if TYPE_CHECKING:
+    from ..parallel import ContextParallel
 
 
 def wrong(argument: str, expected: str, got: object) -> ValueError:
@@ -39,6 +42,7 @@ class Layout:
         angles: cosine and sine of the rotations by token, ``(1 or B, T, 1, D / 2)``, or ``(1, n, ...)`` packed; None where no
             layer rotates by token.
         tables: rotary tables by chunk size; none without rotation.
+        context_parallel: how the tokens are part of a row that several ranks hold, or None.
     """
 
     cache: RATModelCache | None = None
@@ -51,6 +55,7 @@ class Layout:
     rows: Tensor | None = None
     valid: Tensor | None = None
     angles: tuple[Tensor, Tensor] | None = None
+    context_parallel: ContextParallel | None = None
 
     def __init__(self, batch: int, tokens: int):
         self.batch, self.tokens, self.max_seqlen = batch, tokens, tokens
@@ -97,10 +102,12 @@ def make_layout(
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
+    context_parallel: ContextParallel | None = None,
 ) -> Layout:
     """The layout of a call on embeddings ``x`` ``(B, T, d)``."""
     batch, tokens = x.shape[:2]
     layout = Layout(batch, tokens)
+    layout.context_parallel = context_parallel
     if cache is not None:
         layout.cache, layout.start = cache, cache.seen
         layout.lengths = cache.begin(batch, x.device)
@@ -163,7 +170,9 @@ def _rotations(layout: Layout, config: RATConfig, x: Tensor) -> None:
     if base is None:
         return
     # Tokens of the longest row, or more.
-    limit = layout.start + max(layout.tokens, layout.max_seqlen)
+    limit, ranks = layout.start + max(layout.tokens, layout.max_seqlen), layout.context_parallel
+    if ranks is not None:
+        limit = ranks.length(layout.tokens)
     if cache is not None and cache.static and cache.max_length is not None:
         limit = cache.max_length
     for size in {config.chunk_sizes[i] for i, kind in enumerate(config.layer_types) if kind == "rat"}:
@@ -172,7 +181,9 @@ def _rotations(layout: Layout, config: RATConfig, x: Tensor) -> None:
     if not {"attention", "sliding_attention"} & set(config.layer_types):
         return
     device, past = x.device, layout.lengths if layout.start != 0 else None
-    if layout.cu_seqlens is not None:
+    if ranks is not None:
+        position = ranks.positions(layout.tokens, device)[None]
+    elif layout.cu_seqlens is not None:
         n = layout.tokens if layout.index is None else layout.index.shape[0]
         token = torch.arange(n, device=device)
         sequence = torch.searchsorted(layout.cu_seqlens[1:].contiguous(), token, right=True)

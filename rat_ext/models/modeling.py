@@ -95,6 +95,12 @@ class Gated(Mixer):
                 drawn = torch.empty_like(self.gate_bias, dtype=state_dtype(self.gate_bias.dtype))
                 init.copy_(self.gate_bias, drawn.uniform_(1, self.longest - 1).log_())
 
+    @property
+    def bias(self) -> Tensor:
+        """The gate's bias; this rank's heads, where the layer is split by heads."""
+        local = getattr(self.gate_bias, "to_local", None)
+        return self.gate_bias if local is None else local()
+
     def keep(self, states: RATStates | RNNStates, layout: Layout, inputs: list[Tensor], gate: Tensor) -> None:
         """Records a call, before it changes the states, for a later crop."""
         assert layout.lengths is not None
@@ -104,7 +110,7 @@ class Gated(Mixer):
         before = [x.clone() for x in states.running()] or [like] * len(inputs)
         counts = [layout.tokens] * layout.batch if layout.counts is None else layout.counts.tolist()
         aligned = [layout.align(x).detach() for x in (*inputs, gate)]
-        states.keep(Record(before, layout.lengths.clone(), aligned[:-1], aligned[-1], self.gate_bias.detach(), counts))
+        states.keep(Record(before, layout.lengths.clone(), aligned[:-1], aligned[-1], self.bias.detach(), counts))
 
 
 class RAT(Gated):
@@ -118,11 +124,11 @@ class RAT(Gated):
     def mix(self, projection: Tensor, layout: Layout) -> Tensor:
         cos, sin = layout.tables.get(self.chunk_size, (None, None))
         call = functools.partial(
-            rat_attention_packed, projection, self.num_heads, self.num_groups, self.chunk_size, gate_bias=self.gate_bias,
+            rat_attention_packed, projection, self.num_heads, self.num_groups, self.chunk_size, gate_bias=self.bias,
             rotary_cos=cos, rotary_sin=sin, cu_seqlens=layout.cu_seqlens,
         )  # fmt: skip
         if layout.cache is None:
-            return cast(Tensor, call())
+            return cast(Tensor, call(context_parallel=layout.context_parallel))
         states = layout.cache.states[self.layer]
         assert isinstance(states, RATStates)
         q, k, v, gate, out_gate = self.split(projection)
@@ -130,7 +136,7 @@ class RAT(Gated):
         if layout.start != 0 and layout.tokens == 1 and layout.cu_seqlens is None and not torch.is_grad_enabled():
             state = self._room(states, layout.cache)
             y = rat_decode_step(
-                q[:, 0], k[:, 0], v[:, 0], gate[:, 0], state, gate_bias=self.gate_bias, out_gate=out_gate[:, 0],
+                q[:, 0], k[:, 0], v[:, 0], gate[:, 0], state, gate_bias=self.bias, out_gate=out_gate[:, 0],
                 rotary_cos=cos, rotary_sin=sin,
             )  # fmt: skip
             return y[:, None]
@@ -174,9 +180,10 @@ class RNN(Gated):
 
     def mix(self, projection: Tensor, layout: Layout) -> Tensor:
         v, gate, out_gate = self.split(projection)
-        bias, cu_seqlens, cache = self.gate_bias, layout.cu_seqlens, layout.cache
+        bias, cu_seqlens, cache = self.bias, layout.cu_seqlens, layout.cache
         if cache is None:
-            y = chunk_recurrence(v, gate, ENDLESS, gate_bias=bias, cu_seqlens=cu_seqlens)
+            ranks = layout.context_parallel
+            y = chunk_recurrence(v, gate, ENDLESS, gate_bias=bias, cu_seqlens=cu_seqlens, context_parallel=ranks)
             return cast(Tensor, y) * out_gate.sigmoid()
         states = cache.states[self.layer]
         assert isinstance(states, RNNStates)
@@ -205,6 +212,10 @@ class Attention(Mixer):
         q, k, v = self.split(projection)
         if layout.angles is not None:
             q, k = attention.rotate(q, layout.angles), attention.rotate(k, layout.angles)
+        if layout.context_parallel is not None:
+            from ..parallel import attention as attention_of_ranks
+
+            return attention_of_ranks(q, k, v, layout.context_parallel, window=self.window)
         if layout.cache is None:
             return attention.attend(q, k, v, layout, self.window)
         state = layout.cache.states[self.layer]
@@ -283,7 +294,14 @@ class RATPreTrainedModel(PreTrainedModel):
 
 
 class RATModel(RATPreTrainedModel):
-    """The decoder without a head: token numbers ``(B, T)`` to hidden states ``(B, T, d_model)``."""
+    """The decoder without a head: token numbers ``(B, T)`` to hidden states ``(B, T, d_model)``.
+
+    Attributes:
+        context_parallel: a :class:`rat_ext.parallel.ContextParallel`: a call is of this rank's tokens of a longer row, without
+            mask or cache, and its labels are ``shift_labels``. :func:`rat_ext.parallel.use_context_parallel` sets it.
+    """
+
+    context_parallel: Any = None  # transformers reads annotations: what they name would have to be imported
 
     def __init__(self, config: RATConfig):
         super().__init__(config)
@@ -341,6 +359,11 @@ class RATModel(RATPreTrainedModel):
         if past is not None and not isinstance(past, RATModelCache):
             raise wrong(CACHE, "a rat_ext.models.RATModelCache or None", type(past).__name__)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.context_parallel is not None:
+            for name, value in ((CACHE, past), ("attention_mask", attention_mask), ("cu_seq_lens_q", cu_seq_lens_q)):
+                if value is not None:
+                    raise wrong(name, "None beside context_parallel", type(value).__name__)
+            use_cache, position_ids = False, None
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
@@ -350,7 +373,7 @@ class RATModel(RATPreTrainedModel):
         if past is None and use_cache and cu_seq_lens_q is None:
             past = RATModelCache(self.config)
 
-        layout = make_layout(self.config, x, past, attention_mask, cu_seq_lens_q, max_length_q)
+        layout = make_layout(self.config, x, past, attention_mask, cu_seq_lens_q, max_length_q, self.context_parallel)
         x = layout.pack(x)
         collected = []
         if output_hidden_states is None:
@@ -433,6 +456,8 @@ class RATForCausalLM(RATPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         x = outputs.last_hidden_state
         loss = logits = None
+        if labels is not None and self.model.context_parallel is not None:
+            raise wrong("labels", "None beside context_parallel, but shift_labels, cut as the tokens are", "labels")
         if target is None and labels is not None:
             target = _shift(labels, attention_mask, kwargs.get("cu_seq_lens_q"))
         if target is not None:
