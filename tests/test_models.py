@@ -281,7 +281,7 @@ def test_the_loss_of_padded_rows_is_that_of_the_rows(model, device):
 
 def test_packed_batches(model, device):
     """DataCollatorWithFlattening, with the arguments of flash attention and with positions alone."""
-    rows = rows_of(device)
+    rows = rows_of(device, (5, 1, 1, 19, 8))
     features = [{"input_ids": row.tolist()} for row in rows]
     for flash in (True, False):
         batch = DataCollatorWithFlattening(return_flash_attn_kwargs=flash, return_seq_idx=flash)(features)
@@ -549,6 +549,7 @@ def test_crop_of_rows_with_padding(model, device):
         cache = seen(0, 14, 24)
         cache.crop(cut - 24)
         assert_same_states(cache, seen(0, 14, cut) if cut > 14 else seen(0, 14))
+        assert torch.equal(cache.valid, mask[:, :cut].bool()) and cache.get_seq_length() == cut
     with pytest.raises(ValueError, match="RATModelCache.crop: tokens_to_remove: expected at most the 24 tokens seen, got 25"):
         seen(0, 24).crop(-25)
 
@@ -643,3 +644,14 @@ def test_chunked_prefill(model, device):
     ids = tokens_of(device, 2, 23)
     options = dict(max_new_tokens=8, do_sample=False)
     assert torch.equal(model.generate(ids, prefill_chunk_size=6, **options), model.generate(ids, **options))
+
+
+def test_columns_of_a_ring(device):
+    """Each column is written once: the last R tokens of a row; what is dropped goes beside the ring."""
+    from rat_ext.models.cache import Window
+
+    ring = Window(3)  # four columns, and the fifth
+    position = torch.arange(7, device=device).expand(2, 7)
+    counts = torch.tensor([7, 2], device=device)
+    assert ring.columns(position, counts).tolist() == [[4, 4, 4, 3, 0, 1, 2], [0, 1, 4, 4, 4, 4, 4]]
+    assert ring.columns(position[:, :2] + 3, None).tolist() == [[3, 0], [3, 0]]
