@@ -27,7 +27,6 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from common import Deadline, free, number, parser, record, save, sync, table
-from rat_ext.model import RATLM
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn import functional as F
 
