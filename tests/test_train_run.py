@@ -180,8 +180,8 @@ def test_it_learns_and_writes_what_it_says(trained, base):
         logits = model(input_ids=item["input_ids"][None]).logits[0].detach()
         total += float(torch.nn.functional.cross_entropy(logits, item["labels"], ignore_index=-100, reduction="sum"))
         count += int((item["labels"] != -100).sum())
-    assert result["eval_loss"] == pytest.approx(total / count, rel=1e-5)
-    assert result["eval_bits_per_byte"] == pytest.approx(total / count / math.log(2) * len(held) / held.bytes, rel=1e-5)
+    assert result["eval_loss"] == pytest.approx(total / count, rel=1e-4)
+    assert result["eval_bits_per_byte"] == pytest.approx(total / count / math.log(2) * len(held) / held.bytes, rel=1e-4)
 
 
 def test_the_optimizer_is_the_papers(base, monkeypatch):
@@ -391,7 +391,7 @@ def test_two_ranks_go_on_from_one(base, trained):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_fsdp2_on_two_ranks(base, trained):
     """Sharded weights, optimizer and checkpoints: the losses of one rank; and it goes on where it stood."""
-    text = CONFIG.replace("[train]", "[train]\nfsdp = true\nbf16 = false")
+    text = CONFIG.replace("[train]", "[train]\nfsdp = true")
     run = on_ranks(base, "fsdp", 2, text)
     assert losses(run) == [(step, key, pytest.approx(value, rel=1e-2)) for step, key, value in losses(trained[0])]
     mine, theirs = weights(run.output / "model"), weights(trained[0].output / "model")

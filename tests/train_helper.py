@@ -31,6 +31,7 @@ learning_rate = 1e-2
 log_every = 1
 save_every = 2
 eval_every = 3
+bf16 = false
 """
 
 
