@@ -357,7 +357,7 @@ def test_any_order_of_calls(device):
     long = hypothesis.settings.default.max_examples >= 500
     settings = hypothesis.settings(
         max_examples=150 if long else 25, stateful_step_count=60 if long else 25, deadline=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=list(hypothesis.HealthCheck), phases=[p for p in hypothesis.Phase if p.name != "explain"],
     )  # fmt: skip
     run_state_machine_as_test(lambda: Serving(device), settings=settings)
 
