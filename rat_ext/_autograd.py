@@ -446,6 +446,8 @@ def explain(name: str, given: Given) -> list[dict[str, Any]]:
         name, shown = "rat_attention_cached", _SHOWN_CACHE
         _check_beside_a_cache("explain", given)
         take_pool(given, cache)
+    elif given["slots"] is not None:
+        wrong("explain", "slots", "a cache whose entries they name", "none")
     spec = _OPERATORS[name]
     for argument in spec.rows:
         x = given[argument]

@@ -38,20 +38,22 @@ def _closed(n: int, chunk_size: int) -> int:
     return chunk_size * whole * (whole - 1) // 2 + rest * whole
 
 
-def _keys(batch: int, tokens: int, chunk_size: int, cu_seqlens: Tensor | None, lengths: Tensor | None, rows: int) -> int:
-    """Keys that all tokens see, own states included."""
+def _counts(batch: int, tokens: int, cu_seqlens: Tensor | None) -> list[int]:
+    """Tokens of each sequence."""
     if cu_seqlens is None:
-        counts = [tokens] * batch
-    else:
-        cuts, sequences = _values(cu_seqlens), max(cu_seqlens.shape[0] - 1, 1)
-        counts = (
-            [tokens // sequences + (i < tokens % sequences) for i in range(sequences)]
-            if cuts is None
-            else [b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-        )
-    past = [0] * len(counts) if lengths is None else _values(lengths) or [rows * chunk_size] * len(counts)
-    seen = [_closed(p + n, chunk_size) - _closed(p, chunk_size) for p, n in zip(past, counts, strict=True)]
-    return sum(seen) + sum(counts)
+        return [tokens] * batch
+    cuts, sequences = _values(cu_seqlens), max(cu_seqlens.shape[0] - 1, 1)
+    if cuts is None:
+        return [tokens // sequences + (i < tokens % sequences) for i in range(sequences)]
+    return [b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+
+
+def _of_slots(counts: list[int], slots: Tensor, lengths: Tensor) -> tuple[list[int], Tensor]:
+    """Tokens and lengths of the sequences that are served: not of rows that are skipped."""
+    if _values(slots) is None:
+        return counts, lengths[: len(counts)]
+    served = (slots >= 0) & (slots < lengths.shape[0])
+    return [n for n, one in zip(counts, served.tolist(), strict=True) if one], lengths[slots[served]]
 
 
 def _recurrences(numbers: int, states: int, backward: bool, saved: bool) -> int:
@@ -71,25 +73,25 @@ def _formula(operator: Any, backward: bool, *args: Any, out_val: Any = None, **k
     else:
         shape = given["v"].shape
         batch, tokens, heads, dim = shape if len(shape) == 4 else (shape[0], 1, *shape[1:])
-    chunk_k, lengths = given.get("chunk_k"), given.get("lengths")
-    rows = 0 if chunk_k is None else chunk_k.shape[2]
-    if lengths is not None and given.get("slots") is not None:
-        slots = given["slots"]
-        batch = slots.shape[0]
-        if _values(slots) is not None:
-            batch, lengths = int((slots >= 0).sum()), lengths[slots[slots >= 0]]
-    elif lengths is not None and given.get("cu_seqlens") is None:
-        lengths = lengths[:batch]
-    keys = _keys(batch, tokens, chunk_size, given.get("cu_seqlens"), lengths, rows)
+    counts, lengths, slots = _counts(batch, tokens, given.get("cu_seqlens")), given.get("lengths"), given.get("slots")
+    if slots is not None:
+        counts, lengths = _of_slots(counts, slots, given["lengths"])
+    past = [0] * len(counts)
+    if lengths is not None:
+        known, table = _values(lengths[: len(counts)]), given.get("page_table")
+        if known is None:
+            rows = given["chunk_k"].shape[2] * (1 if table is None else table.shape[1])
+            past = [rows * chunk_size] * len(counts)
+        else:  # a pool counts the new tokens already: formulas are asked after the call
+            past = [max(p - n, 0) for p, n in zip(known, counts, strict=True)] if "error" in given else known
+    keys = sum(counts) + sum(_closed(p + n, chunk_size) - _closed(p, chunk_size) for p, n in zip(past, counts, strict=True))
     total = (5 if backward else 2) * 2 * dim * heads * keys
     if "gate" not in given or given["gate"] is not None:
-        total += _recurrences(batch * tokens * heads * dim, 2, backward, saved=False)
+        total += _recurrences(sum(counts) * heads * dim, 2, backward, saved=False)
     return total
 
 
-for _name in ("rat_attention", "rat_attention_packed", "chunk_recurrence", "rat_decode_step"):
-    for _overload in (_name, f"{_name}_backward"):
-        if _overload != "rat_decode_step_backward":
-            _packet = getattr(torch.ops.rat_ext, _overload)
-            _count = functools.partial(_formula, _packet.default, _overload != _name)
-            register_flop_formula(_packet, get_raw=True)(_count)
+_WITH_GRADIENT = ("rat_attention", "rat_attention_packed", "chunk_recurrence")
+for _name in (*_WITH_GRADIENT, *(f"{n}_backward" for n in _WITH_GRADIENT), "rat_decode_step", "rat_attention_cached"):
+    _packet = getattr(torch.ops.rat_ext, _name)
+    register_flop_formula(_packet, get_raw=True)(functools.partial(_formula, _packet.default, _name.endswith("_backward")))

@@ -76,7 +76,7 @@ def rat_attention(
             positional encoding.
         scale: factor of the scores. Default ``D ** -0.5``.
         cu_seqlens: ``(N + 1,)`` int32: the tokens of sequence n are ``cu_seqlens[n] : cu_seqlens[n + 1]`` of the only row
-            (B = 1). Each sequence has its own chunks from its own start. Empty ones are legal. Never read by the host.
+            (B = 1). Each sequence has its own chunks from its own start. Empty ones are legal. Of a GPU never read by the host.
         initial_state: a :class:`RATCache` of B (or N) sequences to continue from, cut anywhere, also inside a chunk.
         return_state: also return the state after the last token.
         max_seqlen: of packed sequences the most new tokens that one has, for the state that is returned: each gets room for

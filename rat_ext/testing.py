@@ -194,6 +194,8 @@ def attention_case(
     options: dict[str, Any] = {"scale": scale, "return_state": return_state}
     if sequences is not None:
         options["cu_seqlens"] = cu_seqlens_of(sequences, device)
+        if return_state and torch.device(device).type != "cpu":
+            options["max_seqlen"] = max(sequences, default=0)  # which a CPU finds by itself
     longest = max(lengths, default=0) if lengths else 0
     if rotary:
         rows = -(-(longest + max(tokens, 1)) // chunk_size)
@@ -349,7 +351,7 @@ def evaluate_on_ranks(cp: ContextParallel, case: Case, grads: dict[str, Tensor])
 
     Values, a state that is returned included, are those of the whole row; a state is on rank 0 alone.
     """
-    options = {key: x for key, x in case.options.items() if key != "cu_seqlens"}
+    options = {key: x for key, x in case.options.items() if key not in ("cu_seqlens", "max_seqlen")}
     leaves = {key: x.detach().clone().requires_grad_() for key, x in case.tensors.items()}
     mine = {key: cp.shard(x) if x.dim() == 4 else x for key, x in leaves.items()}
     if case.op == "rat_attention_packed":
@@ -541,7 +543,7 @@ def check(case: Case, *, function: Callable[..., Any] | None = None, backward: b
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit; NaN counts as equal to itself."""
     a, b = a.detach().contiguous(), b.detach().contiguous()
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

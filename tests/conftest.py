@@ -84,3 +84,9 @@ def _poisoned_memory():
     yield
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def plain_memory(_poisoned_memory):
+    """Filling what is about to be written costs seconds at large sizes, and memory traffic that hides races."""
+    torch.utils.deterministic.fill_uninitialized_memory = False

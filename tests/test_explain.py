@@ -98,3 +98,9 @@ def test_explain_checks_its_arguments(device):
         rat_ext.explain(x, x, x, x, "x")
     with pytest.raises(ValueError, match=r"rat_ext.rat_attention: gate: expected shape \(1, 8, 2, 8\), got \(1, 7, 2, 8\)"):
         rat_ext.explain(x, x, x, x[:, 1:], 4)
+
+
+def test_explain_takes_slots_with_a_cache_alone():
+    case = attention_case("cpu", torch.float32, tokens=8)
+    with pytest.raises(ValueError, match="explain: slots: expected a cache"):
+        rat_ext.explain(**case.tensors, chunk_size=case.chunk_size, slots=torch.tensor([0]))

@@ -78,6 +78,26 @@ def test_decode(device):
     with torch.no_grad():
         found = counted(lambda: rat_ext.rat_decode_step(q, q, v, v, cache, slots=slots))
     assert found[0] == by_hand([(30, 1)], 4)[0]
+    q, v = random.normal(2, 3, 2, D), random.normal(2, 3, H, D)
+    with torch.no_grad():
+        found = counted(lambda: rat_ext.rat_decode_step(q, q, v, v, cache))
+    assert found[0] == by_hand([(3, 3), (9, 3)], 4)[0]
+
+
+@pytest.mark.parametrize("page_chunks", [None, 8])
+def test_in_place(device, page_chunks):
+    """Pieces of prompts in a pool; a row that is skipped is no work."""
+    random = testing.Random(0, device, torch.float32)
+    pool = rat_ext.RATCache.empty(4, H, D, 4, 100, page_chunks=page_chunks, device=device)
+    if page_chunks:
+        pool.allocate(list(range(4)), 100)
+    q, v = random.normal(1, 20, 2, D), random.normal(1, 20, H, D)
+    cuts = torch.tensor([0, 9, 14, 20], dtype=torch.int32, device=device)
+    slots = torch.tensor([2, -1, 0], device=device)
+    call = functools.partial(rat_ext.rat_attention, q, q, v, v, 4, cache=pool, slots=slots, cu_seqlens=cuts)
+    with torch.no_grad():
+        assert counted(call)[0] == by_hand([(0, 9), (0, 6)], 4)[0]
+        assert counted(call)[0] == by_hand([(9, 9), (6, 6)], 4)[0]
 
 
 def test_without_values():
@@ -89,8 +109,11 @@ def test_without_values():
         state = rat_ext.RATCache.empty(1, H, D, 4, 40)
         state.length_bound = 40
         continued = counted(lambda: rat_ext.rat_attention(q, q, v, v, 4, initial_state=state))
+        pool = rat_ext.RATCache.empty(1, H, D, 4, 40, page_chunks=2)
+        in_place = counted(lambda: rat_ext.rat_attention(q, q, v, v, 4, cache=pool))
     assert found[0] == by_hand([(0, 8)] * 3, 4)[0]
     assert continued[0] == by_hand([(40, 24)], 4)[0]
+    assert in_place[0] == by_hand([(40, 24)], 4)[0]
 
 
 class Ran(TorchDispatchMode):

@@ -30,12 +30,6 @@ pytestmark = pytest.mark.gpu
 low = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=name)
 
 
-@pytest.fixture
-def plain_memory(_poisoned_memory):
-    """Filling what is about to be written costs seconds at these sizes, and memory traffic that hides races."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
-
-
 # 263 chunks of each sequence, and one that has begun: enough for the kernels that serve many.
 MANY = {"batch": 2, "tokens": 4216, "chunk_size": 16, "heads": 16, "groups": 2, "dim": 128}
 

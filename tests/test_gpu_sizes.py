@@ -18,12 +18,6 @@ def near(a, b, dtype=torch.bfloat16, units=8):
     torch.testing.assert_close(a, b, rtol=unit, atol=unit)
 
 
-@pytest.fixture
-def plain_memory(_poisoned_memory):
-    """Filling what is about to be written costs seconds at these sizes, and memory traffic that hides races."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
-
-
 def big(device, tokens, heads=16, groups=2, dim=128):
     """Random bfloat16 inputs of over 2^31 elements each for v, gate and dy; NaN-free and cheap to make."""
     generator = torch.Generator(device).manual_seed(0)

@@ -1,9 +1,13 @@
 """DTensor: every operator on sharded batches and heads gives what it gives on whole tensors."""
 
+import copy
+import functools
+import itertools
+
 import pytest
 import ranks
 import torch
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 import rat_ext
 import rat_ext.parallel  # noqa: F401  (registers the rules)
@@ -56,6 +60,97 @@ CASES = {
 STATES = {"plain": {}, "continued": {"lengths": [3, 8, 0, 5], "return_state": True}}
 
 
+# Options of a pool, and calls on it: tokens of each of 4 rows, None for one without a dimension of tokens.
+POOLS = {"plain": {}, "drafts": {"draft_tokens": 3}, "pages": {"page_chunks": 8}, "fp8": {"fp8": True, "draft_tokens": 1}}
+CALLS = {"token": None, "draft": 3, "piece": 9}
+
+
+def in_place(pool: rat_ext.RATCache, call: str, groups: int, slots, place) -> dict:
+    """y of a call that continues a pool, and what it wrote. ``place``: (tensor, dimension of rows, of heads) to the mesh."""
+    random, tokens = testing.Random(3, "cpu", torch.float32), CALLS[call]
+    shape = (4,) if tokens is None else (4, tokens)
+    given = {
+        name: place(random.normal(*shape, n, 8), 0, len(shape)) for name, n in dict(q=groups, k=groups, v=8, gate=8).items()
+    }
+    running = pool.running_k.dim() - 2
+    made = rat_ext.RATCache(
+        place(pool.chunk_k, 0, 1),
+        place(pool.chunk_v, 0, 1),
+        place(pool.running_k, 0, running),
+        place(pool.running_v, 0, running),
+        place(pool.lengths, 0, None),
+        pool.chunk_size,
+        pool.length_bound,
+        place(pool.decode_workspace(), None, None),
+        scale_k=place(pool.scale_k, 0, 1),
+        scale_v=place(pool.scale_v, 0, 1),
+        page_table=place(pool.page_table, 0, None),
+        error=place(pool.error, None, None),
+    )
+    given["slots"] = place(slots, None, None)
+    if call == "piece":
+        y = rat_ext.rat_attention(**given, chunk_size=pool.chunk_size, cache=made)
+    else:
+        y = rat_ext.rat_decode_step(**given, cache=made)
+    return {"y": y, "chunk_k": made.chunk_k} | {name: getattr(made, name) for name in ("running_k", "running_v", "lengths")}
+
+
+def part(by: str, rank: int, world: int, paged: bool, x, rows, heads):
+    """A copy of this rank's part, and how it is placed. Entries of a pool are of all rows."""
+    at = heads if by == HEADS else None if paged else rows
+    if at is None or x.shape[at] % world:
+        return x.clone(), Replicate()
+    return x.chunk(world, at)[rank].clone(memory_format=torch.contiguous_format), Shard(at)
+
+
+def every_call_in_place(rank: int, world: int) -> dict[str, str]:
+    mesh = init_device_mesh("cpu", (world,))
+    found = {}
+    for (kind, options), call, groups in itertools.product(POOLS.items(), CALLS, (1, 4)):
+        paged = "page_chunks" in options
+        entries = rat_ext.RATCache.empty(6 if paged else 4, 8, 8, 4, 60, **options)
+        slots = torch.tensor([4, -1, 0, 2]) if paged else None
+        if paged:
+            entries.allocate(list(range(6)), 60)
+        for name in ("chunk_k", "chunk_v"):
+            getattr(entries, name).view(torch.uint8).zero_()
+        with torch.no_grad():
+            x = testing.Random(4, "cpu", torch.float32)
+            rat_ext.rat_attention(x.normal(4, 7, 1, 8), x.normal(4, 7, 1, 8), *(x.normal(4, 7, 8, 8) for _ in range(2)), 4,
+                                  cache=entries, slots=slots)  # fmt: skip
+            want = in_place(copy.deepcopy(entries), call, groups, slots, lambda x, rows, heads: x)
+            for by in (BATCH, HEADS):
+                own = functools.partial(part, by, rank, world, paged)
+                got = in_place(
+                    copy.deepcopy(entries),
+                    call,
+                    groups,
+                    slots,
+                    lambda x, *at, own=own: None if x is None else DTensor.from_local(own(x, *at)[0], mesh, [own(x, *at)[1]]),
+                )
+                key = f"{call}, {kind}, G = {groups}, {by}"
+                found[key] = ""
+                at = {"y": want["y"].dim() - 2, "chunk_k": 1, "lengths": None}
+                for name, x in want.items():
+                    local, placement = own(x, 0, at.get(name, x.dim() - 2))
+                    if got[name].placements[0] != placement:
+                        found[key] += f" {name} is {got[name].placements}"
+                    elif not torch.equal(got[name].to_local().contiguous().view(torch.uint8), local.view(torch.uint8)):
+                        found[key] += f" {name} differs"
+    return found
+
+
+def written_elsewhere(rank: int, world: int) -> str:
+    """A cache that no rule takes as it is."""
+    mesh = init_device_mesh("cpu", (world,))
+    pool = rat_ext.RATCache.empty(4, 8, 8, 4, 60)
+    try:
+        in_place(pool, "token", 4, None, lambda x, *at: None if x is None else distribute_tensor(x, mesh, [Shard(x.dim() - 1)]))
+    except Exception as error:
+        return str(error)
+    return "no error"
+
+
 def every_op(rank: int, world: int) -> dict[str, str]:
     mesh = init_device_mesh("cpu", (world,))
     found = {}
@@ -91,3 +186,14 @@ def test_sharded_ops(of_ranks, op):
     mine = {key: wrong for key, wrong in of_ranks.items() if key.startswith(op)}
     assert len(mine) == 12
     assert not any(mine.values()), {key: wrong for key, wrong in mine.items() if wrong}
+
+
+def test_calls_in_place(tmp_path):
+    found = ranks.run("test_parallel_sharding:every_call_in_place", 2, tmp_path)
+    assert len(found) == 48
+    assert not any(found.values()), {key: wrong for key, wrong in found.items() if wrong}
+
+
+def test_a_cache_is_not_moved(tmp_path):
+    """Else a copy of it would be written."""
+    assert "cache: expected tensors sharded by heads" in ranks.run("test_parallel_sharding:written_elsewhere", 2, tmp_path)

@@ -134,7 +134,7 @@ PYTHON = [
     Mutant(
         "room of a reserved state",
         "rat_ext/_arguments.py",
-        r'chunks = max\(rows\[2\] if len\(rows\) > 2 else 0, given\["bound"\] // step\)',
+        r'chunks = max\(state\.rows, given\["bound"\] // step\)',
         'chunks = given["bound"] // step',
         "tests/test_state.py tests/test_cache.py",
     ),
@@ -162,15 +162,15 @@ PYTHON = [
     Mutant(
         "values reserved from keys",
         "rat_ext/cache.py",
-        r"chunk_v=grown\(self\.chunk_v\)",
-        "chunk_v=grown(self.chunk_k)",
+        r"name: grown\(getattr\(self, name\)\)",
+        'name: grown(getattr(self, name.replace("_v", "_k")))',
         "tests/test_decode.py tests/test_cache.py",
     ),
     Mutant(
         "a slot one past the cache",
         "rat_ext/cache.py",
-        r"high >= self\.batch",
-        "high > self.batch",
+        r"slot >= self\.batch or",
+        "slot > self.batch or",
         "tests/test_cache.py",
     ),
     Mutant(
@@ -183,8 +183,8 @@ PYTHON = [
     Mutant(
         "table of a full cache",
         "rat_ext/layers.py",
-        r"tokens = \(cache\.chunk_k\.shape\[2\] \+ 1\) \* self\.chunk_size",
-        "tokens = cache.chunk_k.shape[2] * self.chunk_size",
+        r"self\._rotary\(cache\.capacity \+ 1, projection\)",
+        "self._rotary(cache.capacity + 1 - self.chunk_size, projection)",
         "tests/test_layers.py tests/test_rotary.py",
     ),
     Mutant(
@@ -424,9 +424,9 @@ OPS = [
     ),
     Mutant(
         "a full batch is one too many",
-        "csrc/ops/rat_decode_step.cpp",
-        r"p\.batch > p\.pool",
-        "p.batch >= p.pool",
+        "csrc/ops/pool.h",
+        r"batch > pool\.sequences",
+        "batch >= pool.sequences",
         "tests/test_decode.py",
     ),
     Mutant(
@@ -763,7 +763,7 @@ CPU = [
     Mutant(
         "decode weighs splits against the own score",
         "csrc/cpu/*",
-        r"for \(int64_t i = 0; i < w\.splits; \+\+i\) top = m\[i\] > top \? m\[i\] : top;",
+        r"for \(int64_t i = 0; i < slices; \+\+i\) top = m\[i\] > top \? m\[i\] : top;",
         "",
         "tests/test_decode.py tests/test_not_finite.py",
     ),
@@ -1255,7 +1255,7 @@ CUDA = [
         "tests/test_many_chunks.py::test_chunk_states",
     ),
     Mutant(
-        "empty sequence's v from k",
+        "gpu empty sequence's v from k",
         "csrc/cuda/recurrence/sequences.cu",
         r"p\.running_v\[at\] = v \? v\[at\] : 0\.0f;",
         "p.running_v[at] = v ? k[at] : 0.0f;",

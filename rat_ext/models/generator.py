@@ -331,7 +331,7 @@ class Sent:
     ready: torch.cuda.Event | None
 
 
-def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:
     """The residual sum, and its norm."""
     x = x + y
     return x, F.rms_norm(x, (x.shape[-1],), weight, eps)
@@ -583,7 +583,8 @@ class Generator:
             "stop": column(([*r.stop, *[-1] * (STOPS - len(r.stop))] for r in batch), rows.stop),
             **{name: column((getattr(r, name) for r in batch), getattr(rows, name)) for name in OPTIONS},
         }
-        token = choose(logits, max(r.mode for r in batch), *(new[name] for name in OPTIONS), new["length"])
+        options = {name: new[name] for name in OPTIONS}
+        token = choose(logits, max(r.mode for r in batch), **options, position=new["length"])
         new["token"] = token
         new["slot"] = plan.slots.masked_fill(_ended(token, new["length"], new["limit"], new["stop"]), -1)
         for name, values in new.items():

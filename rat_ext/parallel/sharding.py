@@ -9,7 +9,11 @@ A rule says, for one dimension of a mesh, which placements of the arguments give
   rule: repeat them (``q.repeat_interleave(n, dim=2)``) so that they do, or they, and heads with them, are gathered. An operator
   on one projection has no rule by heads: its parts lie side by side in one dimension.
 
-What is sharded otherwise, by token say, DTensor brings into one of these forms first.
+A cache that is updated in place is sharded by heads, or by sequence where row b continues entry b: slots and pages are of the
+whole pool. ``error`` then tells each rank of its own rows.
+
+What is sharded otherwise, by token say, DTensor brings into one of these forms first; but not a cache, whose copy would be
+written instead: ValueError.
 """
 
 from __future__ import annotations
@@ -29,13 +33,16 @@ _DIMENSIONS: dict[str, tuple[int | None, int | None]] = {
     **dict.fromkeys(("q", "k", "v", "gate", "out_gate", "x", "y"), _TOKENS),
     "projection": (0, None),
     **dict.fromkeys(("chunk_k", "chunk_v", "running_k", "running_v", "initial_state", "lse", "final_state"), _STATES),
+    **dict.fromkeys(("scale_k", "scale_v"), _STATES),
     "gate_bias": _TABLE,
-    **dict.fromkeys(("rotary_cos", "rotary_sin", "cu_seqlens", "workspace"), _SHARED),
-    **dict.fromkeys(("lengths", "slots"), (0, None)),
+    **dict.fromkeys(("rotary_cos", "rotary_sin", "cu_seqlens", "workspace", "error"), _SHARED),
+    **dict.fromkeys(("lengths", "slots", "page_table"), (0, None)),
 }
 _ONE_TOKEN = dict.fromkeys(("q", "k", "v", "gate", "out_gate", "y"), (0, 1))
+_RING = dict.fromkeys(("running_k", "running_v"), (0, 2))
 GROUPED = ("q", "k", "x")
-OPERATORS = ("rat_attention", "rat_attention_packed", "chunk_recurrence", "rat_decode_step")
+OPERATORS = ("rat_attention", "rat_attention_packed", "chunk_recurrence")
+IN_PLACE = ("rat_decode_step", "rat_attention_cached")
 
 
 def _plain(name: str) -> tuple[str, bool]:
@@ -60,11 +67,14 @@ def rule(operator: Any, *args: Any) -> list[tuple[list, list]]:
     schema = operator._schema
     arguments, results = [a.name for a in schema.arguments], [r.name for r in schema.returns]
     given = dict(zip(arguments, args, strict=True))
-    decode = operator is torch.ops.rat_ext.rat_decode_step.default
-    dimensions = _DIMENSIONS | (_ONE_TOKEN if decode else {})
+    written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    tensors = {name: x for name, x in given.items() if hasattr(x, "shape") and hasattr(x, "mesh")}
+    dimensions = _DIMENSIONS
+    if written:
+        dimensions = dimensions | (_ONE_TOKEN if len(tensors["v"].shape) == 3 else {})
+        dimensions = dimensions | (_RING if len(tensors["running_k"].shape) == 4 else {})
     heads_at = dimensions["v"][1]
     assert heads_at is not None
-    tensors = {name: x for name, x in given.items() if hasattr(x, "shape") and hasattr(x, "mesh")}
     sizes = tuple(next(iter(tensors.values())).mesh.shape)
     first = next((name for name in GROUPED if name in tensors), None)
     # Heads: of v, or of what the gate says where k and v are no states.
@@ -105,22 +115,30 @@ def rule(operator: Any, *args: Any) -> list[tuple[list, list]]:
             [Replicate() if name in tensors else None for name in arguments],
         )
     ]
-    # A pool has entries of its own, which only slots tell from rows.
-    pool = decode and (given["slots"] is not None or tensors["chunk_k"].shape[0] != tensors["q"].shape[0])
+    # A pool has entries of its own, which only slots tell from rows, and pages belong to any of them.
+    pool = written and (
+        given["slots"] is not None or given["page_table"] is not None or tensors["running_k"].shape[0] != tensors["q"].shape[0]
+    )
     if given.get("cu_seqlens") is None and not pool:
         found.append(places(0))
     if groups is not None and (groups == 1 or _divides(groups, sizes)):
         found.append(places(1))
-    return found
+    if not written:
+        return found
+    at = {i: tensors[name] for i, name in enumerate(arguments) if name in written and name in tensors}
+    stay = [(y, of) for y, of in found if all(of[i] in x.placements for i, x in at.items())]
+    if not stay:
+        expected = "tensors sharded by heads, by sequence (without slots and pages) or replicated, which q and k allow"
+        got = ", ".join(f"{arguments[i]} {x.placements}" for i, x in at.items())
+        raise ValueError(f"{schema.name.replace('::', '.')}: cache: expected {expected}, got {got}")
+    return stay
 
 
 def register() -> None:
     """Registers the rules of all operators and of their backward operators."""
-    for name in OPERATORS:
-        for overload in (name, f"{name}_backward"):
-            if overload != "rat_decode_step_backward":
-                operator = getattr(torch.ops.rat_ext, overload).default
-                register_sharding(operator)(functools.partial(rule, operator))
+    for name in (*OPERATORS, *(f"{name}_backward" for name in OPERATORS), *IN_PLACE):
+        operator = getattr(torch.ops.rat_ext, name).default
+        register_sharding(operator)(functools.partial(rule, operator))
 
 
 register()

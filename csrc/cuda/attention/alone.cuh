@@ -1,34 +1,13 @@
 // A query on its own, key by key: for tiles that a product would not do.
 //
 // The families multiply a tile of queries by a block of values, with weight 0 where a query does not see a key. Where such a value
-// is not finite, 0 times it is NaN, and the tile's earlier queries must take this way. It is slow and rare: find_not_finite() looks at
-// the few keys that some queries of a tile see and others do not.
+// is not finite, 0 times it is NaN, and the tile's earlier queries must take this way. It is slow and rare.
 #pragma once
 
 #include "../device/rows.cuh"
 #include "softmax.cuh"
 
 namespace rat::cuda {
-
-// Is one of `count` rows of D elements, 16-byte aligned, not finite? By `threads` threads, each of which looks at a part. row_at(j) is
-// where row j begins.
-template <class T, class RowAt>
-__device__ __forceinline__ bool find_not_finite(const T* rows, const RowAt& row_at, int count, int head_dim, int thread,
-                                                int threads) {
-  static_assert(sizeof(T) == 2);
-  constexpr uint32_t kExponent = std::is_same_v<T, bf16> ? 0x7f80u : 0x7c00u;
-  const int pieces = head_dim / 8;
-  bool found = false;
-#pragma unroll 4
-  for (int i = thread; i < count * pieces; i += threads) {
-    const Bytes16 x = *reinterpret_cast<const Bytes16*>(rows + row_at(i / pieces) + i % pieces * 8);
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      found |= (x.word[w] & kExponent) == kExponent || (x.word[w] >> 16 & kExponent) == kExponent;
-    }
-  }
-  return found;
-}
 
 // A query, its own state and where its result goes.
 template <class T>

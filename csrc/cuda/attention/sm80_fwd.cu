@@ -60,7 +60,6 @@ struct TileFacts {
   int64_t batch, first_token, head;
   int64_t states;        // offset of the head's first chunk state; in a page where there are pages
   const int32_t* pages;  // of the sequence
-  bool one_by_one;       // no product will do
   int blocks;            // of keys that some row sees into
   int keys;              // that the last row sees; the others see a prefix of them
   int full_blocks;       // seen whole by every row
@@ -227,12 +226,18 @@ struct QueryTile {
     }
   }
 
-  // The values that some rows see and others do not.
-  __device__ __forceinline__ bool find_not_finite_values() const {
-    const int first = facts.visible.to_all();
-    return find_not_finite(
-        static_cast<const T*>(p.chunks.v) + facts.states, [&](int row) { return state_offset(first + row); },
-        facts.keys - first, static_cast<int>(p.size.head_dim), thread, Traits::kThreads);
+  // Of the warp's rows. A sum is NaN where a value that its row does not see is not finite, for 0 times it is NaN.
+  __device__ __forceinline__ bool all_finite() const {
+    float zero = 0.0f;
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+#pragma unroll
+      for (int n = 0; n < OT; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) zero = fmaf(o[m][n][i], 0.0f, zero);
+      }
+    }
+    return !__any_sync(0xffffffffu, zero != 0.0f);
   }
 
   // In place of the epilogue: the warp's rows one by one.
@@ -333,7 +338,6 @@ __global__ void __launch_bounds__(FwdTraits<DPAD, PAGED>::kThreads, 2)
     facts.rows = rows;
     facts.visible = visible;
     facts.angles = RowAngles(p.size, position);
-    facts.one_by_one = false;
   }
   __syncthreads();  // the facts are written
 
@@ -342,7 +346,6 @@ __global__ void __launch_bounds__(FwdTraits<DPAD, PAGED>::kThreads, 2)
   if (blocks > 0) {
     tile.load(p.chunks.k, 0, 0);
     tile.load(p.chunks.v, 0, 1);
-    if (tile.find_not_finite_values()) facts.one_by_one = true;
     tile.load_queries(row_pointer<T>(p.q, sequence.batch, first_token, head / (p.size.heads / p.size.q_groups)),
                       RowAngles(p.size, position), rows);
     __syncthreads();  // the Q tile is whole
@@ -368,7 +371,7 @@ __global__ void __launch_bounds__(FwdTraits<DPAD, PAGED>::kThreads, 2)
     }
     cp_async_wait<0>();
   }
-  facts.one_by_one ? tile.attend_one_by_one() : tile.epilogue();
+  tile.all_finite() ? tile.epilogue() : tile.attend_one_by_one();
 }
 
 template <class T, int DPAD, bool PAGED>

@@ -23,8 +23,8 @@
 //   k, v    the copy engine's bytes fill;   each consumer warp leaves, when its products have read the block
 //
 // Rows of the last block that no query of the tile sees may hold anything, NaN too. Their scores are masked; their values
-// are set to zero in shared memory before the product, since 0 NaN is NaN. Keys that some queries of the tile see and others
-// do not are looked at by the loaders: where a value of theirs is not finite, queries of the tile are attended one by one (alone.cuh).
+// are set to zero in shared memory before the product, since 0 NaN is NaN. A value that some queries of the tile see and others do not
+// makes NaN of the others' sums where it is not finite: a warp with such sums attends to its queries one by one (alone.cuh).
 //
 // What a query becomes depends on itself and the keys that it sees alone, bit for bit: not on its tile, the call, or the room that
 // there is for states. kKeys is part of the arithmetic (blocks start at multiples of it), so the number of keys that a query
@@ -87,7 +87,6 @@ struct QueryTile {
   int32_t key_row;  // of its first chunk state in the tensor map; in pages, 0
   int32_t key_outer;
   const int32_t* pages;  // of the sequence, or null
-  bool one_by_one;       // no product will do: set by the loaders
   VisibleKeys visible;
   RowAngles angles;
 };
@@ -193,7 +192,6 @@ __device__ __forceinline__ void describe_tile(const Arguments& a, uint32_t index
                        ? static_cast<int>(min(static_cast<uint32_t>(ROWS), served.high - position))
                        : 0;
   tile.rows = rows;
-  tile.one_by_one = false;
   tile.visible = VisibleKeys(a.size, position);
   tile.angles = RowAngles(a.size, position);
   tile.keys = rows > 0 ? tile.visible.to_any(rows) : 0;
@@ -459,12 +457,6 @@ __device__ __forceinline__ void feed_queries(const Arguments& a, Shared<C>& shar
       const QueryPieces<C> pieces(a, target, opaque(thread));
       pieces.load(q, a.q.token, rows);
       cp_async_commit();
-      const int seen_by_all = tile.visible.to_all();
-      const auto row_at = [&](int row) { return state_offset(a, tile, seen_by_all + row); };
-      if (find_not_finite(static_cast<const T*>(a.chunks.v), row_at, tile.keys - seen_by_all,
-                          static_cast<int>(a.size.head_dim), thread, C::kLoaders)) {
-        shared.tile[tile_ring.slot()].one_by_one = true;
-      }
       pieces.rotate(a, tile);
     }
     fence_proxy_async();  // q was written by ordinary stores and cp.async; wgmma reads it
@@ -746,7 +738,16 @@ struct Consumer {
     v_ring.next();
   }
 
-  // In place of both: the warp's queries one by one.
+  // Of the warp's queries. A sum is NaN where a value that its query does not see is not finite, for 0 times it is NaN.
+  __device__ __forceinline__ bool all_finite() const {
+    float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) zeros[i % 4] = fmaf(o[i], 0.0f, zeros[i % 4]);
+    const float zero = (zeros[0] + zeros[1]) + (zeros[2] + zeros[3]);
+    return !__any_sync(0xffffffffu, zero != 0.0f);
+  }
+
+  // In place of both steps of the epilogue: the warp's queries one by one.
   __device__ __forceinline__ void attend_one_by_one() const {
     const QueryTile& t = tile();
     const int head_dim = static_cast<int>(a.size.head_dim);
@@ -833,7 +834,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
     } else {
       c.fetch_early(at);
     }
-    if (!c.tile().one_by_one) {
+    if (c.all_finite()) {
       c.epilogue(at, 0);
       if constexpr (!C::kFetchBoth) c.fetch_operands(at, 1);
       c.epilogue(at, 1);
