@@ -998,8 +998,8 @@ CUDA = [
     Mutant(
         "sm90: values that are not finite reach earlier tokens",
         "csrc/cuda/attention/sm90_fwd.cu",
-        r"\.one_by_one = true;",
-        ".one_by_one = false;",
+        r"return !__any_sync\(0xffffffffu, zero != 0\.0f\);",
+        "return true;",
         "tests/test_not_finite.py::test_values_that_some_queries_see",
     ),
     Mutant(
