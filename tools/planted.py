@@ -327,6 +327,41 @@ PYTHON = [
         "torch.no_grad()",
         "tests/test_serving.py::test_export",
     ),
+    Mutant(
+        "FLOP of a pool by its lengths after the call",
+        "rat_ext/_flops.py",
+        r"max\(p - n, 0\)",
+        "p",
+        "tests/test_flops.py::test_in_place",
+    ),
+    Mutant(
+        "a row that is skipped has FLOP",
+        "rat_ext/_flops.py",
+        r"\(slots >= 0\) & ",
+        "",
+        "tests/test_flops.py::test_in_place",
+    ),
+    Mutant(
+        "places of a ring are split as heads",
+        "rat_ext/parallel/sharding.py",
+        r"\(\(\"running_k\", \"running_v\"\), \(0, 2\)\)",
+        '(("running_k", "running_v"), (0, 1))',
+        "tests/test_parallel_sharding.py::test_calls_in_place",
+    ),
+    Mutant(
+        "a copy of a cache is written",
+        "rat_ext/parallel/sharding.py",
+        r"if all\(of\[i\] in x\.placements for i, x in at\.items\(\)\)",
+        "if at",
+        "tests/test_parallel_sharding.py::test_a_cache_is_not_moved",
+    ),
+    Mutant(
+        "slots beside no cache explained",
+        "rat_ext/_autograd.py",
+        r"elif given\[\"slots\"\] is not None:",
+        "elif False:",
+        "tests/test_explain.py::test_explain_takes_slots_with_a_cache_alone",
+    ),
 ]
 
 # The operators' own side, compiled for the CPU.
