@@ -1033,7 +1033,7 @@ CUDA = [
     Mutant(
         "sm90: values that are not finite reach earlier tokens",
         "csrc/cuda/attention/sm90_fwd.cu",
-        r"return !__any_sync\(0xffffffffu, zero != 0\.0f\);",
+        r"return __all_sync\(0xffffffffu, finite\);",
         "return true;",
         "tests/test_not_finite.py::test_values_that_some_queries_see",
     ),

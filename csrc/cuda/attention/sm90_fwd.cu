@@ -739,12 +739,14 @@ struct Consumer {
   }
 
   // Of the warp's queries. A sum is NaN where a value that its query does not see is not finite, for 0 times it is NaN.
-  __device__ __forceinline__ bool all_finite() const {
-    float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  __device__ __forceinline__ bool all_finite(const Place& at) const {
+    float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // of both rows, columns in turn
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) zeros[i % 4] = fmaf(o[i], 0.0f, zeros[i % 4]);
-    const float zero = (zeros[0] + zeros[1]) + (zeros[2] + zeros[3]);
-    return !__any_sync(0xffffffffu, zero != 0.0f);
+    bool finite = true;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) finite &= !at.has(h) || zeros[2 * h] + zeros[2 * h + 1] == 0.0f;
+    return __all_sync(0xffffffffu, finite);
   }
 
   // In place of both steps of the epilogue: the warp's queries one by one.
@@ -834,7 +836,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
     } else {
       c.fetch_early(at);
     }
-    if (c.all_finite()) {
+    if (c.all_finite(at)) {
       c.epilogue(at, 0);
       if constexpr (!C::kFetchBoth) c.fetch_operands(at, 1);
       c.epilogue(at, 1);
