@@ -327,9 +327,11 @@ def test_distributed(tmp_path):
     script = """
         import copy, os, sys, torch, torch.distributed as dist
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.device_mesh import init_device_mesh
         from rat_ext.models import RATConfig, RATForCausalLM
         rank = int(sys.argv[1])
         dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+        mesh = init_device_mesh("cpu", (2,))
         config = RATConfig(vocab_size=61, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, chunk_size=4,
                            sliding_window=5, layer_types=["rat", "sliding_attention", "rnn", "attention"])
         torch.manual_seed(0)
@@ -354,8 +356,8 @@ def test_distributed(tmp_path):
             with torch.device("meta"):
                 model = RATForCausalLM(config)
             for layer in model.model.layers:
-                fully_shard(layer, mp_policy=policy)
-            fully_shard(model, mp_policy=policy)
+                fully_shard(layer, mesh=mesh, mp_policy=policy)
+            fully_shard(model, mesh=mesh, mp_policy=policy)
             model.to_empty(device="cpu")
             model.init_weights()
             assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -1,5 +1,6 @@
 """Jobs of several processes: a pipeline of layers; a rank that dies or hangs ends the job with an error."""
 
+import contextlib
 import os
 import signal
 import time
@@ -69,7 +70,8 @@ def test_a_lost_rank_ends_the_job(tmp_path, how):
         while os.path.exists(f"/proc/{left}") and "Z" not in open(f"/proc/{left}/stat").read().split()[2]:
             assert time.monotonic() - begin < 60, "it hangs"
             time.sleep(0.05)
-        os.kill(lost, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # killed and waited for already
+            os.kill(lost, signal.SIGKILL)
         _, errors = job.communicate(timeout=60)
         assert job.returncode == 1 and b"RuntimeError" in errors
     finally:

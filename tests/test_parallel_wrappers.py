@@ -114,7 +114,7 @@ def test_mixed_precision_leaves_states_alone(fsdp1, fsdp2, which):
     cache = state.detach().reserve(30)
     with torch.no_grad():
         steps = [layer(x[:, t], cache=cache) for t in range(20, 30)]
-    assert cache.lengths.tolist() == [30, 30] and cache.length_bound == 30
+    assert cache.lengths.tolist() == [30, 30] and 30 <= cache.length_bound <= cache.capacity
     pieces = torch.cat((first, second, torch.stack(steps, dim=1)), dim=1)
     torch.testing.assert_close(pieces, whole, rtol=3e-2, atol=3e-2)
     (second.sum() + first.sum()).backward()

@@ -448,8 +448,8 @@ class RATModelCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether a step only writes in place."""
-        return self.static
+        """False: generate() compiles nothing by itself, since what says which columns are padding grows with each step."""
+        return False
 
     @property
     def is_initialized(self) -> bool:

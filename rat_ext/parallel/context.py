@@ -540,7 +540,7 @@ class _Call:
         device, cuts = empty.device, cp.cu_seqlens
         tokens_of = [b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
         there = [i for i, n in enumerate(tokens_of) if n]
-        count, room = len(tokens_of), self.layout.tokens // size
+        count, room = len(tokens_of), max(tokens_of, default=0) // size
         all_running = found[1].new_zeros(count, *found[1].shape[1:])
         all_running = all_running.index_copy(0, torch.tensor(there, dtype=torch.int64).to(device), found[1])
         if self.alone:

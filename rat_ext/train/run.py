@@ -93,6 +93,7 @@ def make(kind: Any, found: dict[str, Any]) -> Any:
     if unknown := sorted(set(found) - fields):
         raise wrong("run", f"trainer.{unknown[0]}", f"an argument of {kind.__name__}", "an unknown key")
     args = kind(**found)
+    args._n_gpu = min(args.n_gpu, 1)  # of several GPUs without torchrun, Trainer would make a DataParallel
     if args.device.type == "cpu":
         vars(args)["_setup_devices"] = torch.device("cpu")  # a rank is on "cpu:0", where torch.load cannot put an optimizer
     return args
