@@ -55,7 +55,8 @@ struct PoolStates {
   int64_t ring;           // R
   const float* staged_k;  // (N, H, D): the state that a row starts from, where is_staged()
   const float* staged_v;
-  ChunkStates quantised;  // where closed states go, beside scratch that attention reads; k null: the pool's states are of T
+  // Where closed states go, beside scratch that attention reads; k null: the pool's states are of T.
+  ChunkStates quantised;
   float* scale_k;
   float* scale_v;
 };
