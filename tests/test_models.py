@@ -57,6 +57,15 @@ def rows_of(device, lengths=(5, 19, 12, 8)):
     return [tokens_of(device, n, seed=n) for n in lengths]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A CPU's matrix products cut their sums by rows and threads; with one thread a row's bits do not depend on the others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=ALL)
 def model(request, device) -> RATForCausalLM:
     return model_of(request.param, device)
