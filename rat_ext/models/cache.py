@@ -402,8 +402,8 @@ class RATModelCache(Cache):
                 layer.resize(self.lengths)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the last columns back: the states become those of never having seen them, bit for bit where a token's projections
-        do not depend on how many there are (on a CPU with one thread).
+        """Takes the last columns back: the states become those of never having seen them, bit for bit where a token's
+        projections do not depend on how many there are (on a CPU with one thread).
 
         Needs :meth:`activate_past_recording` before the calls that saw them, and goes back to the last crop at most. Zero
         forgets what was recorded.
