@@ -198,14 +198,12 @@ class RATPool:
 
     def prefill(self, mixer: Any, projection: Tensor, layout: Layout, plan: Prefill) -> Tensor:
         cos, sin = self.tables
-        y, state = rat_attention_packed(
+        self.cache.reset(plan.slots)
+        y = rat_attention_packed(
             projection, self.heads, self.groups, self.chunk_size, gate_bias=mixer.gate_bias, rotary_cos=cos, rotary_sin=sin,
-            cu_seqlens=plan.cu_seqlens, return_state=True,
+            cu_seqlens=plan.cu_seqlens, cache=self.cache, slots=plan.slots,
         )  # fmt: skip
-        # Each of the packed sequences has room for as many chunks as all together have tokens for.
-        rows = self.cache.chunk_k.shape[2]
-        state = state.replace(chunk_k=state.chunk_k[:, :, :rows], chunk_v=state.chunk_v[:, :, :rows])
-        self.cache.write(plan.slots, state)
+        assert isinstance(y, Tensor)
         return y
 
     def step(self, mixer: Any, projection: Tensor, step: Step) -> Tensor:
@@ -272,9 +270,11 @@ class KeysPool:
         return attention.attend(q, k, v, layout, self.window)
 
     def step(self, mixer: Any, projection: Tensor, step: Step) -> Tensor:
-        q, k, v = mixer.split(projection)
+        queries, keys, values = mixer.parts
+        rotated, v = projection.unflatten(-1, (-1, mixer.head_dim)).split((queries + keys, values), dim=-2)
         if step.angles is not None:
-            q, k = (attention.rotate(x[:, None], step.angles)[:, 0] for x in (q, k))
+            rotated = step.rotate(rotated[:, None], step.angles)[:, 0]
+        q, k = rotated.split((queries, keys), dim=-2)
         place = (self.first[:-1] + step.length % self.columns).long()
         for pool, x in ((self.keys, k), (self.values, v)):
             pool.flatten(0, 1).index_copy_(0, place, x.to(pool.dtype))
@@ -320,6 +320,7 @@ class Step:
     active: Tensor  # (P,) bool
     length: Tensor  # (P,) int32
     angles: tuple[Tensor, Tensor] | None  # (P, 1, 1, D / 2)
+    rotate: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
 
 
 @dataclasses.dataclass
@@ -351,7 +352,7 @@ class Generator:
         max_batch: slots: sequences that go on at the same time. More requests wait for a slot.
         max_length: tokens of a sequence, prompt and new. All memory for states is taken now: :func:`state_bytes` per slot.
         prefill_tokens: prompt tokens in one prefill, which comes between two steps; a longer prompt has one of its own.
-        compile: fuse residual sums and norms of a step by ``torch.compile``.
+        compile: fuse residual sums and norms of a step, and rotations by token, by ``torch.compile``.
 
     Example:
         >>> import torch
@@ -394,6 +395,7 @@ class Generator:
             base, dtype = self.config.rope_theta, state_dtype(self.dtype)
             self.angles = rotary_tables(max_length, self.config.head_dim, base=base, device=self.device, dtype=dtype)
         self.add_norm = torch.compile(add_norm) if compile else add_norm
+        self.rotate = torch.compile(attention.rotate) if compile else attention.rotate
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.lag = LAG if self.device.type == "cuda" else 0
 
@@ -594,7 +596,7 @@ class Generator:
     def _compute(self, mode: int) -> None:
         """One token for every slot that has a sequence. Every tensor that outlives it is updated in place."""
         rows = self.rows
-        step = Step(rows.slot, rows.slot >= 0, rows.length, None)
+        step = Step(rows.slot, rows.slot >= 0, rows.length, None, self.rotate)
         if self.angles is not None:
             place = rows.length.clamp(max=self.max_length - 1)
             cos, sin = (x.index_select(0, place)[:, None, None] for x in self.angles)

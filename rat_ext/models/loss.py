@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Logits of a piece, as a number of elements: 128 MB of float32.
+# Logits of a piece, as a number of elements, where x has fewer than that: 128 MB of float32. Else as many as x has: a longer
+# piece adds to the weight's gradient less often, and memory still goes with the tokens and not with the vocabulary.
 PIECE = 1 << 25
 IGNORED = -100
 
@@ -19,24 +20,25 @@ def _linear_cross_entropy(
     loss = torch.zeros((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
     dx = torch.zeros_like(x) if x_gradient else x.new_empty(0)
     dweight = torch.zeros_like(weight, dtype=loss.dtype) if weight_gradient else loss.new_empty(0)
-    piece = max(PIECE // vocab, 1)
+    piece = max(max(PIECE, x.numel()) // max(vocab, 1), 1)
     for start in range(0, tokens, piece):
         part = x[start : start + piece]
-        logits = (part @ weight.t()).to(loss.dtype)
+        logits = part @ weight.t()
         label = labels[start : start + piece]
         counts = label != IGNORED
         place = label.clamp(min=0)[:, None]
-        norm = logits.logsumexp(-1)
-        loss += ((norm - logits.gather(1, place)[:, 0]) * counts).sum()
+        logp = logits.log_softmax(-1, dtype=loss.dtype)
+        picked = logp.gather(1, place)
+        loss -= (picked[:, 0] * counts).sum()
         if x_gradient or weight_gradient:
-            # softmax minus one at the label; nothing for tokens that are ignored
-            dlogits = logits.sub_(norm[:, None]).exp_()
-            dlogits.scatter_add_(1, place, dlogits.new_full(place.shape, -1.0))
-            dlogits = dlogits.mul_(counts[:, None]).to(x.dtype)
+            # Softmax minus one at the label, each rounded once; what is ignored drops out of the products.
+            dlogits = torch.exp(logp, out=logits)
+            dlogits.scatter_(1, place, picked.expm1().to(logits.dtype))
             if x_gradient:
                 torch.mm(dlogits, weight, out=dx[start : start + piece])
+                dx[start : start + piece].mul_(counts[:, None])
             if weight_gradient:
-                dweight += dlogits.t() @ part
+                dweight += dlogits.t() @ (part * counts[:, None])
     return loss, dx, dweight.to(weight.dtype)
 
 
