@@ -227,18 +227,39 @@ def record(bench: str, device: torch.device, **more: object) -> dict:
     }
 
 
+def result_path(result: dict, options: argparse.Namespace) -> Path | None:
+    """Where the JSON of a run goes; a quick one only where --out names a file."""
+    if options.out is not None or options.quick:
+        return options.out
+    device = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
+    return RESULTS / f"{result['bench']}-{device}-{result['date'][:10]}.json"
+
+
+def write(result: dict, path: Path) -> None:
+    """Whole or not at all: a run that is ended in the middle leaves the file of before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(result, indent=1) + "\n")
+    beside.replace(path)
+
+
 def save(result: dict, options: argparse.Namespace) -> None:
     """Writes the JSON of a run; a quick one only where --out names a file."""
-    path = options.out
+    path = result_path(result, options)
     if path is None:
-        if options.quick:
-            print("--quick: no result written")
-            return
-        device = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-        path = RESULTS / f"{result['bench']}-{device}-{result['date'][:10]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+        print("--quick: no result written")
+        return
+    write(result, path)
     print(f"written: {path}")
+
+
+def flash_attention_3() -> tuple[Callable | None, str]:
+    """``flash_attn_with_kvcache`` of FlashAttention-3 where the wheel fa3-fwd is installed; else None, and why."""
+    try:
+        from fa3_fwd_interface import flash_attn_with_kvcache
+    except Exception as error:  # not there, or made for another torch
+        return None, f"FlashAttention-3 is left out: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return flash_attn_with_kvcache, ""
 
 
 def table(head: list[str], rows: list[list[str]]) -> None:

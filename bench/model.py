@@ -1,7 +1,8 @@
 """The models of the paper at 1.3B: decoding, generation, training, each beside its peer in the same run.
 
 Rows come in the order of their worth and are written as they are found: one that fails, runs out of memory or comes after
---time-limit costs no other. Weights and states are random, of normal numbers: zeros would draw less power.
+--time-limit costs no other. Where memory does not suffice, a row takes a smaller batch, and says which. Weights and states are
+random, of normal numbers: zeros would draw less power.
 """
 
 from __future__ import annotations
@@ -17,12 +18,25 @@ import traceback
 from collections.abc import Callable
 
 import torch
-from common import Deadline, ceilings, free, number, parser, record, save, sync, table
+from common import (
+    Deadline,
+    ceilings,
+    flash_attention_3,
+    free,
+    number,
+    parser,
+    record,
+    result_path,
+    save,
+    sync,
+    table,
+    write,
+)
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rat_ext.models import Generator, RATConfig, RATForCausalLM
-from rat_ext.models.generator import GREEDY, KeysPool, RATPool, RNNPool, state_bytes
+from rat_ext.models import Generator, RATConfig, RATForCausalLM, attention
+from rat_ext.models.generator import GREEDY, KeysPool, RATPool, RNNPool, add_norm, state_bytes
 
 PEAK = 989e12  # FLOP per second of an H100's tensor cores in bfloat16, dense, as its data sheet says
 FULL = {"length": 4096, "long": 131072, "batch": 64, "prompts": 256, "prompt": 3072, "new": 1024, "steps": 40, "host": 64}
@@ -34,8 +48,9 @@ WORKING, RESERVE = 400e3, 2.0e9
 class Bench:
     """The device, the sizes and the one model that is in memory."""
 
-    def __init__(self, device: torch.device, tiny: bool):
+    def __init__(self, device: torch.device, tiny: bool, deadline: Deadline, profile: bool):
         self.device, self.tiny, self.size = device, tiny, TINY if tiny else FULL
+        self.deadline, self.profile = deadline, profile
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.limits: dict = {}
         self.pattern, self.model = "", None
@@ -70,6 +85,24 @@ class Bench:
         sync(self.device)
         return (time.perf_counter() - start) / calls * 1e3
 
+    def kernels(self, function: Callable[[], object]) -> dict | None:
+        """With --profile: milliseconds and calls by kernel of one call, the longest first."""
+        if not self.profile or self.device.type != "cuda":
+            return None
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            function()
+            sync(self.device)
+        events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
+        events = [event for event in events if event.self_device_time_total > 0]
+        listed = {event.key[:120]: [round(event.self_device_time_total / 1e3, 4), event.count] for event in events[:25]}
+        total = sum(event.self_device_time_total for event in events) / 1e3
+        print(f"  {total:.3f} ms in {sum(event.count for event in events)} kernels")
+        for name, (ms, count) in listed.items():
+            print(f"  {ms:9.3f} ms {count:5d}  {name}")
+        return {"total_ms": total, "listed": listed}
+
     # ---- decoding ----
 
     def fill(self, generator: Generator, length: int) -> None:
@@ -84,61 +117,145 @@ class Bench:
                 x.normal_()
         rows = generator.rows
         rows.slot.copy_(torch.arange(generator.max_batch))
-        rows.token.random_(0, self.config("rat").vocab_size)
+        rows.token.random_(0, generator.config.vocab_size)
         rows.length.fill_(length)
         rows.limit.fill_(2**30)
+
+    def graph(self, generator: Generator) -> Callable[[], object]:
+        """One greedy step, on a GPU as a replay."""
+        if self.device.type != "cuda":
+            return lambda: generator._compute(GREEDY)
+        free()  # what the graph of before kept
+        return generator._capture(GREEDY).replay
 
     @torch.no_grad()
     def step(self, generator: Generator, length: int) -> float:
         """Milliseconds of a step whose last call comes to ``length`` tokens."""
         steps, warm = self.size["steps"], 2
-        if self.device.type == "cuda":
-            run = generator._capture(GREEDY).replay
-        else:
-            run = lambda: generator._compute(GREEDY)  # noqa: E731
+        run = self.graph(generator)
         self.fill(generator, length - steps - warm)
         for _ in range(warm):
             run()
         ms = self.milliseconds(run, steps)
         if int(generator.rows.length.min()) != length or not bool((generator.rows.slot >= 0).all()):
             raise RuntimeError("the steps did not all count")
+        for pool in generator.pools:
+            if isinstance(pool, RATPool):
+                pool.cache.check()
         return ms
 
-    @torch.no_grad()
     def decode(self, pattern: str, batch: int | None = None) -> dict:
         """Steps of ``batch`` sequences, or as many as fit, that end at T tokens."""
-        length, model = self.size["length"], self.load(pattern)
-        bytes_each = state_bytes(model.config, length, self.dtype)
-        what: dict = {"state_mb": bytes_each / 1e6}
+        model, what = self.load(pattern), {}
+        bytes_each = what["state_bytes"] = state_bytes(model.config, self.size["length"], self.dtype)
         if batch is None:
             batch = 3
             if self.device.type == "cuda":
                 free()
                 what["free_gb"] = torch.cuda.mem_get_info(self.device)[0] / 1e9
                 batch = int((what["free_gb"] * 1e9 - RESERVE) / (bytes_each + WORKING))
-        generator = Generator(model, batch, length)
-        ms = {"generator": self.step(generator, length)}
+        return what | self.smaller(lambda n: self.decode_at(model, n, bytes_each), batch, 0.95)
+
+    def smaller(self, measure: Callable[[int], dict], batch: int, share: float) -> dict:
+        """``measure(batch)``, or that of a smaller batch, ``share`` of the last one, where memory does not suffice."""
+        while True:
+            try:
+                return measure(batch)
+            except torch.OutOfMemoryError as error:
+                message = str(error).splitlines()[0]
+            if batch == 1 or self.deadline.over():
+                raise RuntimeError(f"out of memory at B={batch}: {message}")
+            print(f"  out of memory at B={batch}", flush=True)
+            batch = max(1, min(batch - 1, int(batch * share)))
+            free()
+
+    @torch.no_grad()
+    def decode_at(self, model: RATForCausalLM, batch: int, bytes_each: int) -> dict:
+        length = self.size["length"]
+        generator = Generator(model, batch, length, compile=True)
+        compiled = {name: getattr(generator, name) for name in ("add_norm", "rotate")}
+        ms: dict[str, float] = {}
+        left_out: dict[str, str] = {}
+
+        def way(name: str, functions: dict, attend: Callable | None = None) -> None:
+            for key, function in functions.items():
+                setattr(generator, key, function)
+            for pool in generator.pools:
+                if isinstance(pool, KeysPool) and attend is not None:
+                    pool.attend = attend(pool)
+            try:
+                ms[name] = self.step(generator, length)
+            except Exception as error:
+                if name == "generator" and isinstance(error, torch.OutOfMemoryError):
+                    raise
+                left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
+                print(f"  {name} is left out: {left_out[name]}", flush=True)
+
+        eager = {"add_norm": add_norm, "rotate": attention.rotate}
+        way("generator", eager)
+        attends: dict[str, Callable | None] = {"generator": None}
         if any(isinstance(pool, KeysPool) for pool in generator.pools):
-            # The same keys by scaled_dot_product_attention over all columns: right here, where all sequences are as long.
-            with contextlib.suppress(RuntimeError):
-                for pool in generator.pools:
-                    if isinstance(pool, KeysPool):
-                        pool.attend = lambda q, used, p=pool: F.scaled_dot_product_attention(
-                            q[:, :, None], p.keys.transpose(1, 2), p.values.transpose(1, 2)
-                        )[:, :, 0]
-                ms["sdpa over all columns"] = self.step(generator, length)
+            attends |= self.attends()
+            for name in list(attends)[1:]:
+                way(name, eager, attends[name])
+            for pool in generator.pools:
+                vars(pool).pop("attend", None)
+        # Ours is what the Generator does; a peer has the best of all ways.
+        counted = [name for name in ms if name == "generator" or model.config.layer_types[0] == "attention"]
+        if not counted:
+            raise RuntimeError(f"no way of a step works: {left_out}")
+        best = min(counted, key=lambda name: ms[name])
+        if not self.tiny and not self.deadline.over():  # Dynamo and Inductor are slow to start
+            way(f"{best}, compiled", compiled, attends[best])
+            counted += [name for name in ms if name == f"{best}, compiled"]
+        best_ms = min(ms[name] for name in counted)
+        run = None
+        if self.profile and self.device.type == "cuda":
+            run = self.graph(generator)
+            self.fill(generator, length - 2)
+        kernels = self.kernels(run) if run else None
         read = batch * bytes_each + sum(p.nbytes for p in model.parameters())
         floor = read / self.limits["copy_gb_s"] / 1e6
-        # Ours is what the Generator does; a peer has the best of all ways.
-        best = min(ms.values()) if pattern.startswith("attention") else ms["generator"]
-        return what | {
-            "batch": batch, "ms": ms, "floor_ms": floor, "of_floor": floor / best, "tokens_per_s": batch / best * 1e3,
+        return {
+            "batch": batch, "state_mb": bytes_each / 1e6, "ms": ms, "left_out": left_out, "floor_ms": floor,
+            "of_floor": floor / best_ms, "tokens_per_s": batch / best_ms * 1e3, "kernels": kernels,
         }  # fmt: skip
+
+    def attends(self) -> dict[str, Callable]:
+        """Other ways to attend to a pool of keys than the Generator's. Dense ones read all columns: as many, where all
+        sequences are as long as they are here."""
+
+        def dense(backend: SDPBackend | None) -> Callable:
+            def of(pool: KeysPool) -> Callable:
+                def attend(q: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+                    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+                        keys, values = pool.keys.transpose(1, 2), pool.values.transpose(1, 2)
+                        return F.scaled_dot_product_attention(q[:, :, None], keys, values)[:, :, 0]
+
+                return attend
+
+            return of
+
+        if self.device.type != "cuda":
+            return {"sdpa": dense(None)}
+        found = {"sdpa cudnn": dense(SDPBackend.CUDNN_ATTENTION), "sdpa flash": dense(SDPBackend.FLASH_ATTENTION)}
+        function, why = flash_attention_3()
+        if function is None:
+            print(f"  {why}")
+            return found
+
+        def flash3(pool: KeysPool) -> Callable:
+            return lambda q, used: function(q[:, None], pool.keys, pool.values, cache_seqlens=used)[:, 0]
+
+        return found | {"FlashAttention-3": flash3}
 
     def end_to_end(self) -> dict:
         """Prompts and new tokens through the Generator, beside its prefill alone and its step alone."""
-        size, model = self.size, self.load("rat")
-        batch, prompt, new = size["prompts"], size["prompt"], size["new"]
+        model = self.load("rat")
+        return self.smaller(lambda batch: self.end_to_end_of(model, batch), self.size["prompts"], 0.5)
+
+    def end_to_end_of(self, model: RATForCausalLM, batch: int) -> dict:
+        prompt, new = self.size["prompt"], self.size["new"]
         generator = Generator(model, batch, prompt + new, prefill_tokens=65536)
         ids = torch.randint(0, model.config.vocab_size, (batch, prompt)).tolist()
         generator.generate([ids[0]], 3)  # the graph
@@ -184,7 +301,7 @@ class Bench:
     # ---- training ----
 
     def flop(self, config: RATConfig, tokens: int, length: int, parameters: int) -> float:
-        """Needed by a train step: 6 N per token, and two products of attention forward, five backward. No recomputation."""
+        """Needed by a train step: 6 N per token, and two products of attention forward, four backward. No recomputation."""
         total = 6.0 * parameters * tokens
         for i, kind in enumerate(config.layer_types):
             keys = length / 2
@@ -193,7 +310,7 @@ class Bench:
             elif kind == "sliding_attention":
                 keys = min(config.sliding_window, length / 2)
             if kind != "rnn":
-                total += 7 * 2.0 * tokens * keys * config.hidden_size
+                total += 6 * 2.0 * tokens * keys * config.hidden_size
         return total
 
     def train(self, pattern: str, length: int, batch: int, checkpointing: bool, repeats: int) -> dict:
@@ -212,25 +329,27 @@ class Bench:
 
         backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
         kernels = sdpa_kernel(backends, set_priority=True) if self.device.type == "cuda" else contextlib.nullcontext()
+        layers = model.model.layers
+
+        def measure(batch: int) -> dict:
+            optimizer.zero_grad()
+            ids = torch.randint(0, model.config.vocab_size, (batch, length), device=self.device)
+            model.model.layers = layers[:1]  # every library and every shape, at a small part of the cost
+            step(ids)
+            model.model.layers = layers
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            ms = statistics.median(self.milliseconds(lambda: step(ids), 1) for _ in range(repeats))
+            return {"batch": batch, "ms": ms, "kernels": self.kernels(lambda: step(ids)) if repeats > 1 else None}
+
         with kernels:
-            step(torch.zeros(1, min(length, 8192), dtype=torch.int64, device=self.device))  # libraries, the optimizer's states
-            while True:
-                ids = torch.randint(0, model.config.vocab_size, (batch, length), device=self.device)
-                try:
-                    if repeats > 1:
-                        step(ids)
-                    ms = statistics.median(self.milliseconds(lambda ids=ids: step(ids), 1) for _ in range(repeats))
-                    break
-                except torch.OutOfMemoryError:
-                    if batch == 1:
-                        raise
-                batch //= 2
-                optimizer.zero_grad()
-                free()
+            step(torch.zeros(1, min(length, 1024), dtype=torch.int64, device=self.device))  # the optimizer's states
+            found = self.smaller(measure, batch, 0.5)
+        batch, ms = found["batch"], found["ms"]
         peak = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
         work = self.flop(model.config, batch * length, length, model.num_parameters()) / ms * 1e3
         return {
-            "batch": batch, "length": length, "ms": ms, "tokens_per_s": batch * length / ms * 1e3, "tflop_s": work / 1e12,
+            **found, "length": length, "tokens_per_s": batch * length / ms * 1e3, "tflop_s": work / 1e12,
             "mfu": work / PEAK, "of_matmul": work / 1e12 / self.limits["matmul_tflop_s"], "peak_gb": peak,
         }  # fmt: skip
 
@@ -239,23 +358,24 @@ def rows(bench: Bench) -> list[tuple[str, Callable[[], dict]]]:
     """Name and measurement, the most worth first; a peer comes right after its row."""
     length, long, batch = (bench.size[name] for name in ("length", "long", "batch"))
     micro = 2 if bench.tiny else 8
-    found: list[tuple[str, Callable[[], dict]]] = [
-        (f"largest batch T={length} {pattern}", lambda p=pattern: bench.decode(p)) for pattern in ("rat", "attention")
-    ]
-    found += [(f"train T={length} rat", lambda: bench.train("rat", length, micro, False, 3))]
-    found += [
-        (f"largest batch T={length} {pattern}", lambda p=pattern: bench.decode(p)) for pattern in ("rat-swa", "attention-swa")
-    ]
-    found += [
+
+    def largest(pattern: str) -> tuple[str, Callable[[], dict]]:
+        return f"largest batch T={length} {pattern}", lambda: bench.decode(pattern)
+
+    return [
+        largest("rat"),
         (f"step B={batch} T={length} rat", lambda: bench.decode("rat", batch)),
-        ("end to end rat", bench.end_to_end),
+        largest("attention"),
+        (f"train T={length} rat", lambda: bench.train("rat", length, micro, False, 3)),
         (f"train T={long} B=1 rat", lambda: bench.train("rat", long, 1, True, 2)),
         (f"train T={long} B=1 attention", lambda: bench.train("attention", long, 1, True, 1)),
+        largest("rat-swa"),
+        largest("attention-swa"),
+        ("end to end rat", bench.end_to_end),
         ("host B=1 rat", bench.host),
         (f"step B={batch} T={length} attention", lambda: bench.decode("attention", batch)),
         (f"train T={length} attention", lambda: bench.train("attention", length, micro, False, 3)),
     ]
-    return found
 
 
 def ratios(found: list[dict]) -> list[dict]:
@@ -293,7 +413,7 @@ def words(row: dict) -> list[str]:
         alone = f"prefill alone {row['prefill_seconds']:.1f} s; {row['of_step_and_prefill']:.0%} of the rate of the two alone"
         return [row["name"], rate, f"{more}; {share}; {alone}"]
     ways = ", ".join(f"{name} {number(ms)} ms" for name, ms in row["ms"].items())
-    states = f"B={row['batch']}, states {row['state_mb']:.1f} MB each"
+    states = f"B={row['batch']}, states {row['state_mb']:.4g} MB each"
     return [row["name"], rate, f"{states}; {ways}; floor {number(row['floor_ms'])} ms ({row['of_floor']:.0%})"]
 
 
@@ -302,18 +422,21 @@ def main() -> int:
     p.set_defaults(time_limit=240.0)
     p.add_argument("--tiny", action="store_true", help="a model of two small layers: to see that it runs; implies --quick")
     p.add_argument("--resume", action="store_true", help="keep the rows of --out, and measure the others")
+    p.add_argument("--profile", action="store_true", help="also list the kernels of steps and train steps, on a GPU")
     options = p.parse_args()
     options.quick |= options.tiny
     if options.quick and not options.tiny:
         p.error("--quick: of this bench, --tiny")
-    if options.resume and options.out is None:
-        p.error("--resume: needs --out")
     device, deadline = torch.device(options.device), Deadline(options.time_limit)
-    bench = Bench(device, options.tiny)
+    bench = Bench(device, options.tiny, deadline, options.profile)
     bench.limits = ceilings(device, bench.dtype, True)
     result = record("model", device, ceilings=bench.limits, rows=[])
-    if options.resume and options.out.exists():
-        result["rows"] = [row for row in json.loads(options.out.read_text())["rows"] if not row["name"].startswith("ratio")]
+    path = result_path(result, options)
+    if options.resume:
+        if path is None or not path.exists():
+            p.error(f"--resume: no rows to keep at {path}")
+        kept = json.loads(path.read_text())["rows"]
+        result["rows"] = [row for row in kept if not row["name"].startswith("ratio")]
     done = {row["name"] for row in result["rows"]}
     print(f"{result['device']}, torch {result['torch']}, commit {result['commit']}\n", flush=True)
     failed = broken = False
@@ -339,12 +462,11 @@ def main() -> int:
             sync(device)
         except RuntimeError:  # this process has lost the device
             broken = True
-        if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
-        if broken and options.out is not None:
-            left = str(options.time_limit - deadline.seconds())
-            return subprocess.run([sys.executable, *sys.argv, "--resume", "--time-limit", left]).returncode or 1
+        if path is not None:
+            write(result, path)
+        if broken and path is not None:
+            left = ["--resume", "--out", str(path), "--time-limit", str(options.time_limit - deadline.seconds())]
+            return subprocess.run([sys.executable, *sys.argv, *left]).returncode or 1
         free()
     result["rows"] += ratios(result["rows"])
     print()

@@ -181,7 +181,7 @@ def on_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 class RATPool:
-    """States of a RAT layer: a :class:`rat_ext.RATCache`."""
+    """States of a RAT layer: a :class:`rat_ext.RATCache`. A step writes the gate's bias to ``bias``, in the states' dtype."""
 
     def __init__(self, config: RATConfig, layer: int, slots: int, length: int, dtype: torch.dtype, device: torch.device):
         self.heads, self.groups, self.chunk_size = config.num_attention_heads, config.num_groups, config.chunk_sizes[layer]
@@ -191,6 +191,7 @@ class RATPool:
         if config.rope_theta is not None and device.type != "meta":
             rows = length // self.chunk_size + 2
             self.tables = layer_tables(rows, dim, config.rope_theta, device, state_dtype(dtype))
+        self.bias = torch.empty(self.heads, dim, dtype=state_dtype(dtype), device=device)
 
     @property
     def nbytes(self) -> int:
@@ -210,17 +211,18 @@ class RATPool:
         q, k, v, gate, out_gate = mixer.split(projection)
         cos, sin = self.tables
         return rat_decode_step(
-            q, k, v, gate, self.cache, gate_bias=mixer.gate_bias, out_gate=out_gate, rotary_cos=cos, rotary_sin=sin,
+            q, k, v, gate, self.cache, gate_bias=self.bias, out_gate=out_gate, rotary_cos=cos, rotary_sin=sin,
             slots=step.slot,
         )  # fmt: skip
 
 
 class RNNPool:
-    """States of an RNN layer, ``(P, H, D)``."""
+    """States of an RNN layer, ``(P, H, D)``; ``bias`` as of :class:`RATPool`."""
 
     def __init__(self, config: RATConfig, layer: int, slots: int, length: int, dtype: torch.dtype, device: torch.device):
         shape = (slots, config.num_attention_heads, config.head_dim)
         self.state = torch.zeros(shape, dtype=state_dtype(dtype), device=device)
+        self.bias = self.state.new_empty(shape[1:])
 
     @property
     def nbytes(self) -> int:
@@ -235,7 +237,7 @@ class RNNPool:
     def step(self, mixer: Any, projection: Tensor, step: Step) -> Tensor:
         v, gate, out_gate = (x[:, None] for x in mixer.split(projection))
         y, state = chunk_recurrence(
-            v, gate, ENDLESS, gate_bias=mixer.gate_bias, initial_state=self.state, lengths=step.length, return_state=True
+            v, gate, ENDLESS, gate_bias=self.bias, initial_state=self.state, lengths=step.length, return_state=True
         )
         self.state.copy_(torch.where(step.active[:, None, None], state, self.state))
         return (y * out_gate.sigmoid())[:, 0]
@@ -602,6 +604,9 @@ class Generator:
             cos, sin = (x.index_select(0, place)[:, None, None] for x in self.angles)
             step.angles = (cos, sin)
         layers = self._layers()
+        gated = [(pool.bias, layer.mixer.gate_bias) for layer, pool, _ in layers if not isinstance(pool, KeysPool)]
+        if gated:  # one kernel casts those of all layers
+            torch._foreach_copy_(*(list(biases) for biases in zip(*gated, strict=True)))
         x = self.model.model.embed_tokens(rows.token)
         h = layers[0][0].input_layernorm(x)
         for layer, pool, norm in layers:
