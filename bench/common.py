@@ -152,6 +152,25 @@ def host_microseconds(function: Callable[[], object], device: torch.device, call
     return statistics.median(found)
 
 
+def device_kernels(function: Callable[[], object], device: torch.device) -> dict | None:
+    """Milliseconds and calls by kernel of one call of ``function``, the longest first; prints them. None on a CPU."""
+    if device.type != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        function()
+        sync(device)
+    events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
+    events = [event for event in events if event.self_device_time_total > 0]
+    listed = {event.key[:120]: [round(event.self_device_time_total / 1e3, 4), event.count] for event in events[:25]}
+    total = sum(event.self_device_time_total for event in events) / 1e3
+    print(f"  {total:.3f} ms in {sum(event.count for event in events)} kernels")
+    for name, (ms, count) in listed.items():
+        print(f"  {ms:9.4f} ms {count:5d}  {name}")
+    return {"total_ms": total, "listed": listed}
+
+
 def sync(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -4,7 +4,7 @@ The recurrence is :func:`torch._higher_order_ops.associative_scan` over the toke
 gradient, in reverse. Attention to the states of earlier chunks is FlexAttention with a block mask; the token's own
 state joins by the logsumexp that FlexAttention returns. Same arguments and results as :func:`rat_ext.rat_attention`; T
 must be a multiple of L. ``compile=False`` runs the same code eagerly with the generic scan: that is how it is tested on
-a CPU.
+a CPU. :func:`decode_step` is a step of decoding, of the op or of a layer.
 """
 
 from __future__ import annotations
@@ -117,3 +117,55 @@ def rat_attention(q, k, v, gate, chunk_size, *, out_gate, rotary_cos, rotary_sin
     ks, vs = _Scan.apply(gate, k, v, chunk_size, compile)
     mask = _block_mask(v.shape[1], chunk_size, str(v.device))
     return _functions(compile)[2](q, ks, vs, out_gate, rotary_cos, rotary_sin, chunk_size, mask, flex_attention)
+
+
+def _step(
+    q, k, v, gate, out_gate, gate_bias, chunk_k, chunk_v, running_k, running_v, lengths, cos, sin, chunk_size: int
+) -> Tensor:
+    """One token of each row, q, k (B, G, D), the rest (B, H, D); states and lengths as of a RATCache, updated in place."""
+    heads, dim, acc = v.shape[1], v.shape[2], running_k.dtype
+    q, k = (x.repeat_interleave(heads // x.shape[1], dim=1).to(acc) for x in (q, k))
+    place, chunk = lengths % chunk_size, (lengths // chunk_size).long()
+    gate = gate.to(acc) if gate_bias is None else gate.to(acc) + gate_bias.to(acc)
+    keep, take = torch.sigmoid(gate), torch.sigmoid(-gate)
+    first = (place == 0)[:, None, None]
+    own_k = torch.where(first, 0, running_k) * keep + take * k
+    own_v = torch.where(first, 0, running_v) * keep + take * v.to(acc)
+    angles = cos[chunk][:, None], sin[chunk][:, None]
+    turned = _rotate(q, *angles)
+    earlier = torch.arange(chunk_k.shape[2], device=q.device) < chunk[:, None, None]
+    scores = (turned[:, :, None] * chunk_k.to(acc)).sum(-1) * dim**-0.5
+    scores = scores.masked_fill(~earlier, float("-inf"))
+    own = (q * own_k).sum(-1, keepdim=True) * dim**-0.5
+    top = torch.maximum(scores.amax(-1, keepdim=True), own)
+    p, p_own = (scores - top).exp(), (own - top).exp()
+    y = (p[..., None] * chunk_v.to(acc)).sum(2) + p_own * own_v
+    y = (y / (p.sum(-1, keepdim=True) + p_own) * torch.sigmoid(out_gate.to(acc))).to(v.dtype)
+    # The row of the open chunk is nobody's to read before its last token has written it.
+    index = (torch.arange(v.shape[0], device=q.device)[:, None], torch.arange(heads, device=q.device), chunk[:, None])
+    chunk_k.index_put_(index, _rotate(own_k, *angles).to(chunk_k.dtype))
+    chunk_v.index_put_(index, own_v.to(chunk_v.dtype))
+    running_k.copy_(own_k)
+    running_v.copy_(own_v)
+    lengths.add_(1)
+    return y
+
+
+def _layer_step(x, in_weight, out_weight, gate_bias, *rest) -> Tensor:
+    """A layer's step: ``_step`` between two projections, of rows q, k, v, gate, out_gate. ``rest``: states, tables, L, G."""
+    *rest, groups = rest
+    heads, dim = gate_bias.shape
+    projection = torch.nn.functional.linear(x, in_weight).unflatten(-1, (-1, dim))
+    parts = projection.split((groups, groups, heads, heads, heads), dim=-2)
+    return torch.nn.functional.linear(_step(*parts, gate_bias, *rest).flatten(1), out_weight)
+
+
+def decode_step_eager(layer: bool):
+    """The step of the op, or of a layer, without torch.compile."""
+    return _layer_step if layer else _step
+
+
+@functools.cache
+def decode_step(layer: bool):
+    """The same under torch.compile."""
+    return torch.compile(decode_step_eager(layer), dynamic=False)

@@ -21,6 +21,7 @@ import torch
 from common import (
     Deadline,
     ceilings,
+    device_kernels,
     flash_attention_3,
     free,
     number,
@@ -87,21 +88,7 @@ class Bench:
 
     def kernels(self, function: Callable[[], object]) -> dict | None:
         """With --profile: milliseconds and calls by kernel of one call, the longest first."""
-        if not self.profile or self.device.type != "cuda":
-            return None
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CUDA]) as found:
-            function()
-            sync(self.device)
-        events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
-        events = [event for event in events if event.self_device_time_total > 0]
-        listed = {event.key[:120]: [round(event.self_device_time_total / 1e3, 4), event.count] for event in events[:25]}
-        total = sum(event.self_device_time_total for event in events) / 1e3
-        print(f"  {total:.3f} ms in {sum(event.count for event in events)} kernels")
-        for name, (ms, count) in listed.items():
-            print(f"  {ms:9.3f} ms {count:5d}  {name}")
-        return {"total_ms": total, "listed": listed}
+        return device_kernels(function, self.device) if self.profile else None
 
     # ---- decoding ----
 

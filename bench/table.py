@@ -61,13 +61,30 @@ def host(result: dict) -> str:
     return markdown(["host time per call, microseconds", "rat_ext", "an empty autograd function", "ratio"], rows)
 
 
+# Not peers of a decode row but what it is held against: our own step, or a forward over the whole.
+MEASURES = ("one step", "whole", "whole, with a cache")
+
+
 def decode(result: dict) -> str:
-    rows = []
+    """Steps beside their peers; then what is held against another call of ours."""
+    names = dict.fromkeys(name for row in result["rows"] for name in row["ms"])
+    peers = [name for name in names if name != "rat_ext" and name not in MEASURES]
+    steps, held = [], []
     for row in result["rows"]:
-        mine, theirs = row["ms"]["rat_ext"], row["ms"].get("sdpa")
-        peer = f"{number(theirs * 1e3)} ({theirs / mine:.1f}x)" if theirs else "-"
-        rows.append([f"`{row['name']}`", f"**{number(mine * 1e3)}**", number(row["floor_ms"] * 1e3), peer])
-    return markdown(["decode step, microseconds", "rat_ext", "floor", "sdpa (ratio)"], rows)
+        ms = row["ms"]
+        mine, floor = ms["rat_ext"], row.get("floor_ms")
+        for name in (name for name in MEASURES if name in ms):
+            us = [f"**{number(mine * 1e3)}**", number(ms[name] * 1e3), f"{mine / ms[name]:.2f}x"]
+            held.append([f"`{row['name']}`", us[0], name, *us[1:]])
+        if floor:
+            cells = [f"{number(ms[n] * 1e3)} ({ms[n] / mine:.1f}x)" if n in ms else "-" for n in peers]
+            of_floor = f"{number(floor * 1e3)} ({floor / mine:.0%})"
+            steps.append([f"`{row['name']}`", f"**{number(mine * 1e3)}**", of_floor, *cells])
+    head = ["decode step, microseconds", "rat_ext", "floor (its share)", *(f"{name} (ratio)" for name in peers)]
+    parts = [markdown(head, steps)] if steps else []
+    if held:
+        parts.append(markdown(["microseconds", "rat_ext", "held against", "that", "rat_ext takes"], held))
+    return "\n\n".join(parts)
 
 
 def recurrence(result: dict) -> str:
@@ -182,7 +199,9 @@ Attention in TFLOP/s of its five products, also with `deterministic=False` ("any
 copy bandwidth. Peak memory is that of forward + backward beyond inputs, y, dy and gradients.""",
     "decode": """## Decoding
 
-One step in a CUDA graph, other memory read through the L2 cache before each. The floor: reading the chunk states once.""",
+One step in a CUDA graph, other memory read through the L2 cache before each. The floor: reading the chunk states, and of a
+layer its weights, once. "layer step" is `RATLayer.step` with both projections, "chain" the time per step of several in a row.
+"sdpa" and FlashAttention-3 read keys and values of as many tokens; "compiled" is the definition under `torch.compile`.""",
     "recurrence": "## The recurrence alone",
     "families": """## Kernel families
 
