@@ -109,10 +109,11 @@ class RATLayer(nn.Module):
             place = torch.ones_like(self.gate_bias, dtype=state_dtype(self.gate_bias.dtype)).cumsum(-1) - 1
             self.gate_bias.copy_(first + (last - first) / (self.head_dim - 1) * place)
 
-    def _bias(self, projection: Tensor) -> Tensor:
-        """The gate's bias beside ``projection``: this rank's heads, where the layer is split by heads."""
-        local = getattr(self.gate_bias, "to_local", None)
-        return self.gate_bias if local is None or hasattr(projection, "to_local") else local()
+    def _bias(self, projection: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The gate's bias or ``bias``, made of it, beside ``projection``: this rank's heads, if split by heads."""
+        bias = self.gate_bias if bias is None else bias
+        local = getattr(bias, "to_local", None)
+        return bias if local is None or hasattr(projection, "to_local") else local()
 
     def _rotary(self, tokens: int, projection: Tensor) -> Rotary | tuple[None, None]:
         """Tables for ``tokens`` tokens, of the device of ``projection`` and in the state dtype of its dtype."""
@@ -224,8 +225,10 @@ class RATLayer(nn.Module):
         exact: bool,
         rotary: Rotary | None,
     ) -> Tensor:
+        # Cast before the projection: the op's kernel then follows that of the projection, and may start while it ends.
+        gate_bias = self.gate_bias.detach().to(state_dtype(self.gate_bias.dtype))
         projection = self.in_proj(x).detach()
-        gate_bias = self._bias(projection).detach()
+        gate_bias = self._bias(projection, gate_bias)
         # A full cache has a chunk more: the open one, whose state has no row.
         cos, sin = self._rotary(cache.capacity + 1, projection) if rotary is None else rotary
         if exact and x.dim() == 3:

@@ -51,19 +51,21 @@ def layer_tables(
 
     No module holds them: nothing casts, shards, broadcasts or averages them with its weights. Rows are a power of two, and a
     table is never freed: no other stream and no CUDA graph reads memory that was given to something else, and all tables of
-    one kind together have at most twice the rows of the longest.
+    one kind together have at most twice the rows of the longest. A CUDA graph reads those that were there before its capture.
     """
     if (
         torch.compiler.is_compiling()  # the graph computes them: a global would be a guard, and grow
         or torch._C._len_torch_dispatch_stack()  # fake tensors, or a tracer's
         or torch._C._are_functorch_transforms_active()
         or device.type == "meta"
-        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())  # in the graph's memory, filled by its replay
     ):
         return rotary_tables(num_chunks, head_dim, base=base, device=device, dtype=dtype)
     rows = max(128, 1 << (num_chunks - 1).bit_length())
     key = (rows, head_dim, base, device, dtype)
     tables = _tables.get(key)
+    if tables is None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # In the graph's memory, filled anew by each replay, in a dozen kernels: nothing can be copied from the host now.
+        return rotary_tables(num_chunks, head_dim, base=base, device=device, dtype=dtype)
     if tables is None:
         with torch.inference_mode(False):  # made while sampling, they serve training later
             # From the host by a copy that waits: whatever stream uses them first, they are there.

@@ -344,3 +344,26 @@ def test_a_wrong_argument_of_the_layer(device, call, words):
     layer = RATLayer(16, 2, 1, 4, device=device)
     with pytest.raises(ValueError, match=f"RATLayer: {words}"):
         call(layer, torch.randn(2, 5, 16, device=device), layer.new_cache(2, 8))
+
+
+# What launches nothing: views, and memory without contents (which tests fill).
+NO_WORK = {
+    "aten::linear", "aten::t", "aten::transpose", "aten::as_strided", "aten::matmul", "aten::detach", "detach", "aten::flatten",
+    "aten::unflatten", "aten::view", "aten::_unsafe_view", "aten::reshape", "aten::split_with_sizes", "aten::empty",
+    "aten::new_empty", "aten::empty_strided", "aten::to", "aten::_to_copy", "aten::resolve_conj", "aten::fill_",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 64), (3, 2, 64)])
+def test_the_work_of_a_step(device, shape, dtype):
+    """Two products and the op; in bfloat16 the gate's bias is cast, before them, so that the op comes right after a product."""
+    layer = RATLayer(64, 2, 1, 4, device=device, dtype=dtype)
+    cache, x = layer.new_cache(3, 40), torch.randn(shape, device=device, dtype=dtype)
+    layer.step(x, cache)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        layer.step(x, cache)
+    events = sorted(found.events(), key=lambda event: event.time_range.start)
+    work = [e.name for e in events if e.name.startswith(("aten::", "rat_ext::", "detach")) and e.name not in NO_WORK]
+    cast = ["aten::copy_"] if dtype == torch.bfloat16 else []
+    assert work == [*cast, "aten::mm", "rat_ext::rat_decode_step", "aten::mm"]

@@ -211,6 +211,18 @@ def test_layers_that_differ_share_no_table(other):
         assert torch.equal(layer(x), layer(x, rotary=own))
 
 
+def test_a_capture_takes_the_tables_that_are_there(monkeypatch):
+    """A replay computes none; only where there are none, the graph makes its own."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    device, made, own = torch.device("cuda", 0), ("cos", "sin"), ("own cos", "own sin")
+    monkeypatch.setattr(rotary, "rotary_tables", lambda *args, **options: own)
+    monkeypatch.setattr(rotary, "_tables", {(128, 64, 10000.0, device, torch.float32): made})
+    assert rotary.layer_tables(100, 64, 10000.0, device, torch.float32) is made
+    for rows, dim, base in ((129, 64, 10000.0), (100, 32, 10000.0), (100, 64, 500.0)):
+        assert rotary.layer_tables(rows, dim, base, device, torch.float32) is own
+    assert list(rotary._tables.values()) == [made]
+
+
 @pytest.mark.gpu
 def test_cuda_graph():
     """Tables first made inside a capture belong to the graph, and those of before serve it."""
@@ -226,6 +238,7 @@ def test_cuda_graph():
             with torch.cuda.graph(graph):
                 y = layer(x)
             assert bool(rotary._tables) == made_before
+            kept = dict(rotary._tables)  # noqa: F841  as they are outside of this test, for good
             rotary._tables.clear()  # whether the graph needs what it does not hold
             torch.testing.assert_close(layer(x), want)
             graph.replay()
