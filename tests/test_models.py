@@ -490,7 +490,9 @@ def states(cache, lengths=None) -> list[torch.Tensor]:
         if "chunk_k" in tensors:
             size = layer.chunk_size
             seen += [tensors[name][b, :, : n // size] for name in ("chunk_k", "chunk_v") for b, n in enumerate(lengths)]
-            seen += [tensors[name][b] for name in ("running_k", "running_v") for b, n in enumerate(lengths) if n % size]
+            for name in ("running_k", "running_v"):  # of a cache that records: of the last tokens
+                ring = tensors[name] if tensors[name].dim() == 4 else tensors[name][:, None]
+                seen += [ring[b, (n - 1) % ring.shape[1]] for b, n in enumerate(lengths) if n % size]
             seen.append(tensors["lengths"])
         elif "state" in tensors:
             seen.append(tensors["state"])
@@ -574,6 +576,38 @@ def test_crop_needs_a_record(device, pattern):
     cache.crop(-30)  # all: nothing to remember
     with torch.no_grad():
         assert torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits)
+
+
+def test_rat_layers_take_tokens_back_in_their_pool(device, monkeypatch):
+    """Nothing is computed or copied, however often; the pool grows with what it holds, and goes back 128 tokens at most."""
+    model, ids = model_of("rat", device), tokens_of(device, 2, 300)
+    cache = RATModelCache(model.config)
+    cache.activate_past_recording()
+    drafts = iter(range(300, 1000, 9))
+    monkeypatch.setattr("rat_ext.models.cache.chunk_recurrence", None)
+    with torch.no_grad():
+        for begin in range(0, 295, 5):
+            draft = tokens_of(device, 2, 4, seed=next(drafts))
+            model(torch.cat((ids[:, begin : begin + 5], draft), dim=1), past_key_values=cache)
+            before = [x.data_ptr() for layer in cache.states for name, x in layer.tensors().items() if name != "lengths"]
+            cache.crop(-4)
+            after = [x.data_ptr() for layer in cache.states for name, x in layer.tensors().items() if name != "lengths"]
+            assert before == after
+        whole = model(ids).logits
+        torch.testing.assert_close(model(ids[:, 295:], past_key_values=cache).logits, whole[:, 295:], rtol=1e-4, atol=1e-4)
+        assert all(layer.state.lengths.tolist() == [300, 300] for layer in cache.states)
+
+        other = RATModelCache(model.config)
+        other.activate_past_recording()
+        model(ids, past_key_values=other)
+        with pytest.raises(ValueError, match="crop: tokens_to_remove: expected as many as were recorded .*128.*, got 129"):
+            other.crop(-129)
+        other.crop(-128)
+        with pytest.raises(ValueError, match="crop: tokens_to_remove: expected as many as were recorded .*, got 1"):
+            other.crop(-1)
+        torch.testing.assert_close(model(ids[:, 172:], past_key_values=other).logits, whole[:, 172:], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="past_key_values: expected no gradient beside a cache that records"):
+        model(ids[:, :3], past_key_values=other)
 
 
 def test_recording_may_begin_late(model, device):

@@ -27,36 +27,28 @@ def wrong(method: str, argument: str, expected: str, got: object) -> ValueError:
 
 
 class Record:
-    """The inputs of the recurrences in one call, and the states before it: enough to end it after fewer tokens."""
+    """The inputs of a recurrence in one call, and the states before it: enough to end it after fewer tokens."""
 
-    def __init__(
-        self, before: list[Tensor], lengths: Tensor, inputs: list[Tensor], gate: Tensor, bias: Tensor, counts: list[int]
-    ):
-        self.before, self.lengths = before, lengths  # (B, H, D) each; (B,)
-        self.inputs, self.gate, self.bias = inputs, gate, bias  # (B, T, G or H, D); (B, T, H, D); (H, D)
+    def __init__(self, before: Tensor, lengths: Tensor, v: Tensor, gate: Tensor, bias: Tensor, counts: list[int]):
+        self.before, self.lengths = before, lengths  # (B, H, D); (B,)
+        self.v, self.gate, self.bias = v, gate, bias  # (B, T, H, D) each; (H, D)
         self.counts = counts  # tokens of each row; the rest of its T are not read
 
-    def states(self, rows: slice, tokens: int, chunk_size: int) -> list[Tensor]:
-        """States of ``rows`` after their first ``tokens`` tokens of this call: what a call with no more would have left."""
-        before = [x[rows] for x in self.before]
+    def state(self, rows: slice, tokens: int) -> Tensor:
+        """State of ``rows`` after their first ``tokens`` tokens of this call: what a call with no more would have left."""
+        before = self.before[rows]
         if tokens == 0:
             return before
-        return [
-            chunk_recurrence(
-                x[rows, :tokens], self.gate[rows, :tokens], chunk_size, gate_bias=self.bias, initial_state=start,
-                lengths=self.lengths[rows], return_state=True,
-            )[1]
-            for x, start in zip(self.inputs, before, strict=True)
-        ]  # fmt: skip
+        return chunk_recurrence(
+            self.v[rows, :tokens], self.gate[rows, :tokens], ENDLESS, gate_bias=self.bias, initial_state=before,
+            lengths=self.lengths[rows], return_state=True,
+        )[1]  # fmt: skip
 
 
 class Layer:
     """State of one layer. Its tensors have one row per sequence, first."""
 
     recording = False
-
-    def __init__(self) -> None:
-        self.records: list[Record] = []
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name; none before the first call."""
@@ -76,53 +68,29 @@ class Layer:
                 x.copy_(new[name])
         elif new:
             self.assign(new)
-        self.records.clear()
+        self.forget()
 
     def record(self) -> None:
         """Keeps from now on what a crop needs."""
         self.recording = True
 
-    def running(self) -> list[Tensor]:
-        """Running states (B, H, D), which a crop restores from records."""
-        return []
+    def forget(self) -> None:
+        """No crop goes back to before now."""
 
-    def crop(self, lengths: Tensor, removed: list[int], chunk_size: int) -> None:
-        """Takes ``removed`` tokens back from each row; ``lengths`` are those after that."""
-        states = self.running()
-        if not states:
-            return
-        alike = all(n == removed[0] for n in removed) and all(len(set(r.counts)) == 1 for r in self.records)
-        rows = [slice(None)] if alike else [slice(b, b + 1) for b in range(len(removed))]
-        for row in rows:
-            b = row.start or 0
-            left, place = removed[b], len(self.records)
-            if left == 0:
-                continue
-            while place and left > 0:
-                place -= 1
-                left -= self.records[place].counts[b]
-            for state, kept in zip(states, self.records[place].states(row, -left, chunk_size), strict=True):
-                state[row] = kept
+    def crop(self, removed: list[int]) -> None:
+        """Takes ``removed`` tokens back from each row."""
 
     def recorded(self) -> list[int] | None:
-        """Tokens of each row that a crop can take back; None: all."""
-        if not self.running():
-            return None
-        return [sum(counts) for counts in zip(*(r.counts for r in self.records), strict=True)]
-
-    def keep(self, record: Record) -> None:
-        """Adds the record of a call, and drops those that no draft reaches back to."""
-        self.records.append(record)
-        while sum(min(r.counts) for r in self.records[1:]) > DRAFT:
-            self.records.pop(0)
+        """Tokens of each row that a crop can take back, none where that is empty; None: all."""
+        return None
 
 
 class RATStates(Layer):
-    """A RAT layer's: a :class:`rat_ext.RATCache`."""
+    """A RAT layer's: a :class:`rat_ext.RATCache`, with DRAFT draft tokens from the first call on that is recorded."""
 
     def __init__(self, chunk_size: int) -> None:
-        super().__init__()
         self.chunk_size = chunk_size
+        self.counts: list[int] = []  # of each row, tokens that the pool can take back
         self.state: RATCache | None = None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -137,35 +105,66 @@ class RATStates(Layer):
         else:
             self.state = self.state.replace(**tensors)
 
-    def running(self) -> list[Tensor]:
-        return [] if self.state is None else [self.state.running_k, self.state.running_v]
+    def count(self, counts: list[int]) -> None:
+        """The pool takes so many more tokens of each row."""
+        self.counts = [min(old + new, DRAFT) for old, new in zip(self.counts or [0] * len(counts), counts, strict=True)]
 
-    def crop(self, lengths: Tensor, removed: list[int], chunk_size: int) -> None:
-        super().crop(lengths, removed, chunk_size)
+    def forget(self) -> None:
+        self.counts = []
+
+    def recorded(self) -> list[int] | None:
+        return None if self.state is None else self.counts
+
+    def crop(self, removed: list[int]) -> None:
         if self.state is not None:
-            self.state.lengths.copy_(lengths)
-            self.state.length_bound = max(0, self.state.length_bound - min(removed))
+            self.state.rollback(list(range(len(removed))), torch.tensor(removed, dtype=torch.int32, device="cpu"))
 
 
 class RNNStates(Layer):
     """An RNN layer's: the running state alone."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self.records: list[Record] = []
         self.state: Tensor | None = None  # (B, H, D)
 
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.state is None else {"state": self.state}
 
-    def running(self) -> list[Tensor]:
-        return [] if self.state is None else [self.state]
+    def forget(self) -> None:
+        self.records.clear()
+
+    def recorded(self) -> list[int] | None:
+        """What the records of all calls have; none where a call was not recorded."""
+        if self.state is None:
+            return None
+        return [sum(counts) for counts in zip(*(r.counts for r in self.records), strict=True)]
+
+    def keep(self, record: Record) -> None:
+        """Adds the record of a call, and drops those that no draft reaches back to."""
+        self.records.append(record)
+        while sum(min(r.counts) for r in self.records[1:]) > DRAFT:
+            self.records.pop(0)
+
+    def crop(self, removed: list[int]) -> None:
+        if self.state is None:
+            return
+        alike = all(n == removed[0] for n in removed) and all(len(set(r.counts)) == 1 for r in self.records)
+        rows = [slice(None)] if alike else [slice(b, b + 1) for b in range(len(removed))]
+        for row in rows:
+            b = row.start or 0
+            left, place = removed[b], len(self.records)
+            if left == 0:
+                continue
+            while place and left > 0:
+                place -= 1
+                left -= self.records[place].counts[b]
+            self.state[row] = self.records[place].state(row, -left)
 
 
 class KeysAndValues(Layer):
     """An attention layer's keys and values, (B, H, S, D): the token at position p of its row in column p."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
@@ -385,7 +384,7 @@ class RATModelCache(Cache):
     def reset(self) -> None:
         """Forgets every token."""
         for layer in self.states:
-            layer.records.clear()
+            layer.forget()
             if isinstance(layer, RATStates) and layer.state is not None:
                 layer.state.reset()
             elif isinstance(layer, RNNStates) and layer.state is not None:
@@ -395,7 +394,9 @@ class RATModelCache(Cache):
         self.valid, self.seen = None, 0
 
     def activate_past_recording(self) -> None:
-        """From now on keeps what :meth:`crop` needs."""
+        """From now on keeps what :meth:`crop` needs: of RAT layers the running states of 128 tokens more in each row, of
+        windows as many keys and values. Calls have no gradient then.
+        """
         for layer in self.states:
             layer.record()
             if isinstance(layer, Window) and self.lengths is not None:
@@ -405,8 +406,9 @@ class RATModelCache(Cache):
         """Takes the last columns back: the states become those of never having seen them, bit for bit where a token's
         projections do not depend on how many there are (on a CPU with one thread).
 
-        Needs :meth:`activate_past_recording` before the calls that saw them, and goes back to the last crop at most. Zero
-        forgets what was recorded.
+        Needs :meth:`activate_past_recording` before the calls that saw them, and goes back to the last crop at most; RAT layers
+        and windows take back 128 tokens at most. Zero forgets what was recorded. RAT layers copy and compute nothing
+        (:meth:`rat_ext.RATCache.rollback`).
 
         Args:
             tokens_to_remove: how many columns, as a negative number; a positive one is how many to keep.
@@ -420,7 +422,7 @@ class RATModelCache(Cache):
         elif n > 0:
             self._crop(n)
         for layer in self.states:
-            layer.records.clear()
+            layer.forget()
 
     def _crop(self, n: int) -> None:
         assert self.lengths is not None
@@ -432,13 +434,12 @@ class RATModelCache(Cache):
             if isinstance(layer, Window) and self.seen > layer.ring:
                 short = n > (DRAFT if layer.recording else 0)
             if short:
-                kept = "as many as were recorded (activate_past_recording() before they were seen)"
+                kept = f"as many as were recorded (activate_past_recording() before they were seen; at most {DRAFT})"
                 raise wrong("crop", "tokens_to_remove", kept, n)
         counts = torch.tensor(removed, dtype=torch.int32)
         self.lengths.sub_(counts.to(self.lengths.device))
         for layer in self.states:
-            size = layer.chunk_size if isinstance(layer, RATStates) else ENDLESS
-            layer.crop(self.lengths, removed, size)
+            layer.crop(removed)
         self.valid = None if self.valid is None else self.valid[:, :-n]
         self.seen -= n
 

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ..cache import RATCache, state_dtype
 from ..ops import chunk_recurrence, rat_attention_packed, rat_decode_step
 from . import attention
-from .cache import ENDLESS, KeysAndValues, RATModelCache, RATStates, Record, RNNStates
+from .cache import DRAFT, ENDLESS, KeysAndValues, RATModelCache, RATStates, Record, RNNStates
 from .config import RATConfig
 from .layout import Layout, make_layout, packed_sequences, wrong
 from .loss import IGNORED, linear_cross_entropy
@@ -101,17 +101,6 @@ class Gated(Mixer):
         local = getattr(self.gate_bias, "to_local", None)
         return self.gate_bias if local is None else local()
 
-    def keep(self, states: RATStates | RNNStates, layout: Layout, inputs: list[Tensor], gate: Tensor) -> None:
-        """Records a call, before it changes the states, for a later crop."""
-        assert layout.lengths is not None
-        if not states.recording:
-            return
-        like = gate.new_zeros(layout.batch, *gate.shape[2:], dtype=state_dtype(gate.dtype))
-        before = [x.clone() for x in states.running()] or [like] * len(inputs)
-        counts = [layout.tokens] * layout.batch if layout.counts is None else layout.counts.tolist()
-        aligned = [layout.align(x).detach() for x in (*inputs, gate)]
-        states.keep(Record(before, layout.lengths.clone(), aligned[:-1], aligned[-1], self.bias.detach(), counts))
-
 
 class RAT(Gated):
     """The layer of the paper: :func:`rat_ext.rat_attention_packed` on q, k, v, gate, out_gate."""
@@ -131,9 +120,10 @@ class RAT(Gated):
             return cast(Tensor, call(context_parallel=layout.context_parallel))
         states = layout.cache.states[self.layer]
         assert isinstance(states, RATStates)
-        q, k, v, gate, out_gate = self.split(projection)
-        self.keep(states, layout, [k, v], gate)
+        if states.recording:
+            return self._recorded(states, layout, projection)
         if layout.start != 0 and layout.tokens == 1 and layout.cu_seqlens is None and not torch.is_grad_enabled():
+            q, k, v, gate, out_gate = self.split(projection)
             state = self._room(states, layout.cache)
             y = rat_decode_step(
                 q[:, 0], k[:, 0], v[:, 0], gate[:, 0], state, gate_bias=self.bias, out_gate=out_gate[:, 0],
@@ -143,6 +133,35 @@ class RAT(Gated):
         y, state = call(initial_state=states.state if layout.start != 0 else None, return_state=True)
         self._store(states, state.detach(), layout)
         return y
+
+    def _recorded(self, states: RATStates, layout: Layout, projection: Tensor) -> Tensor:
+        """The result where a crop may follow: the tokens go into a pool, in place, which can take them back."""
+        cache, batch, bias = layout.cache, layout.batch, self.bias.detach()
+        assert cache is not None
+        if torch.is_grad_enabled() and projection.requires_grad:
+            raise wrong("past_key_values", "no gradient beside a cache that records (torch.no_grad())", "one")
+        cos, sin = layout.tables.get(self.chunk_size, (None, None))
+        q, k, v, gate, out_gate = self.split(projection.detach())
+        tokens = cache.seen + layout.tokens
+        if states.state is None or not states.state.draft_tokens:
+            room = max(cache.room(tokens), 0 if states.state is None else states.state.capacity)
+            sizes = (batch, gate.shape[-2], self.head_dim, self.chunk_size, room)
+            pool = RATCache.empty(*sizes, draft_tokens=DRAFT, dtype=projection.dtype, device=projection.device)
+            if states.state is not None:
+                pool.write(torch.arange(batch, device=projection.device), states.state)
+            states.state = pool
+        elif not cache.static and tokens > states.state.capacity:
+            states.state = states.state.reserve(cache.room(tokens))
+        pool, rotary = states.state, {"rotary_cos": cos, "rotary_sin": sin}
+        states.count([layout.tokens] * batch if layout.counts is None else layout.counts.tolist())
+        if layout.start != 0 and layout.tokens == 1 and layout.cu_seqlens is None:
+            one = (x[:, 0] for x in (q, k, v, gate))
+            return rat_decode_step(*one, pool, gate_bias=bias, out_gate=out_gate[:, 0], **rotary)[:, None]
+        y = rat_attention_packed(
+            projection.detach(), self.num_heads, self.num_groups, self.chunk_size, gate_bias=bias,
+            cu_seqlens=layout.cu_seqlens, cache=pool, **rotary,
+        )  # fmt: skip
+        return cast(Tensor, y)
 
     def _room(self, states: RATStates, cache: RATModelCache) -> RATCache:
         assert states.state is not None
@@ -178,6 +197,19 @@ class RNN(Gated):
         heads = config.num_attention_heads
         super().__init__(config, layer, (heads, heads, heads), config.max_position_embeddings)
 
+    def keep(self, states: RNNStates, layout: Layout, v: Tensor, gate: Tensor) -> None:
+        """Records a call, before it changes the states, for a later crop."""
+        assert layout.lengths is not None
+        if not states.recording:
+            return
+        if states.state is None:
+            before = gate.new_zeros(layout.batch, *gate.shape[2:], dtype=state_dtype(gate.dtype))
+        else:
+            before = states.state.clone()
+        counts = [layout.tokens] * layout.batch if layout.counts is None else layout.counts.tolist()
+        v, gate = (layout.align(x).detach() for x in (v, gate))
+        states.keep(Record(before, layout.lengths.clone(), v, gate, self.bias.detach(), counts))
+
     def mix(self, projection: Tensor, layout: Layout) -> Tensor:
         v, gate, out_gate = self.split(projection)
         bias, cu_seqlens, cache = self.bias, layout.cu_seqlens, layout.cache
@@ -187,7 +219,7 @@ class RNN(Gated):
             return cast(Tensor, y) * out_gate.sigmoid()
         states = cache.states[self.layer]
         assert isinstance(states, RNNStates)
-        self.keep(states, layout, [v], gate)
+        self.keep(states, layout, v, gate)
         past = layout.start != 0
         y, state = chunk_recurrence(
             v, gate, ENDLESS, gate_bias=bias, cu_seqlens=cu_seqlens, initial_state=states.state if past else None,
