@@ -1,6 +1,7 @@
 """The models in transformers: definition, padding, packing, generation, caches."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,13 +89,34 @@ def test_patterns(pattern):
     assert config.layer_types == [even, odd, even, odd]
 
 
-@pytest.mark.parametrize(
-    ("size", "parameters"), [("200m", 0.187e9), ("1.3b", 1.30e9), ("7b", 6.59e9)]
-)  # 12.25 d^2 per RAT layer and V d
-def test_presets(size, parameters):
+# By layers, width and heads; docs/models.md has the same numbers.
+COUNTS = {
+    "200m": (12, 1024, 16, {"rat": 186_946_560, "attention": 183_788_544, "rat-swa": 185_367_552}),
+    "1.3b": (24, 2048, 16, {"rat": 1_298_810_880, "attention": 1_273_595_904, "rat-swa": 1_286_203_392}),
+    "7b": (32, 4096, 32, {"rat": 6_641_029_120, "attention": 6_573_789_184, "rat-swa": 6_607_409_152}),
+}
+
+
+@pytest.mark.parametrize("size", COUNTS)
+def test_presets(size):
+    """Parameters, counted and by hand: embedding, two norms and a feed-forward of 8 d^2 per layer, projections, gate's bias."""
+    layers, d, heads, counts = COUNTS[size]
+    per_layer = {
+        "rat": (4 * d + 2 * 2 * d // heads) * d + d,  # v, gate, out_gate, out; q and k of two groups; the gate's bias
+        "attention": 4 * d * d,
+    }
+    per_layer["rat-swa"] = (per_layer["rat"] + per_layer["attention"]) / 2
+    for pattern, parameters in counts.items():
+        with torch.device("meta"):
+            model = RATForCausalLM(RATConfig.preset(size, pattern))
+        c = model.config
+        assert (c.num_hidden_layers, c.hidden_size, c.num_attention_heads) == (layers, d, heads)
+        assert model.num_parameters() == parameters
+        assert parameters == 32000 * d + layers * (per_layer[pattern] + 8 * d * d + 2 * d) + d
+        page = Path(__file__).parents[1] / "docs" / "models.md"
+        assert not page.exists() or f" {parameters:,} |" in page.read_text()
     with torch.device("meta"):
-        model = RATForCausalLM(RATConfig.preset(size, num_groups=2))
-    assert model.num_parameters() == pytest.approx(parameters, rel=0.01)
+        model = RATForCausalLM(RATConfig.preset(size))
     if size == "1.3b":
         c = model.config
         assert (c.num_hidden_layers, c.hidden_size, c.head_dim, c.num_groups, c.chunk_size) == (24, 2048, 128, 2, 16)
