@@ -227,18 +227,22 @@ def record(bench: str, device: torch.device, **more: object) -> dict:
     }
 
 
-def save(result: dict, options: argparse.Namespace) -> None:
+def save(result: dict, options: argparse.Namespace, quiet: bool = False) -> None:
     """Writes the JSON of a run; a quick one only where --out names a file."""
     path = options.out
     if path is None:
         if options.quick:
-            print("--quick: no result written")
+            if not quiet:
+                print("--quick: no result written")
             return
         device = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
         path = RESULTS / f"{result['bench']}-{device}-{result['date'][:10]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {path}")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(path)  # whole, also where the process is stopped
+    if not quiet:
+        print(f"written: {path}")
 
 
 def table(head: list[str], rows: list[list[str]]) -> None:
