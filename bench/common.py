@@ -262,14 +262,13 @@ def write(result: dict, path: Path) -> None:
     beside.replace(path)
 
 
-def save(result: dict, options: argparse.Namespace) -> None:
+def save(result: dict, options: argparse.Namespace, quiet: bool = False) -> None:
     """Writes the JSON of a run; a quick one only where --out names a file."""
     path = result_path(result, options)
-    if path is None:
-        print("--quick: no result written")
-        return
-    write(result, path)
-    print(f"written: {path}")
+    if path is not None:
+        write(result, path)
+    if not quiet:
+        print("--quick: no result written" if path is None else f"written: {path}")
 
 
 def flash_attention_3() -> tuple[Callable | None, str]:

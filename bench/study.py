@@ -1,23 +1,38 @@
 """The study: six patterns of layers trained on the same tokens with the same seed, and on associative recall.
 
-    python bench/study.py                 # on a GPU, about 12 minutes; writes bench/results/study-<device>-<date>.json
+    python bench/study.py                 # on all GPUs; writes bench/results/study-<device>-<date>.json after every model
+    python bench/study.py --seconds 330   # the same within a time: all models get fewer tokens, the same number
     python bench/study.py --quick         # on a CPU: that it runs
     python bench/study.py --report FILE   # bench/STUDY.md and its plots, of a result
 
 Parts: language (about 30 M parameters, T = 4096: validation bits per byte against tokens and against time, tokens/s, memory),
-recall (4 to 256 pairs), long (T = 32,768: tokens/s, memory), step (Trainer's step beside the bare model's).
+long (T = 32,768: tokens/s, memory), step (Trainer's step beside the bare model's), recall (4 to 256 pairs).
+
+A process per GPU takes one model after the other. Each has a limit of its own: past it the process is ended, what its log says
+is kept, and another takes the next model.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
+import itertools
 import json
+import math
+import multiprocessing
+import os
+import queue
 import statistics
+import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import common
 import numpy as np
@@ -25,13 +40,14 @@ import torch
 
 from rat_ext.models import RATConfig, RATForCausalLM
 from rat_ext.train import config as configs
+from rat_ext.train import flops
 from rat_ext.train import run as runs
 from rat_ext.train.plot import read_log
-from rat_ext.train.prepare import prepare
 
 STUDY = common.HERE / "STUDY.md"
-PARTS = ("language", "recall", "long", "step")
-SUFFIXES = {".py", ".md", ".rst", ".txt", ".pyi", ".h", ".hpp", ".cuh"}
+# By part, the share of the time that it and those before it get.
+PARTS = {"language": 0.62, "long": 0.66, "step": 0.72, "recall": 1.0}
+SUFFIXES = (".py", ".md", ".rst", ".txt", ".pyi", ".h", ".hpp", ".cuh")
 # Name: pattern of layers, chunk size.
 MODELS = {
     "rat L=16": ("rat", 16), "rat L=64": ("rat", 64), "attention": ("attention", 16), "rnn": ("rnn", 16),
@@ -48,12 +64,13 @@ class Sizes:
     heads: int = 8
     length: int = 4096
     window: int = 1024
-    tokens: int = 36_000_000
-    tokens_per_step: int = 1 << 17
+    tokens: int = 60_000_000  # at most: as many as the slowest model takes in its time
+    tokens_per_step: int = 1 << 16
     micro_batch: int = 16
-    megabytes: int = 160  # of text, of which the tokens are drawn
+    megabytes: int = 200  # of text, of which the tokens are drawn
     vocab: int = 8192
     recall_steps: int = 4000
+    recall_rate: float = 2e-3
     recall_batch: int = 64
     recall_hidden: int = 256
     recall_pairs: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
@@ -71,21 +88,62 @@ QUICK = Sizes(
 # ---- text ---------------------------------------------------------------------------------------------------------------
 
 
-def gather(roots: list[Path], megabytes: int, path: Path) -> None:
-    """Sources and prose below ``roots`` as JSON lines, in an order that depends on the names alone, up to a size."""
-    files = sorted({file for root in roots for file in root.rglob("*") if file.suffix in SUFFIXES and file.is_file()})
-    size = 0
-    with open(path, "w") as out:
-        for i in np.random.default_rng(0).permutation(len(files)):
-            if size > megabytes << 20:
+def folders() -> list[Path]:
+    """Where a machine has sources and prose: Python's own, its packages', the system's."""
+    found = [Path(sysconfig.get_paths()[key]) for key in ("stdlib", "purelib", "platlib")]
+    found += [Path("/usr/include"), Path("/usr/local/cuda/include"), Path("/usr/share"), Path("/usr/lib/python3/dist-packages")]
+    return [path for path in dict.fromkeys(path.resolve() for path in found) if path.is_dir()]
+
+
+def read(path: str) -> str:
+    """A file's text; nothing where it is no text."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(1 << 20)
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def gather(roots: list[Path], megabytes: float, path: Path, seconds: float = 15.0) -> int:
+    """Sources and prose below ``roots`` as JSON lines, each text once, in an order that depends on the names alone, up to a
+    size, or what a slow disk gives in ``seconds``. Returns the number of documents.
+    """
+    begin, files = time.perf_counter(), set()
+    for root in roots:
+        for folder, _, names in os.walk(root):
+            files |= {os.path.join(folder, name) for name in names if name.endswith(SUFFIXES)}
+    listed = sorted(files)
+    order = [listed[i] for i in np.random.default_rng(0).permutation(len(listed))]
+    size, seen = 0, set()
+    with open(path, "w") as out, concurrent.futures.ThreadPoolExecutor(32) as pool:
+        for i in range(0, len(order), 1024):
+            for text in pool.map(read, order[i : i + 1024]):
+                if 200 < len(text) < 1 << 20 and hash(text) not in seen:
+                    seen.add(hash(text))
+                    out.write(json.dumps({"text": text}) + "\n")
+                    size += len(text)
+            if size > megabytes * 2**20 or time.perf_counter() - begin > seconds:
                 break
-            try:
-                text = files[i].read_text()
-            except (OSError, UnicodeDecodeError):
-                continue
-            if 200 < len(text) < 1 << 20:
-                out.write(json.dumps({"text": text}) + "\n")
-                size += len(text)
+    return len(seen)
+
+
+# In a process of its own: those that encode import what the main module of theirs does. Parts small enough for all cores.
+PREPARE = """
+import json, sys
+from rat_ext.train import prepare
+prepare.SLICE, prepare.PART = 1 << 22, (1 << 22, 1 << 28)
+prepare.prepare([sys.argv[1]], sys.argv[2], **json.loads(sys.argv[3]))
+"""
+
+
+def tokens_of(roots: list[Path], folder: Path, sizes: Sizes) -> dict:
+    """Shards in ``folder / "data"``, by :mod:`rat_ext.train.prepare`. Returns the sizes of the splits."""
+    begin, text, data = time.perf_counter(), folder / "text.jsonl", folder / "data"
+    documents = gather(roots, sizes.megabytes, text)
+    print(f"-- {documents:,} documents, {text.stat().st_size / 1e6:.0f} MB: {time.perf_counter() - begin:.0f} s", flush=True)
+    options = {"vocab": sizes.vocab, "validation": sizes.held_out, "tokenizer_bytes": 1 << 24}
+    subprocess.run([sys.executable, "-c", PREPARE, str(text), str(data), json.dumps(options)], check=True)
+    return json.loads((data / "index.json").read_text())["splits"]
 
 
 # ---- language -----------------------------------------------------------------------------------------------------------
@@ -99,40 +157,51 @@ def config_of(name: str, sizes: Sizes) -> dict:
     }  # fmt: skip
 
 
-def language(folder: Path, sizes: Sizes, device: torch.device) -> dict:
-    """Every model by ``python -m rat_ext.train run``'s own function: what its log says."""
-    found: dict = {}
-    steps = sizes.tokens // sizes.tokens_per_step
+def run_of(name: str, folder: Path, sizes: Sizes, tokens: int) -> configs.Run:
+    """What ``python -m rat_ext.train run`` would read from a file."""
+    steps = max(1, tokens // sizes.tokens_per_step)
     every = max(1, steps // 10)
-    for name in MODELS:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        recipe = {
-            "steps": steps, "length": sizes.length, "tokens_per_step": sizes.tokens_per_step, "micro_batch": sizes.micro_batch,
-            "log_every": every, "save_every": steps, "keep": 1, "eval_every": every, "eval_windows": 32,
-        }  # fmt: skip
-        output = name.replace(" ", "-").replace("=", "")
-        run = configs.parse({"output": output, "data": "data", "model": config_of(name, sizes), "train": recipe}, folder)
-        result = runs.pretrain(run)
-        lines = read_log(run.output / "log.jsonl")
-        trained = [line for line in lines if "loss" in line]
-        seconds, curve = 0.0, []
-        for line in lines:
-            if "loss" in line:
-                seconds += every * sizes.tokens_per_step / line["tokens_per_second"]
-            else:
-                curve.append({"tokens": line["tokens"], "seconds": seconds, "bits_per_byte": line["eval_bits_per_byte"]})
-        found[name] = {
-            "parameters": sum(p.numel() for p in runs.load_model(run, sizes.vocab, 0).parameters()),
-            "bits_per_byte": result["eval_bits_per_byte"],
-            "tokens_per_second": statistics.median(line["tokens_per_second"] for line in trained[1:]),
-            "mfu": statistics.median(line["mfu"] for line in trained[1:]),
-            "memory_gb": trained[-1].get("memory_gb"),
-            "curve": curve,
-            "final_loss": trained[-1]["loss"],
-        }
-        common.free()
-    return found
+    recipe = {
+        "steps": steps, "length": sizes.length, "tokens_per_step": sizes.tokens_per_step, "micro_batch": sizes.micro_batch,
+        "log_every": every, "eval_every": every, "eval_windows": 32,
+    }  # fmt: skip
+    output = name.replace(" ", "-").replace("=", "")
+    found = {"output": output, "data": "data", "model": config_of(name, sizes), "train": recipe}
+    return configs.parse(found | {"trainer": {"save_strategy": "no"}}, folder)
+
+
+def language(name: str, folder: Path, sizes: Sizes, tokens: int, device: torch.device) -> dict:
+    """A model by ``python -m rat_ext.train run``'s own function: what its log says."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    runs.pretrain(run_of(name, folder, sizes, tokens))
+    return trained(name, folder, sizes, tokens)
+
+
+def trained(name: str, folder: Path, sizes: Sizes, tokens: int) -> dict:
+    """What the log of a run says, also of one that was stopped."""
+    run = run_of(name, folder, sizes, tokens)
+    steps, every = run.train.steps, run.train.log_every
+    lines = read_log(run.output / "log.jsonl")
+    rates = [line for line in lines if "loss" in line]
+    seconds, curve = 0.0, []
+    for line in lines:
+        if "loss" in line:
+            seconds += every * sizes.tokens_per_step / line["tokens_per_second"]
+        else:
+            curve.append({"tokens": line["tokens"], "seconds": seconds, "bits_per_byte": line["eval_bits_per_byte"]})
+    steady = rates[1:] or rates
+    return {
+        "parameters": flops.parameters(runs.model_config(run, sizes.vocab, 0))[0],
+        "steps": rates[-1]["step"] if rates else 0,
+        "steps_planned": steps,
+        "bits_per_byte": curve[-1]["bits_per_byte"] if curve else None,
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in steady) if steady else None,
+        "mfu": statistics.median(line["mfu"] for line in steady) if steady else None,
+        "memory_gb": rates[-1].get("memory_gb") if rates else None,
+        "curve": curve,
+        "final_loss": rates[-1]["loss"] if rates else None,
+    }
 
 
 # ---- recall -------------------------------------------------------------------------------------------------------------
@@ -159,24 +228,39 @@ def recall_batch(
     return torch.from_numpy(tokens), torch.from_numpy(labels)
 
 
-def recall(sizes: Sizes, device: torch.device) -> dict:
-    """Share of values that are the likeliest, by number of pairs: one model for all, trained on all numbers in turn."""
-    found: dict = {}
+def recall(name: str, sizes: Sizes, limit: float, device: torch.device) -> dict:
+    """Share of values that are the likeliest, by number of pairs: one model for all, trained on all numbers in turn.
+
+    Steps are those of ``sizes``, or as many as fit into ``limit`` seconds by what the first ones take.
+    """
+    begin = time.perf_counter()
     length, vocab = 4 * max(sizes.recall_pairs), 4 * max(sizes.recall_pairs) + 2
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    for name, (pattern, chunk) in MODELS.items():
+    pattern, chunk = MODELS[name]
+    config = RATConfig(
+        vocab_size=vocab, hidden_size=sizes.recall_hidden, num_hidden_layers=2, num_attention_heads=4, layer_types=pattern,
+        chunk_size=chunk, sliding_window=length // 16, max_position_embeddings=length,
+    )  # fmt: skip
+
+    def batches(seed: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        draw = np.random.default_rng(seed)
+        for pairs in itertools.cycle(sizes.recall_pairs):
+            tokens, labels = recall_batch(draw, sizes.recall_batch, pairs, 4 * pairs, vocab)
+            yield pairs, tokens.to(device), labels.to(device)
+
+    def train(steps: int, warm: int = 0) -> tuple[Any, float, float]:
+        """The model, its last loss, and seconds of a step; the first ``warm`` are not counted."""
         torch.manual_seed(0)
-        draw, begin = np.random.default_rng(0), time.perf_counter()
-        config = RATConfig(
-            vocab_size=vocab, hidden_size=sizes.recall_hidden, num_hidden_layers=2, num_attention_heads=4, layer_types=pattern,
-            chunk_size=chunk, sliding_window=length // 16, max_position_embeddings=length,
-        )  # fmt: skip
         model = RATForCausalLM(config).to(device).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, sizes.recall_steps, pct_start=0.1)
-        for step in range(sizes.recall_steps):
-            pairs = sizes.recall_pairs[step % len(sizes.recall_pairs)]
-            tokens, labels = (x.to(device) for x in recall_batch(draw, sizes.recall_batch, pairs, 4 * pairs, vocab))
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=sizes.recall_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=device.type == "cuda"
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, sizes.recall_rate, steps, pct_start=0.1)
+        start = time.perf_counter()
+        for step, (_, tokens, labels) in enumerate(itertools.islice(batches(0), steps)):
+            if step == warm:
+                common.sync(device)
+                start = time.perf_counter()
             with autocast:
                 loss = model(input_ids=tokens, labels=labels, shift_labels=labels).loss
             loss.backward()
@@ -184,19 +268,22 @@ def recall(sizes: Sizes, device: torch.device) -> dict:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        model.eval()
-        held, accuracy = np.random.default_rng(1), {}
-        for pairs in sizes.recall_pairs:
-            tokens, labels = (x.to(device) for x in recall_batch(held, sizes.recall_batch, pairs, 4 * pairs, vocab))
-            with torch.no_grad(), autocast:
-                best = model(input_ids=tokens, use_cache=False).logits.argmax(-1)
-            asked = labels != -100
-            accuracy[str(pairs)] = float((best[asked] == labels[asked]).float().mean())
-        found[name] = {"accuracy": accuracy, "seconds": time.perf_counter() - begin, "loss": float(loss.detach())}
-        print(name, " ".join(f"{pairs}: {value:.2f}" for pairs, value in accuracy.items()), flush=True)
-        del model, optimizer
-        common.free()
-    return found
+        return model, float(loss.detach()), (time.perf_counter() - start) / (steps - warm)
+
+    turn = len(sizes.recall_pairs)
+    per_step = train(3 * turn, turn)[2]
+    left = limit - (time.perf_counter() - begin)
+    steps = max(turn, min(sizes.recall_steps, int(0.85 * left / per_step)))
+    model, loss, _ = train(steps)
+    model.eval()
+    accuracy = {}
+    for pairs, tokens, labels in itertools.islice(batches(1), turn):
+        with torch.no_grad(), autocast:
+            best = model(input_ids=tokens, use_cache=False).logits.argmax(-1)
+        asked = labels != -100
+        accuracy[str(pairs)] = float((best[asked] == labels[asked]).float().mean())
+    print(f"recall {name}:", " ".join(f"{pairs}: {value:.2f}" for pairs, value in accuracy.items()), flush=True)
+    return {"accuracy": accuracy, "steps": steps, "seconds": time.perf_counter() - begin, "loss": loss}
 
 
 # ---- long texts, the trainer's own cost ---------------------------------------------------------------------------------
@@ -238,9 +325,15 @@ def model_of(name: str, sizes: Sizes, length: int) -> RATConfig:
     )
 
 
-def long(sizes: Sizes, device: torch.device) -> dict:
-    names = ("rat L=16", "attention")
-    return {name: bare(model_of(name, sizes, sizes.long), 1, sizes.long, 1, sizes.steps, device) for name in names}
+def speed(sizes: Sizes, device: torch.device) -> float:
+    """Tokens per second of the bare model of attention, the slowest."""
+    accumulate = sizes.tokens_per_step // sizes.length // sizes.micro_batch
+    config = model_of("attention", sizes, sizes.length)
+    return bare(config, sizes.micro_batch, sizes.length, accumulate, max(4, sizes.steps // 2), device)["tokens_per_second"]
+
+
+def long(name: str, sizes: Sizes, device: torch.device) -> dict:
+    return bare(model_of(name, sizes, sizes.long), 1, sizes.long, 1, sizes.steps, device)
 
 
 def step(folder: Path, sizes: Sizes, device: torch.device) -> dict:
@@ -249,13 +342,172 @@ def step(folder: Path, sizes: Sizes, device: torch.device) -> dict:
     alone = bare(model_of("rat L=16", sizes, sizes.length), sizes.micro_batch, sizes.length, accumulate, sizes.steps, device)
     recipe = {
         "steps": 4 * sizes.steps, "length": sizes.length, "tokens_per_step": sizes.tokens_per_step,
-        "micro_batch": sizes.micro_batch, "log_every": sizes.steps, "save_every": 10**6, "eval_every": 0,
+        "micro_batch": sizes.micro_batch, "log_every": sizes.steps, "eval_every": 0,
     }  # fmt: skip
-    run = configs.parse({"output": "step", "data": "data", "model": config_of("rat L=16", sizes), "train": recipe}, folder)
+    found = {"output": "step", "data": "data", "model": config_of("rat L=16", sizes), "train": recipe}
+    run = configs.parse(found | {"trainer": {"save_strategy": "no"}}, folder)
     runs.pretrain(run)
     rates = [line["tokens_per_second"] for line in read_log(run.output / "log.jsonl") if "loss" in line][1:]
     trainer = sizes.tokens_per_step / statistics.median(rates)
     return {"bare_seconds": alone["seconds"], "trainer_seconds": trainer, "ratio": trainer / alone["seconds"]}
+
+
+# ---- a process per GPU --------------------------------------------------------------------------------------------------
+
+
+def work(pipe: Any, kind: str, folder: Path, sizes: Sizes) -> None:
+    """Of a process: what comes through the pipe, one after the other."""
+    device = torch.device(kind)
+    calls = {
+        "speed": lambda: speed(sizes, device),
+        "language": lambda name, tokens: language(name, folder, sizes, tokens, device),
+        "long": lambda name: long(name, sizes, device),
+        "step": lambda: step(folder, sizes, device),
+        "recall": lambda name, limit: recall(name, sizes, limit, device),
+    }
+    pipe.send("ready")
+    while (task := pipe.recv()) is not None:
+        try:
+            pipe.send((True, calls[task[0]](*task[1:])))
+        except Exception as error:
+            pipe.send((False, f"{type(error).__name__}: {error}"))
+        common.free()
+
+
+class Worker:
+    """A process that has one GPU, or the CPU. It is begun anew after one that was ended."""
+
+    def __init__(self, gpu: int | None, folder: Path, sizes: Sizes):
+        self.gpu, self.arguments = gpu, ("cpu" if gpu is None else "cuda", folder, sizes)
+        self.process: Any = None
+
+    def begin(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(theirs, *self.arguments), daemon=True)
+        with _starting:  # a process takes the environment that it is started in
+            before = os.environ.get("CUDA_VISIBLE_DEVICES")
+            if self.gpu is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = str(self.gpu) if before is None else before.split(",")[self.gpu]
+            self.process.start()
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+            os.environ |= {} if before is None else {"CUDA_VISIBLE_DEVICES": before}
+        theirs.close()
+        self.pipe.recv()
+
+    def call(self, task: tuple, limit: float) -> tuple[bool, Any]:
+        """(whether it was done, its result or why not)."""
+        try:
+            if self.process is None:
+                self.begin()
+            self.pipe.send(task)
+            if self.pipe.poll(limit):
+                done, found = self.pipe.recv()
+            else:
+                done, found = False, f"stopped after {limit:.0f} s"
+        except (EOFError, OSError):
+            done, found = False, "its process died"
+        if not done:  # an error may have left a GPU's context broken
+            self.end()
+        return done, found
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.process = None
+
+
+_starting = threading.Lock()
+
+
+def study(sizes: Sizes, parts: list[str], roots: list[Path], device: torch.device, seconds: float, options: Any) -> dict:
+    """All parts, within ``seconds`` where it can be. The result is written after every model."""
+    begin = time.perf_counter()
+    result = common.record("study", device, sizes=dataclasses.asdict(sizes))
+    gpus: list[int | None] = list(range(torch.cuda.device_count())) if device.type == "cuda" else [None]
+    result["devices"] = len(gpus)
+    lock = threading.Lock()
+
+    def passed() -> float:
+        return time.perf_counter() - begin
+
+    def keep() -> None:
+        result["seconds"] = round(passed(), 1)
+        common.save(result, options, quiet=True)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        workers = [Worker(gpu, folder, sizes) for gpu in gpus]
+        try:
+            with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
+                # Processes begin, and one measures, while the text is prepared.
+                first = [pool.submit(worker.call, ("speed",), 120.0) for worker in workers]
+                if {"language", "step"} & set(parts):
+                    result["data"] = tokens_of(roots, folder, sizes)
+                    print(f"-- text: {passed():.0f} s", flush=True)
+                measured = [future.result() for future in first]
+                if not all(done for done, _ in measured):
+                    raise RuntimeError(f"the bare model does not run: {measured}")
+                rate = min(value for _, value in measured)
+                print(f"-- attention, bare: {rate:,.0f} tokens/s; {passed():.0f} s", flush=True)
+                ready = passed()
+                last = max(PARTS[part] for part in parts)
+                for part in PARTS:
+                    if part not in parts:
+                        continue
+                    end = ready + (seconds - ready) * PARTS[part] / last
+                    names: list[tuple] = [(name,) for name in MODELS]
+                    if part == "language":  # the slowest first
+                        names = [("attention",), *(n for n in names if n != ("attention",))]
+                    names = {"long": [("rat L=16",), ("attention",)], "step": [()]}.get(part, names)
+                    rounds = math.ceil(len(names) / len(workers))
+                    share = max((end - passed()) / rounds, 5.0)
+                    if part == "language":
+                        # Trainer, evaluations and the model's files take a part of the time.
+                        steps = max(1, int(min(sizes.tokens, rate * 0.75 * (share - 5)) / sizes.tokens_per_step))
+                        result["tokens"] = tokens = steps * sizes.tokens_per_step
+                        names = [(*n, tokens) for n in names]
+                        print(f"-- {tokens:,} tokens for each model, {share:.0f} s at most", flush=True)
+                    elif part == "recall":
+                        names = [(*n, share) for n in names]
+                    waiting: queue.Queue = queue.Queue()
+                    for n in names:
+                        waiting.put(n)
+
+                    def serve(worker: Worker, part: str = part, waiting: queue.Queue = waiting, share: float = share) -> None:
+                        while True:
+                            try:
+                                task = waiting.get_nowait()
+                            except queue.Empty:
+                                return
+                            start = passed()
+                            limit = min(1.3 * share, seconds - start)
+                            done, found = worker.call((part, *task), limit) if limit > 1 else (False, "no time left")
+                            if not done:
+                                found = {"failed": found}
+                                if part == "language":
+                                    found |= trained(task[0], folder, sizes, task[1])
+                            with lock:
+                                if task:
+                                    result.setdefault(part, {})[task[0]] = found
+                                else:
+                                    result[part] = found
+                                keep()
+                            why = "" if done else f": {found['failed']}"
+                            print(f"{part} {' '.join(map(str, task[:1]))}: {passed() - start:.0f} s{why}", flush=True)
+
+                    list(pool.map(serve, workers))
+                    print(f"-- {part}: {passed():.0f} s", flush=True)
+        finally:
+            for worker in workers:
+                worker.end()
+    order = list(MODELS)
+    for part in ("language", "recall"):
+        if part in result:
+            result[part] = {name: result[part][name] for name in order if name in result[part]}
+    keep()
+    return result
 
 
 # ---- the report ---------------------------------------------------------------------------------------------------------
@@ -271,7 +523,15 @@ def report(result: dict, page: Path) -> None:
     from matplotlib.figure import Figure
 
     where = f"{result['device']} (torch {result['torch']}, commit {result['commit']}, {result['date'][:10]})"
-    sizes, text = result["sizes"], [f"# Study of the patterns\n\nMade by `python bench/study.py` on {where}.\n"]
+    count = f"{result['devices']} x " if result.get("devices", 1) > 1 else ""
+    sizes, text = result["sizes"], [f"# Study of the patterns\n\nMade by `python bench/study.py` on {count}{where}.\n"]
+
+    def done(part: str) -> dict:
+        """Of a part, the models that were not stopped; of the others, a line."""
+        failed = {name: m["failed"] for name, m in result.get(part, {}).items() if "failed" in m}
+        text.extend(f"{name}: {why}.\n" for name, why in failed.items())
+        return {name: m for name, m in result.get(part, {}).items() if name not in failed}
+
     images = page.parent / "images"
     images.mkdir(exist_ok=True)
 
@@ -287,15 +547,16 @@ def report(result: dict, page: Path) -> None:
         text.append(f"![{labels['ylabel']} against {labels['xlabel']}](images/{name})\n")
 
     if "language" in result:
-        found = result["language"]
         text.append(
-            f"\n## Language\n\nT = {sizes['length']}, {sizes['tokens']:,} tokens of sources and prose, "
+            f"\n## Language\n\nT = {sizes['length']}, {result['tokens']:,} tokens of sources and prose, "
             f"{sizes['tokens_per_step']:,} per step, the paper's recipe; vocabulary {sizes['vocab']}, width {sizes['hidden']}, "
             f"{sizes['layers']} layers, window {sizes['window']}. The same tokens in the same order, the same seed.\n"
         )
-        near = found["attention"]["bits_per_byte"]
+        found = done("language")
+        near = found.get("attention", {}).get("bits_per_byte")
         body = [
-            [name, f"{m['parameters'] / 1e6:.1f}", f"{m['bits_per_byte']:.4f}", f"{m['bits_per_byte'] / near - 1:+.2%}",
+            [name, f"{m['parameters'] / 1e6:.1f}", f"{m['bits_per_byte']:.4f}",
+             f"{m['bits_per_byte'] / near - 1:+.2%}" if near else "-",
              f"{m['tokens_per_second']:,.0f}", f"{m['mfu']:.1%}", f"{m['memory_gb']:.1f}" if m["memory_gb"] else "-"]
             for name, m in found.items()
         ]  # fmt: skip
@@ -307,24 +568,25 @@ def report(result: dict, page: Path) -> None:
             }
             draw(f"study-{key}.png", curves, xlabel=key, ylabel="bits per byte, held out")
     if "recall" in result:
-        found = result["recall"]
         text.append(
-            f"\n## Associative recall\n\nTwo layers of width {sizes['recall_hidden']}, {sizes['recall_steps']} steps of "
-            f"{sizes['recall_batch']} sequences of all numbers of pairs in turn; windows of "
-            f"{4 * max(sizes['recall_pairs']) // 16} tokens. Share of values that the model finds.\n"
+            f"\n## Associative recall\n\nTwo layers of width {sizes['recall_hidden']}, steps of {sizes['recall_batch']} "
+            f"sequences of all numbers of pairs in turn; windows of {4 * max(sizes['recall_pairs']) // 16} tokens. Share of "
+            f"values that the model finds.\n"
         )
+        found = done("recall")
         pairs = [str(n) for n in sizes["recall_pairs"]]
-        text.append(rows(["model", *pairs], [[name, *(f"{m['accuracy'][n]:.2f}" for n in pairs)] for name, m in found.items()]))
+        body = [[name, *(f"{m['accuracy'][n]:.2f}" for n in pairs), f"{m['steps']:,}"] for name, m in found.items()]
+        text.append(rows(["model", *pairs, "steps"], body))
         curves = {name: (pairs, [m["accuracy"][n] for n in pairs]) for name, m in found.items()}
         draw("study-recall.png", curves, xlabel="pairs", ylabel="share recalled")
     if "long" in result:
         text.append(f"\n## Long texts\n\nOne sequence of T = {sizes['long']:,}, forward and backward and optimizer.\n")
         body = [
             [name, f"{m['tokens_per_second']:,.0f}", f"{m['memory_gb']:.1f}" if m["memory_gb"] else "-"]
-            for name, m in result["long"].items()
+            for name, m in done("long").items()
         ]
         text.append(rows(["model", "tokens/s", "GB"], body))
-    if "step" in result:
+    if "ratio" in result.get("step", {}):
         m = result["step"]
         text.append(
             f"\n## Trainer\n\nA step of {sizes['tokens_per_step']:,} tokens, rat L = 16: {1e3 * m['trainer_seconds']:.1f} ms "
@@ -336,42 +598,29 @@ def report(result: dict, page: Path) -> None:
 def main() -> int:
     p = common.parser(__doc__.partition("\n")[0])
     p.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
-    p.add_argument("--text", nargs="+", type=Path, help="folders of sources and prose (default: Python's own and its packages)")
-    p.add_argument("--tokens", type=int, help=f"of each model's training (default: {Sizes.tokens:,})")
+    p.add_argument(
+        "--text", nargs="+", type=Path, help="folders of sources and prose (default: those of Python and the system)"
+    )
+    p.add_argument("--tokens", type=int, help=f"of each model's training, at most (default: {Sizes.tokens:,})")
+    p.add_argument("--seconds", type=float, default=720.0, help="of the whole study (default: %(default)s)")
     p.add_argument("--report", type=Path, metavar="FILE", help=f"write {STUDY.name} of this result, and stop")
     options = p.parse_args()
     if options.report:
         report(json.loads(options.report.read_text()), STUDY)
         return 0
+    parts = options.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        p.error(f"--parts: expected some of {', '.join(PARTS)}, got {unknown.pop()}")
     device, sizes = torch.device(options.device), QUICK if options.quick else Sizes()
     if options.tokens:
         sizes.tokens = options.tokens
-    parts = options.parts.split(",")
-    result = common.record("study", device, sizes=vars(sizes))
-    begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if {"language", "step"} & set(parts):
-            roots = options.text or [Path(sysconfig.get_paths()[key]) for key in ("stdlib", "purelib")]
-            gather(roots, sizes.megabytes, folder / "text.jsonl")
-            options_of = {"vocab": sizes.vocab, "validation": sizes.held_out, "tokenizer_bytes": 1 << 25}
-            prepare([str(folder / "text.jsonl")], folder / "data", **options_of)
-            result["data"] = json.loads((folder / "data" / "index.json").read_text())["splits"]
-        work = {
-            "language": lambda: language(folder, sizes, device), "recall": lambda: recall(sizes, device),
-            "long": lambda: long(sizes, device), "step": lambda: step(folder, sizes, device),
-        }  # fmt: skip
-        for part in parts:
-            start = time.perf_counter()
-            result[part] = work[part]()
-            print(f"-- {part}: {time.perf_counter() - start:.0f} s", flush=True)
-            # What is done is kept if the rest is not.
-            common.save(result | {"seconds": round(time.perf_counter() - begin, 1)}, options)
+    result = study(sizes, parts, options.text or folders(), device, options.seconds, options)
     if options.quick:
         with tempfile.TemporaryDirectory() as name:
             report(result, Path(name) / "STUDY.md")
     else:
         report(result, STUDY)
+        common.save(result, options)
     return 0
 
 

@@ -1,7 +1,8 @@
-"""What the tests of several processes share: ranks of gloo, and what they are told to do.
+"""What the tests of several processes share: ranks, and what they are told to do.
 
 Run as a program, ``python ranks.py FUNCTION WORLD FOLDER``, it forks the ranks: torch is imported once. FUNCTION,
-``module:name``, is run by every rank with (rank, world); rank 0's result is written to FOLDER.
+``module:name``, is run by every rank with (rank, world); rank 0's result is written to FOLDER. With RANKS_DEVICE=cuda each rank
+has a GPU, on which its tensors lie, and NCCL in place of gloo.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from torch.nn import functional as F
 from rat_ext.layers import RATLayer
 
 HERE = Path(__file__).parent
+KIND = os.environ.get("RANKS_DEVICE", "cpu")
+EXACT = torch.float64 if KIND == "cpu" else torch.float32  # the ops take float64 on the CPU only
 
 
 def start(function: str, world: int, folder: Path, **environment: str) -> subprocess.Popen:
@@ -36,9 +39,9 @@ def start(function: str, world: int, folder: Path, **environment: str) -> subpro
     return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, start_new_session=True)
 
 
-def run(function: str, world: int, folder: Path, timeout: float = 180):
+def run(function: str, world: int, folder: Path, timeout: float = 180, **environment: str):
     """Runs ``module:name`` on all ranks; returns rank 0's result."""
-    ranks = start(function, world, folder)
+    ranks = start(function, world, folder, **environment)
     try:
         errors = ranks.communicate(timeout=timeout)[1].decode()
     finally:
@@ -73,13 +76,22 @@ def rank_of(function: str, rank: int, world: int, folder: Path) -> None:
     """What a rank does."""
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=float(os.environ.get("RANKS_TIMEOUT", 120)))
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world, timeout=timeout)
+    options: dict = {"init_method": f"file://{folder / 'store'}", "rank": rank, "world_size": world, "timeout": timeout}
+    if KIND == "cpu":
+        dist.init_process_group("gloo", **options)
+    else:
+        device = torch.device(KIND, rank)
+        torch.cuda.set_device(device)
+        torch.set_default_device(device)
+        dist.init_process_group("nccl", device_id=device, **options)
     torch.manual_seed(0)
     module, name = function.split(":")
     result = getattr(importlib.import_module(module), name)(rank, world)
     if rank == 0:
         (folder / "out").write_bytes(pickle.dumps(result))
     dist.barrier()
+    if KIND != "cpu":
+        dist.destroy_process_group()
 
 
 def main(function: str, world: int, folder: Path) -> int:

@@ -51,12 +51,12 @@ CASES = {
 
 
 def make(name: str, world: int) -> tuple[testing.Case, ContextParallel, bool]:
-    arguments = {"dtype": torch.float64, "dim": 16} | CASES[name]
+    arguments = {"dtype": ranks.EXACT, "dim": 16} | CASES[name]
     one = arguments.pop("one", False)
     if arguments.get("op") == "chunk_recurrence":
-        case = testing.recurrence_case("cpu", **{key: x for key, x in arguments.items() if key != "op"})
+        case = testing.recurrence_case(ranks.KIND, **{key: x for key, x in arguments.items() if key != "op"})
     else:
-        case = testing.attention_case("cpu", **arguments)
+        case = testing.attention_case(ranks.KIND, **arguments)
     pieces = 2 * world
     where: dict = {"tokens": arguments.get("tokens")}
     if name == "even":
@@ -104,9 +104,9 @@ def test_ranks_compute_what_one_does(by_case, name):
 def model_of_ranks(rank: int, world: int) -> dict[str, float]:
     """Largest differences of logits and gradients from those of one rank, with and without checkpoints; bytes that left."""
     tokens, sizes = 90, (32, 64, 2, 4, 2, 8)
-    model = ranks.model_of(*sizes).double()
+    model = ranks.model_of(*sizes).to(ranks.EXACT)
     batch = torch.randint(0, 32, (2, tokens))
-    weight = torch.randn(2, tokens, 32, dtype=torch.float64)
+    weight = torch.randn(2, tokens, 32, dtype=ranks.EXACT)
     whole = model(batch)
     want = torch.autograd.grad((whole * weight).sum(), list(model.parameters()))
     cp = ContextParallel(tokens=tokens)
@@ -123,7 +123,7 @@ def model_of_ranks(rank: int, world: int) -> dict[str, float]:
             dist.all_reduce(g)
         found[f"{name} y"] = float((y - cp.shard(whole)).abs().max())
         found[f"{name} gradients"] = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, want, strict=True))
-        said = cp.bytes_sent(2, 4, 16, 8, torch.float64)
+        said = cp.bytes_sent(2, 4, 16, 8, ranks.EXACT)
         back = said.pop("backward")
         expected = 2 * sum(said.values()), 2 * (sum(said.values()) * (2 if name == "checkpointed" else 1) + back)
         found[f"{name} bytes"] = abs(forward - expected[0]) + abs(sum(sent) - expected[1])
@@ -149,7 +149,7 @@ def test_a_model_on_ranks(tmp_path):
 def under_autocast(rank: int, world: int) -> bool:
     layer, cp = RATLayer(64, 4, 2, 8), ContextParallel(tokens=75)
     x = torch.randn(2, 75, 64)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(ranks.KIND, torch.bfloat16):
         whole, y = layer(x), layer(cp.shard(x), context_parallel=cp)
     y.sum().backward()
     return y.dtype == torch.bfloat16 and torch.allclose(cp.gather(y), whole, rtol=2e-2, atol=2e-2)
@@ -177,7 +177,7 @@ def dense_on_ranks(rank: int = 0, world: int = 1) -> dict[str, float]:
     for name, (sequences, window, groups) in DENSE.items():
         starts, tokens = list(itertools.accumulate([0, *sequences])), sum(sequences)
         cp = ContextParallel(cu_seqlens=starts)
-        q, k, v, dy = (torch.randn(1, tokens, n, 8, dtype=torch.float64) for n in (4, groups, groups, 4))
+        q, k, v, dy = (torch.randn(1, tokens, n, 8, dtype=ranks.EXACT) for n in (4, groups, groups, 4))
         leaves = [x.requires_grad_() for x in (q, k, v)]
         place = torch.arange(tokens)
         sequence = torch.bucketize(place, torch.tensor(starts[1:]), right=True)

@@ -21,10 +21,10 @@ def decoded(layer: RATLayer, x: torch.Tensor) -> torch.Tensor:
 
 
 def split_model(rank: int, world: int) -> dict[str, float]:
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh(ranks.KIND, (world,))
     found = {}
     for groups in (1, 2, 4):
-        whole = ranks.model_of(32, 64, 2, 8, groups, 8).double()
+        whole = ranks.model_of(32, 64, 2, 8, groups, 8).to(ranks.EXACT)
         model = parallelize_module(copy.deepcopy(whole), mesh, parallelize_plan(whole))
         local = model[1].rat
         assert (local.num_heads, local.num_groups) == (8 // world, max(groups // world, 1))
@@ -32,7 +32,7 @@ def split_model(rank: int, world: int) -> dict[str, float]:
         state = full_state_dict(model)
         found[f"G = {groups}, state"] = max(float((state[name] - x).abs().max()) for name, x in whole.state_dict().items())
         tokens = torch.randint(0, 32, (2, 30))
-        weight = torch.randn(2, 30, 32, dtype=torch.float64)
+        weight = torch.randn(2, 30, 32, dtype=ranks.EXACT)
         want, got = whole(tokens), model(tokens)
         found[f"G = {groups}, logits"] = float((got - want).detach().abs().max())
         (want * weight).sum().backward()
@@ -45,10 +45,10 @@ def split_model(rank: int, world: int) -> dict[str, float]:
         found[f"G = {groups}, step"] = max(float((state[name] - x).abs().max()) for name, x in whole.state_dict().items())
         weight = model[2].rat.in_proj.weight.full_tensor()
         rows = model[2].rat.rank_rows
-        back = torch.empty(int(rows.max()) + 1, 64, dtype=torch.float64)
+        back = torch.empty(int(rows.max()) + 1, 64, dtype=ranks.EXACT)
         back[rows] = weight
         found[f"G = {groups}, copies"] = float((back[rows] - weight).abs().max())
-        x = torch.randn(2, 20, 64, dtype=torch.float64)
+        x = torch.randn(2, 20, 64, dtype=ranks.EXACT)
         with torch.no_grad():
             layers = whole[1].rat, model[1].rat
             want, got = (decoded(layer, x) for layer in layers)
@@ -66,8 +66,8 @@ def split_and_sharded(rank: int, world: int) -> dict[str, float]:
     """By heads over two ranks, of which each has the one group, and FSDP2 over two."""
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "heads"))
-    whole = ranks.model_of(32, 64, 2, 8, 1, 8).double()
+    mesh = init_device_mesh(ranks.KIND, (2, 2), mesh_dim_names=("data", "heads"))
+    whole = ranks.model_of(32, 64, 2, 8, 1, 8).to(ranks.EXACT)
     model = parallelize_module(copy.deepcopy(whole), mesh["heads"], parallelize_plan(whole))
     for block in model[1:3]:
         fully_shard(block, mesh=mesh["data"])
@@ -88,7 +88,7 @@ def test_beside_fsdp2(tmp_path):
 def too_many(rank: int, world: int) -> str:
     model = ranks.model_of(32, 48, 1, 6, 3, 8)
     try:
-        parallelize_module(model, init_device_mesh("cpu", (world,)), parallelize_plan(model))
+        parallelize_module(model, init_device_mesh(ranks.KIND, (world,)), parallelize_plan(model))
     except ValueError as error:
         return str(error)
     dist.barrier()

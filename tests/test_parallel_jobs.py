@@ -28,7 +28,7 @@ def pipeline(rank: int, world: int) -> list[float]:
     loss(model(tokens), targets).backward()
     want = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    stage = PipelineStage(model[rank * 3 : rank * 3 + 3 + rank], rank, world, torch.device("cpu"))
+    stage = PipelineStage(model[rank * 3 : rank * 3 + 3 + rank], rank, world, torch.empty(0).device)
     schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=loss)
     schedule.step(*([tokens] if rank == 0 else []), **({"target": targets} if rank == world - 1 else {}))
     mine = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -24,7 +24,7 @@ def model_of(pattern: str, **changes) -> RATForCausalLM:
         vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, chunk_size=4, sliding_window=9,
         max_position_embeddings=64, initializer_range=0.3, layer_types=pattern, **changes,
     )  # fmt: skip
-    return RATForCausalLM(config).double()
+    return RATForCausalLM(config).to(ranks.KIND, ranks.EXACT)
 
 
 def rows_over_ranks(rank: int, world: int) -> dict[str, float]:
@@ -70,7 +70,7 @@ def test_what_a_row_over_ranks_is_not_given(argument, value):
 
 
 def heads_over_ranks(rank: int, world: int) -> dict[str, float]:
-    mesh, found = init_device_mesh("cpu", (world,)), {}
+    mesh, found = init_device_mesh(ranks.KIND, (world,)), {}
     for pattern, act in (("rat-swa", "gelu"), ("rnn", "swiglu")):
         whole = model_of(pattern, num_groups=1, hidden_act=act)
         model = parallelize_module(copy.deepcopy(whole), mesh, parallelize_plan(whole))
@@ -90,3 +90,37 @@ def heads_over_ranks(rank: int, world: int) -> dict[str, float]:
 def test_heads_over_ranks(tmp_path):
     for name, difference in ranks.run("test_parallel_models:heads_over_ranks", 2, tmp_path).items():
         assert difference < 1e-10, name
+
+
+def sharded_with_its_embedding(rank: int, world: int) -> float:
+    """FSDP2 as accelerate applies it: embedding, last norm and head in one group, whose hooks count one call of each."""
+    from torch.distributed.fsdp import fully_shard
+
+    whole = model_of("rat-swa")
+    model = copy.deepcopy(whole)
+    model._tie()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard([model.model.norm, model.model.embed_tokens, model.lm_head], reshard_after_forward=False)
+    fully_shard(model)
+    tokens, labels = torch.randint(0, V, (2, 2, 30))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.02) for m in (whole, model)]
+    worst = 0.0
+    for training in (True, True, False, False, True, True):
+        losses, logits = [], []
+        for m, optimizer in zip((whole, model), optimizers, strict=True):
+            m.train(training)
+            found = m(tokens, shift_labels=labels, logits_to_keep=3)
+            losses.append(float(found.loss.detach()))
+            if training:
+                found.loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            else:
+                logits.append(found.logits.detach())
+        worst = max([worst, abs(losses[0] - losses[1]), *(float((a - logits[0]).abs().max()) for a in logits)])
+    return worst
+
+
+def test_sharded_with_its_embedding(tmp_path):
+    assert ranks.run("test_parallel_models:sharded_with_its_embedding", 2, tmp_path) < 1e-9

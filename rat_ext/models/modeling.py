@@ -37,6 +37,27 @@ class Linear(nn.Linear):
         init.normal_(self.weight, std=self.std)
 
 
+class Head(Linear):
+    """Hidden states to logits of the next token, to the loss, or to both.
+
+    One call a forward, of everything: wrappers that gather its weight, as FSDP2 does in a group with the embedding, count it.
+    """
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, keep: slice | Tensor | None = None) -> Any:
+        """Logits ``(B, T, V)``; with ``labels`` ``(B * T,)`` the sum of the losses, and logits of columns ``keep``, if any."""
+        if labels is None:
+            return super().forward(x)
+        if self.bias is None and type(self.weight) in (Tensor, nn.Parameter):
+            total = linear_cross_entropy(x.flatten(0, 1), self.weight, labels)
+        else:  # of a sharded weight only the product is known
+            total = _cross_entropy(super().forward(x), labels)
+        return total, None if keep is None else super().forward(x[:, keep])
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=IGNORED, reduction="sum")
+
+
 class Embedding(nn.Embedding):
     """Drawn from N(0, std), also by wrappers that reset module by module."""
 
@@ -434,14 +455,14 @@ class RATForCausalLM(RATPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = RATModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, config.initializer_range)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, config.initializer_range)
         self.post_init()
         self.register_load_state_dict_post_hook(lambda module, keys: module._tie())
 
     def _tie(self) -> None:
         """Makes the head's weight the embedding's again, where tied: what replaces parameters replaces each by itself."""
         head, embedding = self.get_output_embeddings(), self.get_input_embeddings()
-        both = type(head) is Linear and type(embedding) is Embedding
+        both = type(head) is Head and type(embedding) is Embedding
         if both and self.config.tie_word_embeddings and head.weight is not embedding.weight:
             head.weight = embedding.weight
 
@@ -492,25 +513,30 @@ class RATForCausalLM(RATPreTrainedModel, GenerationMixin):
             raise wrong("labels", "None beside context_parallel, but shift_labels, cut as the tokens are", "labels")
         if target is None and labels is not None:
             target = _shift(labels, attention_mask, kwargs.get("cu_seq_lens_q"))
-        if target is not None:
-            loss = self._loss(x, target, items)
-        if loss is None or not self.training or self.config.logits_with_loss:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept: slice | Tensor | None = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if target is None:
             logits = self.lm_head(x[:, kept])
+        else:
+            if self.training and not self.config.logits_with_loss:
+                kept = None
+            loss, logits = self._loss(x, target, items, kept)
         result = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)}
         )
         return result if self.config.return_dict and return_dict is not False else result.to_tuple()
 
-    def _loss(self, x: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
-        """Mean over the labels of hidden states ``x`` ``(B, T, d_model)``."""
+    def _loss(
+        self, x: Tensor, labels: Tensor, items: Tensor | int | None, kept: slice | Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mean over the labels of hidden states ``x`` ``(B, T, d_model)``, and the logits of the columns ``kept``."""
         head, labels = self.lm_head, labels.to(x.device).flatten()
-        plain = type(head).forward is nn.Linear.forward and "forward" not in vars(head) and not head._forward_pre_hooks
-        if plain and head.bias is None and type(head.weight) in (Tensor, nn.Parameter):
-            total = linear_cross_entropy(x.flatten(0, 1), head.weight, labels)
-        else:  # an adapter, a quantised or sharded weight: only the module knows its logits
-            total = F.cross_entropy(head(x).flatten(0, 1).float(), labels, ignore_index=IGNORED, reduction="sum")
-        return total / ((labels != IGNORED).sum() if items is None else items)
+        apart = "forward" in vars(head) or getattr(head, "_distribute_module_applied", False)
+        if isinstance(head, Head) and not apart:
+            total, logits = head(x, labels, kept)
+        else:  # an adapter, a quantised weight or one that is split by columns: only the module knows its logits
+            logits = head(x)
+            total, logits = _cross_entropy(logits, labels), None if kept is None else logits[:, kept]
+        return total / ((labels != IGNORED).sum() if items is None else items), logits
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
