@@ -1,10 +1,12 @@
 """Addresses and strides, one tensor at a time: what forbids 16-byte accesses, and small tensors of any layout."""
 
+import os
+
 import pytest
 import torch
 
 import rat_ext
-from rat_ext.testing import LOW, attention_case, evaluate, name, same_bits
+from rat_ext.testing import LOW, attention_case, check, evaluate, name, same_bits
 
 low = pytest.mark.parametrize("dtype", LOW, ids=name)
 
@@ -110,6 +112,50 @@ def test_one_tensor_off_the_grid(device, dtype, which, what, dim, chunk_size):
     for key in values:
         size = float(values[key].abs().max())
         torch.testing.assert_close(again[key], values[key], rtol=unit, atol=unit * size, msg=lambda m, key=key: f"{key}: {m}")
+
+
+# Multiples of 8 that are none of 16: the upper half of a row of q begins between two 16-byte pieces.
+between = pytest.mark.parametrize("dim", [8, 24, 40, 56, 72, 88, 104, 120])
+
+
+@low
+@between
+@pytest.mark.parametrize("options", [{}, {"scale": -0.4, "rotary": False}, {"sequences": [3, 290, 0, 130]}], ids=str)
+def test_head_size_between_multiples_of_16(device, dtype, dim, options):
+    """Several tiles of queries and blocks of keys; the chunk changes in every place of a tile."""
+    check(attention_case(device, dtype, **{"tokens": 410, "chunk_size": 3, "dim": dim} | options))
+
+
+@low
+@between
+@pytest.mark.parametrize("scale", [0.2, -0.2])
+def test_columns_of_zeros(device, dtype, dim, scale):
+    """D + 8 with zeros in the last columns of v, and in q or k, computes the same; on a GPU bit for bit."""
+    case = attention_case(device, dtype, tokens=1500, chunk_size=4, dim=dim, rotary=False, scale=scale)
+    wide = {key: torch.nn.functional.pad(x, (0, 8)) for key, x in case.tensors.items()}
+    with torch.no_grad():
+        y = rat_ext.rat_attention(**case.tensors, chunk_size=4, scale=scale)
+        padded = rat_ext.rat_attention(**wide, chunk_size=4, scale=scale)
+    if device.type == "cuda":
+        assert same_bits(padded[..., :dim], y)
+    unit = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(padded[..., :dim], y, rtol=unit, atol=unit * float(y.abs().max()))
+    assert not padded[..., dim:].any()
+
+
+@pytest.mark.gpu
+@low
+@between
+def test_family_of_a_head_size_between(device, dtype, dim):
+    """Hopper's kernels serve both directions."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("not a Hopper GPU")
+    if os.environ.get("RAT_EXT_KERNELS"):
+        pytest.skip("a family is forced")
+    case = attention_case(device, dtype, tokens=300, dim=dim)
+    rows = rat_ext.explain(**case.tensors, chunk_size=16, **case.options)
+    chosen = {row["phase"]: row["family"] for row in rows if row["chosen"]}
+    assert chosen["attention_fwd"] == chosen["attention_bwd"] == "sm90", rows
 
 
 def test_strides_of_nothing(device):

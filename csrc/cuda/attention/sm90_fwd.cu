@@ -327,12 +327,14 @@ __device__ __forceinline__ void rotate_pair(uint32_t& low, uint32_t& high, const
   high = pack2<T>(b0 * cos[0] + a0 * sin[0], b1 * cos[1] + a1 * sin[1]);
 }
 
-// q of one tile, in 16-byte pieces. A thread owns the same 8 columns of both halves in a run of rows: it rotates only what it
-// loaded itself, so no barrier lies between, and fetches angles only where they change.
-template <class C>
+// q of one tile, in pieces of COLUMNS: 8, or 4 where D is no multiple of 16 and the upper half of a row begins between two 16-byte
+// pieces. A thread owns the same columns of both halves in a run of rows: it rotates only what it loaded itself, so no barrier
+// lies between, and fetches angles only where they change.
+template <class C, int COLUMNS>
 struct QueryPieces {
   using T = typename C::T;
-  static constexpr int kPieces = C::kDim / 16;
+  static_assert(COLUMNS == 4 || COLUMNS == 8);
+  static constexpr int kPieces = C::kDim / 2 / COLUMNS;
   static constexpr int kRun = (C::kRows * kPieces + C::kLoaders - 1) / C::kLoaders;
   static_assert(C::kLoaders % kPieces == 0);
   uint32_t target;
@@ -341,12 +343,20 @@ struct QueryPieces {
   __device__ __forceinline__ QueryPieces(const Arguments& a, uint32_t tile, int thread) {
     target = tile;
     half = static_cast<int>(a.size.head_dim) / 2;
-    column = thread % kPieces * 8;
+    column = thread % kPieces * COLUMNS;
     row = thread / kPieces * kRun;
     end = column < half ? min(row + kRun, C::kRows) : row;
   }
   __device__ __forceinline__ uint32_t low(int r) const { return target + swizzled(C::kRows, r, column); }
   __device__ __forceinline__ uint32_t high(int r) const { return target + swizzled(C::kRows, r, half + column); }
+
+  static __device__ __forceinline__ void copy(uint32_t to, const T* from, bool valid) {
+    COLUMNS == 8 ? cp_async16(to, from, valid) : cp_async8(to, from, valid);
+  }
+  static __device__ __forceinline__ void load_shared(uint32_t (&x)[4], uint32_t from) { load_shared16(x, from); }
+  static __device__ __forceinline__ void load_shared(uint32_t (&x)[2], uint32_t from) { load_shared8(x, from); }
+  static __device__ __forceinline__ void store_shared(uint32_t to, const uint32_t (&x)[4]) { store_shared16(to, x); }
+  static __device__ __forceinline__ void store_shared(uint32_t to, const uint32_t (&x)[2]) { store_shared8(to, x); }
 
   // Rows past the last token become zeros.
   __device__ __forceinline__ void load(const T* q, int64_t token_stride, int rows) const {
@@ -354,8 +364,8 @@ struct QueryPieces {
 #pragma unroll 1
     for (int r = row; r < end; ++r, from += token_stride) {
       const bool valid = r < rows;
-      cp_async16(low(r), valid ? from : q, valid);
-      cp_async16(high(r), valid ? from + half : q, valid);
+      copy(low(r), valid ? from : q, valid);
+      copy(high(r), valid ? from + half : q, valid);
     }
   }
 
@@ -365,7 +375,7 @@ struct QueryPieces {
     const float* sin = static_cast<const float*>(a.rotary.sin);
     const uint32_t every = tile.angles.every, to_next = tile.angles.to_next;
     const int last = min(end, tile.rows);
-    float c[8], s[8];
+    float c[COLUMNS], s[COLUMNS];
     uint32_t index = tile.angles.first, left = to_next - row;
     if (static_cast<uint32_t>(row) >= to_next) {
       const uint32_t past = row - to_next;
@@ -375,29 +385,29 @@ struct QueryPieces {
     const auto fetch_angles = [&] {
       const int64_t angle = static_cast<int64_t>(index) * half + column;
 #pragma unroll
-      for (int i = 0; i < 8; i += 4) {
+      for (int i = 0; i < COLUMNS; i += 4) {
         const float4 co = __ldg(reinterpret_cast<const float4*>(cos + angle + i));
         const float4 si = __ldg(reinterpret_cast<const float4*>(sin + angle + i));
         c[i] = co.x, c[i + 1] = co.y, c[i + 2] = co.z, c[i + 3] = co.w;
         s[i] = si.x, s[i + 1] = si.y, s[i + 2] = si.z, s[i + 3] = si.w;
       }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) c[i] *= a.q_sign, s[i] *= a.q_sign;
+      for (int i = 0; i < COLUMNS; ++i) c[i] *= a.q_sign, s[i] *= a.q_sign;
     };
 #pragma unroll
-    for (int i = 0; i < 8; ++i) c[i] = a.q_sign, s[i] = 0.0f;
+    for (int i = 0; i < COLUMNS; ++i) c[i] = a.q_sign, s[i] = 0.0f;
     if (cos != nullptr && row < last) fetch_angles();
     cp_async_wait<0>();
     if (cos == nullptr && a.q_sign > 0.0f) return;
 #pragma unroll 1
     for (int r = row; r < last; ++r) {
-      uint32_t x[4], y[4];
-      load_shared16(x, low(r));
-      load_shared16(y, high(r));
+      uint32_t x[COLUMNS / 2], y[COLUMNS / 2];
+      load_shared(x, low(r));
+      load_shared(y, high(r));
 #pragma unroll
-      for (int i = 0; i < 4; ++i) rotate_pair<T>(x[i], y[i], &c[2 * i], &s[2 * i]);
-      store_shared16(low(r), x);
-      store_shared16(high(r), y);
+      for (int i = 0; i < COLUMNS / 2; ++i) rotate_pair<T>(x[i], y[i], &c[2 * i], &s[2 * i]);
+      store_shared(low(r), x);
+      store_shared(high(r), y);
       if (--left == 0) {
         ++index;
         left = every;
@@ -454,10 +464,16 @@ __device__ __forceinline__ void feed_queries(const Arguments& a, Shared<C>& shar
       const uint32_t group = static_cast<uint32_t>(tile.head) / a.heads_per_group;
       const T* q = static_cast<const T*>(a.q.ptr) + tile.batch * a.q.batch + tile.token * a.q.token + group * a.q.head;
       const uint32_t target = shared_address(shared.q) + q_ring.slot() * kBytes;
-      const QueryPieces<C> pieces(a, target, opaque(thread));
-      pieces.load(q, a.q.token, rows);
-      cp_async_commit();
-      pieces.rotate(a, tile);
+      const auto feed = [&](const auto& pieces) {
+        pieces.load(q, a.q.token, rows);
+        cp_async_commit();
+        pieces.rotate(a, tile);
+      };
+      if (a.size.head_dim % 16 == 0) {
+        feed(QueryPieces<C, 8>(a, target, opaque(thread)));
+      } else {
+        feed(QueryPieces<C, 4>(a, target, opaque(thread)));
+      }
     }
     fence_proxy_async();  // q was written by ordinary stores and cp.async; wgmma reads it
     mbarrier_arrive(q_ring.full());
@@ -749,13 +765,15 @@ struct Consumer {
     return __all_sync(0xffffffffu, finite);
   }
 
-  // In place of both steps of the epilogue: the warp's queries one by one.
+  // In place of both steps of the epilogue: the warp's queries one by one. Its loops are the same for all lanes, and the compiler has
+  // to see that: or it would keep what next_block() counts in ordinary registers, at 15 % more instructions.
   __device__ __forceinline__ void attend_one_by_one() const {
     const QueryTile& t = tile();
     const int head_dim = static_cast<int>(a.size.head_dim);
-    const int first = warpgroup * 64 + thread / 32 * 16;
+    const int first = warpgroup * 64 + warp_uniform(thread / 32) * 16;
+    const int end = warp_uniform(min(first + 16, t.rows));
 #pragma unroll 1
-    for (int r = first; r < min(first + 16, t.rows); ++r) {
+    for (int r = first; r < end; ++r) {
       const int64_t token = t.token + r, angle = static_cast<int64_t>(t.angles.of(r)) * (head_dim / 2);
       const auto row_of = [&](const Rows& rows, uint32_t head) {
         return static_cast<T*>(rows.ptr) + t.batch * rows.batch + token * rows.token + head * rows.head;
@@ -770,7 +788,7 @@ struct Consumer {
       query.own = shared.own[q_ring.slot()][r] * kLog2e;
       query.scale_log2 = a.scale_log2;
       query.sign = a.q_sign;
-      query.keys = t.visible.end(r);
+      query.keys = warp_uniform(t.visible.end(r));
       query.head_dim = head_dim;
       attend_alone(query, static_cast<const T*>(a.chunks.k), static_cast<const T*>(a.chunks.v),
                    [&](int j) { return state_offset(a, t, j); });
@@ -858,7 +876,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   extern __shared__ uint8_t raw_shared[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(
       raw_shared + (1024 - static_cast<uint32_t>(__cvta_generic_to_shared(raw_shared)) % 1024) % 1024);
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = warp_uniform(static_cast<int>(threadIdx.x) / 128);
   if (threadIdx.x == 0) {
     constexpr uint32_t kConsumerWarps = 4 * C::kConsumers;
     shared.tile_ring.init(1, C::kLoaders + kConsumerWarps);
@@ -901,12 +919,6 @@ constexpr int64_t kShortNarrowKeys = 1024;  // of 64
 
 float scale_log2(const AttentionFwdParams& params) {
   return mask_safe(static_cast<float>(std::fabs(params.scale) * 1.4426950408889634));
-}
-
-// Are rows of q and of the rotary tables pieces of 16 bytes?
-bool queries_by_16(const AttentionFwdParams& params) {
-  return params.size.aligned16 && params.size.head_dim % 16 == 0 && is_aligned16(params.rotary.cos) &&
-         is_aligned16(params.rotary.sin);
 }
 
 // Chunk states as boxes. Where there is room for none, a map that is never read: of memory that is there.
@@ -1014,7 +1026,9 @@ const char* fwd_refuses(const AttentionFwdParams& params) {
   if (params.chunks.rows > 0) {
     if (const char* reason = no_state_map(s, params.chunks)) return reason;
   }
-  if (!queries_by_16(params)) return "rows of q or of the rotary tables are no whole pieces of 16 bytes";
+  if (!s.aligned16) return "rows are not 16-byte aligned";
+  if (!is_aligned16(params.rotary.cos) || !is_aligned16(params.rotary.sin))
+    return "rotary tables are not 16-byte aligned";
   if (s.tokens > kMany || std::max(s.sequences, params.chunks.blocks) * s.heads > kMany ||
       work_items(s, 64) > kMany / s.heads) {
     return "the call is too large for 32-bit indices";

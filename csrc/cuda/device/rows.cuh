@@ -41,6 +41,10 @@ __device__ __forceinline__ float group_sum(float x) {
   return x;
 }
 
+// A value that all lanes hold alike, and of which the compiler is told so: lane 0's. What follows from it lies in uniform
+// registers, and a branch on it parts no lanes. One loop that may part them costs a whole kernel its uniform registers.
+__device__ __forceinline__ int warp_uniform(int x) { return __shfl_sync(kFullWarp, x, 0); }
+
 // ---- where rows are ---------------------------------------------------------------------------------------------------
 
 template <class T>

@@ -9,7 +9,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// ---- shared memory, by address: 16-byte aligned, or 4-byte where 4 bytes move. PTX ISA 9.7.9.8 (ld), 9.7.9.11 (st). ---
+// ---- shared memory, by address, which is a multiple of the bytes that move. PTX ISA 9.7.9.8 (ld), 9.7.9.11 (st). ---
 
 __device__ __forceinline__ void load_shared16(uint32_t (&x)[4], uint32_t address) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
@@ -26,6 +26,14 @@ __device__ __forceinline__ void store_shared16(uint32_t address, const uint32_t 
 __device__ __forceinline__ void store_shared16(uint32_t address, float x0, float x1, float x2, float x3) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(x0), "f"(x1), "f"(x2), "f"(x3)
                : "memory");
+}
+
+__device__ __forceinline__ void load_shared8(uint32_t (&x)[2], uint32_t address) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(x[0]), "=r"(x[1]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void store_shared8(uint32_t address, const uint32_t (&x)[2]) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};\n" ::"r"(address), "r"(x[0]), "r"(x[1]) : "memory");
 }
 
 __device__ __forceinline__ void store_shared4(uint32_t address, uint32_t x) {
