@@ -181,6 +181,20 @@ PYTHON = [
         "tests/test_rotary.py::test_layers_that_differ_share_no_table",
     ),
     Mutant(
+        "a capture computes tables that are there",
+        "rat_ext/rotary.py",
+        r"if tables is None and device\.type == \"cuda\"",
+        'if device.type == "cuda"',
+        "tests/test_rotary.py::test_a_capture_takes_the_tables_that_are_there",
+    ),
+    Mutant(
+        "a model takes back more than its pool keeps",
+        "rat_ext/models/cache.py",
+        r"min\(old \+ new, DRAFT\)",
+        "old + new",
+        "tests/test_models.py::test_rat_layers_take_tokens_back_in_their_pool",
+    ),
+    Mutant(
         "table of a full cache",
         "rat_ext/layers.py",
         r"self\._rotary\(cache\.capacity \+ 1, projection\)",

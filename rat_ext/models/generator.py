@@ -606,7 +606,7 @@ class Generator:
         layers = self._layers()
         gated = [(pool.bias, layer.mixer.gate_bias) for layer, pool, _ in layers if not isinstance(pool, KeysPool)]
         if gated:  # one kernel casts those of all layers
-            torch._foreach_copy_(*(list(biases) for biases in zip(*gated, strict=True)))
+            torch._foreach_copy_([bias for bias, _ in gated], [source for _, source in gated])
         x = self.model.model.embed_tokens(rows.token)
         h = layers[0][0].input_layernorm(x)
         for layer, pool, norm in layers:

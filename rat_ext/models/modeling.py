@@ -173,16 +173,19 @@ class RAT(Gated):
             states.state = pool
         elif not cache.static and tokens > states.state.capacity:
             states.state = states.state.reserve(cache.room(tokens))
-        pool, rotary = states.state, {"rotary_cos": cos, "rotary_sin": sin}
+        pool = states.state
         states.count([layout.tokens] * batch if layout.counts is None else layout.counts.tolist())
         if layout.start != 0 and layout.tokens == 1 and layout.cu_seqlens is None:
-            one = (x[:, 0] for x in (q, k, v, gate))
-            return rat_decode_step(*one, pool, gate_bias=bias, out_gate=out_gate[:, 0], **rotary)[:, None]
-        y = rat_attention_packed(
-            projection.detach(), self.num_heads, self.num_groups, self.chunk_size, gate_bias=bias,
-            cu_seqlens=layout.cu_seqlens, cache=pool, **rotary,
+            y = rat_decode_step(
+                q[:, 0], k[:, 0], v[:, 0], gate[:, 0], pool, gate_bias=bias, out_gate=out_gate[:, 0], rotary_cos=cos,
+                rotary_sin=sin,
+            )  # fmt: skip
+            return y[:, None]
+        result = rat_attention_packed(
+            projection.detach(), self.num_heads, self.num_groups, self.chunk_size, gate_bias=bias, rotary_cos=cos,
+            rotary_sin=sin, cu_seqlens=layout.cu_seqlens, cache=pool,
         )  # fmt: skip
-        return cast(Tensor, y)
+        return cast(Tensor, result)
 
     def _room(self, states: RATStates, cache: RATModelCache) -> RATCache:
         assert states.state is not None
