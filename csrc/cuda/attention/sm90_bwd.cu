@@ -461,11 +461,12 @@ struct Consumer {
   }
   template <int ROWS>
   __device__ __forceinline__ void clear_rows(uint32_t tile, int from) const {
-    for (int i = threadIdx.x - 128; i < (ROWS - from) * 8; i += C::kConsumerThreads) {
+#pragma unroll 1
+    for (int begin = from * 8; begin < ROWS * 8; begin += C::kConsumerThreads) {
+      const int i = begin + static_cast<int>(threadIdx.x) - 128;
+      if (i >= ROWS * 8) continue;
 #pragma unroll
-      for (int panel = 0; panel < C::kPanels; ++panel) {
-        clear_shared16(tile + panel * ROWS * 128 + from * 128 + i * 16);
-      }
+      for (int panel = 0; panel < C::kPanels; ++panel) clear_shared16(tile + panel * ROWS * 128 + i * 16);
     }
   }
 
@@ -564,7 +565,8 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
   for (Ring<kItemSlots> items(shared.items);; items.next()) {
     items.wait_full();
     const Item& item = shared.item[items.slot()];
-    if (item.keys == 0) break;
+    const int keys = warp_uniform(item.keys);
+    if (keys == 0) break;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) dk[i] = dv[i] = 0.0f;
     // Else the zeros move to where the first products are in flight, which then wait for each other.
@@ -572,27 +574,29 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
     hold_registers(dv);
 
     states.wait_full();
-    const int steps = item.steps;
+    const int steps = warp_uniform(item.steps);
     if (steps > 0) {
       int seen[2];  // by this thread's first query of a tile, of the tiles' queries 2 quad ...
 #pragma unroll
       for (int h = 0; h < 2; ++h) seen[h] = clamp_token(item.visible.of(me.key + 8 * h) - 2 * me.quad);
-      const int clear = clamp_token(item.visible.of(warpgroup * 64 + 63));  // from here on queries see all 64 keys
+      const int clear =
+          warp_uniform(clamp_token(item.visible.of(warpgroup * 64 + 63)));  // from here on queries see all 64 keys
 
-      if (item.keys < C::kKeys) {
-        me.template clear_rows<C::kKeys>(shared_address(shared.k), shared_address(shared.v), item.keys);
+      if (keys < C::kKeys) {
+        me.template clear_rows<C::kKeys>(shared_address(shared.k), shared_address(shared.v), keys);
       }
+      const int last = warp_uniform(item.last), length = warp_uniform(item.length);
       // One query tile. Nothing is in flight from one tile to the next: the compiler would not keep track of it.
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         const uint32_t slot = q_tiles.slot(), rows_offset = slot * C::kRowsBytes;
         const uint32_t ds_offset = dq_tiles.slot() * C::kScoreBytes;
-        const int row = (item.last - step) * C::kQueries;  // first query of the tile
+        const int row = (last - step) * C::kQueries;  // first query of the tile
         q_tiles.wait_full();
-        if (step == 0 && item.length - row < C::kQueries) {
+        if (step == 0 && length - row < C::kQueries) {
           dout_tiles.wait_full();
           me.template clear_rows<C::kQueries>(shared_address(shared.q[slot]), shared_address(shared.dout[slot]),
-                                              item.length - row);
+                                              length - row);
         }
         hold_registers(s);
         wgmma_fence();
@@ -654,7 +658,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t raw_shared[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(raw_shared);
   if (shared_address(raw_shared) % 1024 != 0) __trap();
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = warp_uniform(static_cast<int>(threadIdx.x) / 128);
   if (threadIdx.x == 0) {
     shared.init_barriers();
     mbarrier_init_fence();
