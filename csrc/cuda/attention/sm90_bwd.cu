@@ -21,8 +21,8 @@
 //   warp 1           lse and Delta of the query tiles, beside dO in the ring.
 //   warps 2, 3       one thread each waits for the turn of a query tile and adds dQ to it through the copy engine.
 //   warpgroups 1, 2  consumers, 64 keys each. dS of both meets in shared memory; each computes its half of dQ.
-// The products of a tile are queued so that the tensor cores have work meanwhile: dP^T during the exponentials, dV during dS,
-// dK while dQ leaves.
+// The products are queued so that the tensor cores have work meanwhile: dP^T during the exponentials, dV during dS, dK while the
+// consumers wait for each other's dS, S^T of the next tile while dQ leaves.
 //
 // Shared memory: K, V; two stages of q, dO, lse, Delta; two of dS (one barrier per tile suffices then); dQ on its way out. Tiles
 // lie in panels of 64 columns, 128 bytes per row, 16-byte pieces swizzled. dQ lies as the registers do, 16 bytes per thread: so it
@@ -508,13 +508,12 @@ struct Consumer {
     }
   }
 
-  // The other consumer may still read dS of the tile before, not that of the one before it, whose place this takes: it came to
-  // the last barrier after its product with it.
+  // For both consumers after the barrier kScoresWritten. The other one may still read dS of the tile before, not that of the one
+  // before it, whose place this takes: it came to the last barrier after its product with it.
   __device__ __forceinline__ void share_gradients(const uint32_t (&ds)[kSteps][4], uint32_t ds_offset) const {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) stmatrix_x4_trans(ds_lane + ds_offset + step * 2048, ds[step]);
     fence_proxy_async();  // ordinary stores, read by wgmma
-    named_barrier_sync(kScoresWritten, C::kConsumerThreads);
   }
 
   __device__ __forceinline__ void hand_over_dq(const float (&dq)[32], const Ring<2>& dq_tiles) const {
@@ -585,28 +584,31 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
       if (keys < C::kKeys) {
         me.template clear_rows<C::kKeys>(shared_address(shared.k), shared_address(shared.v), keys);
       }
-      const int last = warp_uniform(item.last), length = warp_uniform(item.length);
+      // The first tile, which may end past the sequence, and its S^T. That of each other tile goes with the products of the
+      // tile before.
+      const int last = warp_uniform(item.last), rows = warp_uniform(item.length) - last * C::kQueries;
+      q_tiles.wait_full();
+      if (rows < C::kQueries) {
+        dout_tiles.wait_full();
+        me.template clear_rows<C::kQueries>(shared_address(shared.q[q_tiles.slot()]),
+                                            shared_address(shared.dout[dout_tiles.slot()]), rows);
+      }
+      hold_registers(s);
+      wgmma_fence();
+      me.issue_scores(s, me.k_left, descriptor_add(me.q_columns, q_tiles.slot() * C::kRowsBytes));
+      wgmma_wait<0>();
+      hold_registers(s);
       // One query tile. Nothing is in flight from one tile to the next: the compiler would not keep track of it.
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         const uint32_t slot = q_tiles.slot(), rows_offset = slot * C::kRowsBytes;
+        const uint32_t q_empty = q_tiles.empty();
         const uint32_t ds_offset = dq_tiles.slot() * C::kScoreBytes;
         const int row = (last - step) * C::kQueries;  // first query of the tile
-        q_tiles.wait_full();
-        if (step == 0 && length - row < C::kQueries) {
-          dout_tiles.wait_full();
-          me.template clear_rows<C::kQueries>(shared_address(shared.q[slot]), shared_address(shared.dout[slot]),
-                                              length - row);
-        }
-        hold_registers(s);
-        wgmma_fence();
-        me.issue_scores(s, me.k_left, descriptor_add(me.q_columns, rows_offset));
         dout_tiles.wait_full();
         hold_registers(dp);
         wgmma_fence();
         me.issue_scores(dp, me.v_left, descriptor_add(me.dout_columns, rows_offset));
-        wgmma_wait<1>();  // S^T
-        hold_registers(s);
         me.weights(s, p, slot, row, clear, seen);
         hold_registers(p);
         hold_registers(dv);
@@ -616,26 +618,38 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
         hold_registers(dp);
         me.gradients(ds, p, dp, slot);
         me.share_gradients(ds, ds_offset);
-
-        float dq[32];
-        hold_registers(dq);
         hold_registers(ds);
         hold_registers(dk);
         wgmma_fence();
-        me.issue_dq(dq, ds_offset);
         me.issue_sums(dk, ds, descriptor_add(me.q_rows, rows_offset));
+        named_barrier_sync(kScoresWritten, C::kConsumerThreads);
+
+        float dq[32];
+        hold_registers(dq);
+        wgmma_fence();
+        me.issue_dq(dq, ds_offset);
         wgmma_wait<2>();  // dV
         hold_registers(dv);
         hold_registers(p);
         me.leave(dout_tiles.empty());
+        wgmma_wait<1>();  // dK
+        hold_registers(dk);
+        hold_registers(ds);
+        // After the last tile, S^T of that one again, for nobody: how many products are in flight is then a constant. dV and dK
+        // have ended because the registers of p and dS are wanted.
+        q_tiles.next();
+        const bool more = step + 1 < steps;
+        if (more) q_tiles.wait_full();
+        hold_registers(s);
+        wgmma_fence();
+        me.issue_scores(s, me.k_left,
+                        descriptor_add(me.q_columns, more ? q_tiles.slot() * C::kRowsBytes : rows_offset));
         wgmma_wait<1>();  // dQ
         hold_registers(dq);
         me.hand_over_dq(dq, dq_tiles);
-        wgmma_wait<0>();  // dK
-        hold_registers(dk);
-        hold_registers(ds);
-        me.leave(q_tiles.empty());
-        q_tiles.next();
+        wgmma_wait<0>();  // S^T of the next tile
+        hold_registers(s);
+        me.leave(q_empty);
         dout_tiles.next();
         dq_tiles.next();
       }
