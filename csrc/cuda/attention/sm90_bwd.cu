@@ -21,8 +21,8 @@
 //   warp 1           lse and Delta of the query tiles, beside dO in the ring.
 //   warps 2, 3       one thread each waits for the turn of a query tile and adds dQ to it through the copy engine.
 //   warpgroups 1, 2  consumers, 64 keys each. dS of both meets in shared memory; each computes its half of dQ.
-// The products of a tile are queued so that the tensor cores have work meanwhile: dP^T during the exponentials, dV during dS,
-// dK while dQ leaves.
+// The products are queued so that the tensor cores have work meanwhile: dP^T during the exponentials, dV during dS, dK while the
+// consumers wait for each other's dS, S^T of the next tile while dQ leaves.
 //
 // Shared memory: K, V; two stages of q, dO, lse, Delta; two of dS (one barrier per tile suffices then); dQ on its way out. Tiles
 // lie in panels of 64 columns, 128 bytes per row, 16-byte pieces swizzled. dQ lies as the registers do, 16 bytes per thread: so it
@@ -461,11 +461,12 @@ struct Consumer {
   }
   template <int ROWS>
   __device__ __forceinline__ void clear_rows(uint32_t tile, int from) const {
-    for (int i = threadIdx.x - 128; i < (ROWS - from) * 8; i += C::kConsumerThreads) {
+#pragma unroll 1
+    for (int begin = from * 8; begin < ROWS * 8; begin += C::kConsumerThreads) {
+      const int i = begin + static_cast<int>(threadIdx.x) - 128;
+      if (i >= ROWS * 8) continue;
 #pragma unroll
-      for (int panel = 0; panel < C::kPanels; ++panel) {
-        clear_shared16(tile + panel * ROWS * 128 + from * 128 + i * 16);
-      }
+      for (int panel = 0; panel < C::kPanels; ++panel) clear_shared16(tile + panel * ROWS * 128 + i * 16);
     }
   }
 
@@ -507,13 +508,12 @@ struct Consumer {
     }
   }
 
-  // The other consumer may still read dS of the tile before, not that of the one before it, whose place this takes: it came to
-  // the last barrier after its product with it.
+  // For both consumers after the barrier kScoresWritten. The other one may still read dS of the tile before, not that of the one
+  // before it, whose place this takes: it came to the last barrier after its product with it.
   __device__ __forceinline__ void share_gradients(const uint32_t (&ds)[kSteps][4], uint32_t ds_offset) const {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) stmatrix_x4_trans(ds_lane + ds_offset + step * 2048, ds[step]);
     fence_proxy_async();  // ordinary stores, read by wgmma
-    named_barrier_sync(kScoresWritten, C::kConsumerThreads);
   }
 
   __device__ __forceinline__ void hand_over_dq(const float (&dq)[32], const Ring<2>& dq_tiles) const {
@@ -564,7 +564,8 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
   for (Ring<kItemSlots> items(shared.items);; items.next()) {
     items.wait_full();
     const Item& item = shared.item[items.slot()];
-    if (item.keys == 0) break;
+    const int keys = warp_uniform(item.keys);
+    if (keys == 0) break;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) dk[i] = dv[i] = 0.0f;
     // Else the zeros move to where the first products are in flight, which then wait for each other.
@@ -572,37 +573,42 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
     hold_registers(dv);
 
     states.wait_full();
-    const int steps = item.steps;
+    const int steps = warp_uniform(item.steps);
     if (steps > 0) {
       int seen[2];  // by this thread's first query of a tile, of the tiles' queries 2 quad ...
 #pragma unroll
       for (int h = 0; h < 2; ++h) seen[h] = clamp_token(item.visible.of(me.key + 8 * h) - 2 * me.quad);
-      const int clear = clamp_token(item.visible.of(warpgroup * 64 + 63));  // from here on queries see all 64 keys
+      const int clear =
+          warp_uniform(clamp_token(item.visible.of(warpgroup * 64 + 63)));  // from here on queries see all 64 keys
 
-      if (item.keys < C::kKeys) {
-        me.template clear_rows<C::kKeys>(shared_address(shared.k), shared_address(shared.v), item.keys);
+      if (keys < C::kKeys) {
+        me.template clear_rows<C::kKeys>(shared_address(shared.k), shared_address(shared.v), keys);
       }
+      // The first tile, which may end past the sequence, and its S^T. That of each other tile goes with the products of the
+      // tile before.
+      const int last = warp_uniform(item.last), rows = warp_uniform(item.length) - last * C::kQueries;
+      q_tiles.wait_full();
+      if (rows < C::kQueries) {
+        dout_tiles.wait_full();
+        me.template clear_rows<C::kQueries>(shared_address(shared.q[q_tiles.slot()]),
+                                            shared_address(shared.dout[dout_tiles.slot()]), rows);
+      }
+      hold_registers(s);
+      wgmma_fence();
+      me.issue_scores(s, me.k_left, descriptor_add(me.q_columns, q_tiles.slot() * C::kRowsBytes));
+      wgmma_wait<0>();
+      hold_registers(s);
       // One query tile. Nothing is in flight from one tile to the next: the compiler would not keep track of it.
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         const uint32_t slot = q_tiles.slot(), rows_offset = slot * C::kRowsBytes;
+        const uint32_t q_empty = q_tiles.empty();
         const uint32_t ds_offset = dq_tiles.slot() * C::kScoreBytes;
-        const int row = (item.last - step) * C::kQueries;  // first query of the tile
-        q_tiles.wait_full();
-        if (step == 0 && item.length - row < C::kQueries) {
-          dout_tiles.wait_full();
-          me.template clear_rows<C::kQueries>(shared_address(shared.q[slot]), shared_address(shared.dout[slot]),
-                                              item.length - row);
-        }
-        hold_registers(s);
-        wgmma_fence();
-        me.issue_scores(s, me.k_left, descriptor_add(me.q_columns, rows_offset));
+        const int row = (last - step) * C::kQueries;  // first query of the tile
         dout_tiles.wait_full();
         hold_registers(dp);
         wgmma_fence();
         me.issue_scores(dp, me.v_left, descriptor_add(me.dout_columns, rows_offset));
-        wgmma_wait<1>();  // S^T
-        hold_registers(s);
         me.weights(s, p, slot, row, clear, seen);
         hold_registers(p);
         hold_registers(dv);
@@ -612,26 +618,38 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
         hold_registers(dp);
         me.gradients(ds, p, dp, slot);
         me.share_gradients(ds, ds_offset);
-
-        float dq[32];
-        hold_registers(dq);
         hold_registers(ds);
         hold_registers(dk);
         wgmma_fence();
-        me.issue_dq(dq, ds_offset);
         me.issue_sums(dk, ds, descriptor_add(me.q_rows, rows_offset));
+        named_barrier_sync(kScoresWritten, C::kConsumerThreads);
+
+        float dq[32];
+        hold_registers(dq);
+        wgmma_fence();
+        me.issue_dq(dq, ds_offset);
         wgmma_wait<2>();  // dV
         hold_registers(dv);
         hold_registers(p);
         me.leave(dout_tiles.empty());
+        wgmma_wait<1>();  // dK
+        hold_registers(dk);
+        hold_registers(ds);
+        // After the last tile, S^T of that one again, for nobody: how many products are in flight is then a constant. dV and dK
+        // have ended because the registers of p and dS are wanted.
+        q_tiles.next();
+        const bool more = step + 1 < steps;
+        if (more) q_tiles.wait_full();
+        hold_registers(s);
+        wgmma_fence();
+        me.issue_scores(s, me.k_left,
+                        descriptor_add(me.q_columns, more ? q_tiles.slot() * C::kRowsBytes : rows_offset));
         wgmma_wait<1>();  // dQ
         hold_registers(dq);
         me.hand_over_dq(dq, dq_tiles);
-        wgmma_wait<0>();  // dK
-        hold_registers(dk);
-        hold_registers(ds);
-        me.leave(q_tiles.empty());
-        q_tiles.next();
+        wgmma_wait<0>();  // S^T of the next tile
+        hold_registers(s);
+        me.leave(q_empty);
         dout_tiles.next();
         dq_tiles.next();
       }
@@ -654,7 +672,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t raw_shared[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(raw_shared);
   if (shared_address(raw_shared) % 1024 != 0) __trap();
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = warp_uniform(static_cast<int>(threadIdx.x) / 128);
   if (threadIdx.x == 0) {
     shared.init_barriers();
     mbarrier_init_fence();
