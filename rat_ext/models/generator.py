@@ -407,7 +407,8 @@ class Generator:
         max_batch: slots: sequences that go on at the same time. More requests wait for a slot.
         max_length: tokens of a sequence, prompt and new. All memory for states is taken now: :func:`state_bytes` per slot.
         prefill_tokens: prompt tokens in one prefill, which comes between two steps; a longer prompt has one of its own.
-        compile: fuse residual sums and norms of a step, and rotations by token, by ``torch.compile``.
+        compile: fuse residual sums and norms, and in a step rotations by token, by ``torch.compile``: faster, after seconds of
+            compilation at the start.
 
     Example:
         >>> import torch
@@ -453,6 +454,7 @@ class Generator:
         self.rings = sorted({pool.columns for pool in keys})
         self.flash, self.dense = any(pool.flash for pool in keys), all(pool.dense for pool in keys)
         self.add_norm = torch.compile(add_norm) if compile else add_norm
+        self.add_norm_packed = torch.compile(add_norm, dynamic=True) if compile else add_norm  # of any number of tokens
         self.rotate = torch.compile(attention.rotate) if compile else attention.rotate
         self.graphs: dict[tuple[int, tuple[Read, ...]], torch.cuda.CUDAGraph] = {}
         self.lag = LAG if self.device.type == "cuda" else 0
@@ -518,7 +520,7 @@ class Generator:
         prompt = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
         stops = (stop,) if isinstance(stop, int) else tuple(stop)
         vocab = self.config.vocab_size
-        if not prompt or any(type(token) is not int or not 0 <= token < vocab for token in prompt):
+        if not _tokens_below(vocab, prompt):
             bad = [token for token in prompt if type(token) is not int or not 0 <= token < vocab]
             got = repr(bad[0]) if bad else "none"
             raise wrong("submit", "prompt", f"at least one token, each from 0 to {vocab - 1}", got)
@@ -634,11 +636,13 @@ class Generator:
         ids = on_device(torch.frombuffer(tokens, dtype=torch.int64), device)
         x = self.model.model.embed_tokens(ids[None])
         layout = make_layout(self.config, x, None, None, plan.cu_seqlens, plan.longest)
-        for layer, pool, _ in self._layers():
-            y = pool.prefill(layer.mixer, layer.mixer.in_proj(layer.input_layernorm(x)), layout, plan)
-            x = x + layer.mixer.out_proj(y.flatten(2))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        logits = self.model.lm_head(self.model.model.norm(x[0, plan.last]))
+        layers = self._layers()
+        h = layers[0][0].input_layernorm(x)
+        for layer, pool, norm in layers:
+            y = layer.mixer.out_proj(pool.prefill(layer.mixer, layer.mixer.in_proj(h), layout, plan).flatten(2))
+            x, h = self.add_norm_packed(x, y, layer.post_attention_layernorm.weight, layer.post_attention_layernorm.eps)
+            x, h = self.add_norm_packed(x, layer.mlp(h), norm.weight, norm.eps)
+        logits = self.model.lm_head(h[0, plan.last])
 
         def column(values: Iterable[Any], like: Tensor) -> Tensor:
             return on_device(torch.tensor(list(values), dtype=like.dtype), device)
@@ -790,6 +794,17 @@ class Generator:
 
 
 OPTIONS = ("temperature", "top_k", "top_p", "seed")  # of a request and of the rows, in the order of choose()
+
+
+def _tokens_below(vocab: int, prompt: list[Any]) -> bool:
+    """Whether there are tokens and all are ints in range. No loop in Python: prompts may be long, and many."""
+    if set(map(type, prompt)) != {int}:
+        return False
+    try:
+        least, most = torch.frombuffer(array.array("q", prompt), dtype=torch.int64).aminmax()
+    except OverflowError:  # beyond 64 bits
+        return False
+    return int(least) >= 0 and int(most) < vocab
 
 
 def _number(x: object) -> bool:
