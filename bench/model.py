@@ -36,15 +36,24 @@ from common import (
 )
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from rat_ext.models import Generator, RATConfig, RATForCausalLM, attention
 from rat_ext.models.generator import GREEDY, KeysPool, RATPool, Ring, RNNPool, add_norm, state_bytes
+from rat_ext.parallel.checkpoint import SAVED
 
 PEAK = 989e12  # FLOP per second of an H100's tensor cores in bfloat16, dense, as its data sheet says
 FULL = {"length": 4096, "long": 131072, "batch": 64, "prompts": 256, "prompt": 3072, "new": 1024, "steps": 40, "host": 64}
 TINY = {"length": 64, "long": 96, "batch": 2, "prompts": 4, "prompt": 24, "new": 8, "steps": 3, "host": 4}
 # What a slot needs in a step beside its states: logits twice, the projections, the residual stream; and what a device keeps.
 WORKING, RESERVE = 400e3, 2.0e9
+
+
+def keep() -> tuple:
+    """Of a layer that is computed again: what keeps the results of attention, ours and the peer's alike."""
+    names = ("cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")
+    peers = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
+    return create_selective_checkpoint_contexts([*SAVED, *peers])
 
 
 class Bench:
@@ -328,13 +337,18 @@ class Bench:
                 total += 6 * 2.0 * tokens * keys * config.hidden_size
         return total
 
-    def train(self, pattern: str, length: int, batch: int, checkpointing: bool, repeats: int) -> dict:
-        """Forward, backward and a fused AdamW step in bfloat16; half of the batch where memory does not suffice."""
+    def train(self, pattern: str, length: int, batch: int, checkpoints: str, repeats: int) -> dict:
+        """Forward, backward and a fused AdamW step in bfloat16; half of the batch where memory does not suffice.
+
+        ``checkpoints``: "", "layers" to compute each layer again, or "kept": all of it but what attention gave.
+        """
         self.drop()
         model = self.load(pattern).train().requires_grad_(True)
         self.pattern = ""  # no other row is to find a model that has been trained
-        if checkpointing:
-            model.gradient_checkpointing_enable()
+        if checkpoints:
+            model.gradient_checkpointing_enable(
+                {"use_reentrant": False} | ({"context_fn": keep} if checkpoints == "kept" else {})
+            )
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=self.device.type == "cuda")
 
         def step(ids: torch.Tensor) -> None:
@@ -381,15 +395,17 @@ def rows(bench: Bench) -> list[tuple[str, Callable[[], dict]]]:
         largest("rat"),
         (f"step B={batch} T={length} rat", lambda: bench.decode("rat", batch)),
         largest("attention"),
-        (f"train T={length} rat", lambda: bench.train("rat", length, micro, False, 3)),
-        (f"train T={long} B=1 rat", lambda: bench.train("rat", long, 1, True, 2)),
-        (f"train T={long} B=1 attention", lambda: bench.train("attention", long, 1, True, 1)),
+        (f"train T={length} rat", lambda: bench.train("rat", length, micro, "", 3)),
+        (f"train T={long} B=1 rat", lambda: bench.train("rat", long, 1, "layers", 2)),
+        (f"train T={long} B=1 attention", lambda: bench.train("attention", long, 1, "layers", 1)),
         largest("rat-swa"),
         largest("attention-swa"),
         ("end to end rat", bench.end_to_end),
         ("host B=1 rat", bench.host),
         (f"step B={batch} T={length} attention", lambda: bench.decode("attention", batch)),
-        (f"train T={length} attention", lambda: bench.train("attention", length, micro, False, 3)),
+        (f"train T={length} attention", lambda: bench.train("attention", length, micro, "", 3)),
+        (f"train T={long} B=1, attention kept, rat", lambda: bench.train("rat", long, 1, "kept", 2)),
+        (f"train T={long} B=1, attention kept, attention", lambda: bench.train("attention", long, 1, "kept", 1)),
     ]
 
 
