@@ -690,7 +690,8 @@ class Generator:
         layers = self._layers()
         gated = [(pool.bias, layer.mixer.gate_bias) for layer, pool, _ in layers if not isinstance(pool, KeysPool)]
         if gated:  # one kernel casts those of all layers
-            torch._foreach_copy_(*(list(biases) for biases in zip(*gated, strict=True)))
+            kept, given = zip(*gated, strict=True)
+            torch._foreach_copy_(list(kept), list(given))
         x = self.model.model.embed_tokens(rows.token)
         h = layers[0][0].input_layernorm(x)
         for layer, pool, norm in layers:
@@ -705,7 +706,9 @@ class Generator:
 
     def _launch(self) -> None:
         mode = max(mode for mode in range(3) if self.modes[mode] or mode == GREEDY)
-        tokens = [base + self.steps for base, owner in zip(self.base, self.owner, strict=True) if owner is not None]
+        tokens: list[int] = []
+        if self.rings:
+            tokens = [base + self.steps for base, owner in zip(self.base, self.owner, strict=True) if owner is not None]
         reads = self._reads(tokens)
         if self.device.type == "cuda":
             if (mode, reads) not in self.graphs:
