@@ -121,6 +121,7 @@ def test_the_cheaper_way_to_read():
     found = Generator(model_of("cpu", "attention-swa", sliding_window=300), 4, 2048)
     assert found._reads([100]) == (Read(256, True), Read(256, True))
     assert found._reads([301, 600, 700]) == (Read(301, False), Read(768, True))
+    assert found._reads([300, 600, 700]) == (Read(301, True), Read(768, True))
     assert found._reads([2048] * 4) == (Read(301, False), Read(2048, True))  # a mask for the last token of all
     found.flash = True  # a GPU's kernels: cuDNN's for as many columns of all slots, flash for those in use
     assert found._reads([700] * 4) == (Read(301, False), Read(768, True))
