@@ -8,6 +8,7 @@ random, of normal numbers: zeros would draw less power.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import statistics
@@ -35,15 +36,24 @@ from common import (
 )
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from rat_ext.models import Generator, RATConfig, RATForCausalLM, attention
-from rat_ext.models.generator import GREEDY, KeysPool, RATPool, RNNPool, add_norm, state_bytes
+from rat_ext.models.generator import GREEDY, KeysPool, RATPool, Ring, RNNPool, add_norm, state_bytes
+from rat_ext.parallel.checkpoint import SAVED
 
 PEAK = 989e12  # FLOP per second of an H100's tensor cores in bfloat16, dense, as its data sheet says
 FULL = {"length": 4096, "long": 131072, "batch": 64, "prompts": 256, "prompt": 3072, "new": 1024, "steps": 40, "host": 64}
 TINY = {"length": 64, "long": 96, "batch": 2, "prompts": 4, "prompt": 24, "new": 8, "steps": 3, "host": 4}
 # What a slot needs in a step beside its states: logits twice, the projections, the residual stream; and what a device keeps.
 WORKING, RESERVE = 400e3, 2.0e9
+
+
+def keep() -> tuple:
+    """Of a layer that is computed again: what keeps the results of attention, ours and the peer's alike."""
+    names = ("cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")
+    peers = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
+    return create_selective_checkpoint_contexts([*SAVED, *peers])
 
 
 class Bench:
@@ -108,18 +118,22 @@ class Bench:
         rows.length.fill_(length)
         rows.limit.fill_(2**30)
 
-    def graph(self, generator: Generator) -> Callable[[], object]:
-        """One greedy step, on a GPU as a replay."""
+    def graph(self, generator: Generator, length: int) -> Callable[[], object]:
+        """One greedy step of sequences of up to ``length`` tokens, on a GPU as a replay."""
+        tokens = [length] * generator.max_batch
+        reads = generator._reads(tokens)
         if self.device.type != "cuda":
-            return lambda: generator._compute(GREEDY)
+            return lambda: generator._compute(GREEDY, reads)
+        generator.graphs.clear()
         free()  # what the graph of before kept
-        return generator._capture(GREEDY).replay
+        reads = generator._prepare(GREEDY, reads, tokens)
+        return generator.graphs.pop((GREEDY, reads)).replay
 
     @torch.no_grad()
     def step(self, generator: Generator, length: int) -> float:
         """Milliseconds of a step whose last call comes to ``length`` tokens."""
         steps, warm = self.size["steps"], 2
-        run = self.graph(generator)
+        run = self.graph(generator, length)
         self.fill(generator, length - steps - warm)
         for _ in range(warm):
             run()
@@ -164,7 +178,10 @@ class Bench:
         ms: dict[str, float] = {}
         left_out: dict[str, str] = {}
 
+        dense = generator.dense
+
         def way(name: str, functions: dict, attend: Callable | None = None) -> None:
+            generator.dense = dense  # false after a way that found no kernel
             for key, function in functions.items():
                 setattr(generator, key, function)
             for pool in generator.pools:
@@ -198,7 +215,7 @@ class Bench:
         best_ms = min(ms[name] for name in counted)
         run = None
         if self.profile and self.device.type == "cuda":
-            run = self.graph(generator)
+            run = self.graph(generator, length)
             self.fill(generator, length - 2)
         kernels = self.kernels(run) if run else None
         read = batch * bytes_each + sum(p.nbytes for p in model.parameters())
@@ -214,7 +231,7 @@ class Bench:
 
         def dense(backend: SDPBackend | None) -> Callable:
             def of(pool: KeysPool) -> Callable:
-                def attend(q: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+                def attend(q: torch.Tensor, ring: Ring) -> torch.Tensor:
                     with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
                         keys, values = pool.keys.transpose(1, 2), pool.values.transpose(1, 2)
                         return F.scaled_dot_product_attention(q[:, :, None], keys, values)[:, :, 0]
@@ -225,14 +242,18 @@ class Bench:
 
         if self.device.type != "cuda":
             return {"sdpa": dense(None)}
-        found = {"sdpa cudnn": dense(SDPBackend.CUDNN_ATTENTION), "sdpa flash": dense(SDPBackend.FLASH_ATTENTION)}
+
+        def used(pool: KeysPool) -> Callable:
+            return lambda q, ring: KeysPool.attend(pool, q, dataclasses.replace(ring, columns=0))
+
+        found = {"sdpa cudnn": dense(SDPBackend.CUDNN_ATTENTION), "flash": used}
         function, why = flash_attention_3()
         if function is None:
             print(f"  {why}")
             return found
 
         def flash3(pool: KeysPool) -> Callable:
-            return lambda q, used: function(q[:, None], pool.keys, pool.values, cache_seqlens=used)[:, 0]
+            return lambda q, ring: function(q[:, None], pool.keys, pool.values, cache_seqlens=ring.used)[:, 0]
 
         return found | {"FlashAttention-3": flash3}
 
@@ -243,9 +264,13 @@ class Bench:
 
     def end_to_end_of(self, model: RATForCausalLM, batch: int) -> dict:
         prompt, new = self.size["prompt"], self.size["new"]
-        generator = Generator(model, batch, prompt + new, prefill_tokens=65536)
+        at_once = 65536
+        generator = Generator(model, batch, prompt + new, prefill_tokens=at_once, compile=not self.tiny)
         ids = torch.randint(0, model.config.vocab_size, (batch, prompt)).tolist()
-        generator.generate([ids[0]], 3)  # the graph
+        part = ids[: max(1, at_once // prompt)]
+        generator.generate(part, 3)  # what is compiled, and the graph
+        sync(self.device)
+        kernels = self.kernels(lambda: generator.generate(part, 1))
         start = time.perf_counter()
         generator.generate(ids, 1)
         prefill = time.perf_counter() - start
@@ -259,30 +284,42 @@ class Bench:
             "batch": batch, "prompt": prompt, "new": new, "seconds": total, "prefill_seconds": prefill, "step_ms": step * 1e3,
             "tokens_per_s": batch * new / total, "step_tokens_per_s": batch / step,
             "of_step_rate": batch * new / total / (batch / step),
-            "of_step_and_prefill": (prefill + (new - 1) * step) / total,
+            "of_step_and_prefill": (prefill + (new - 1) * step) / total, "kernels": kernels,
         }  # fmt: skip
 
     def host(self) -> dict:
-        """One sequence: wall clock and the calling thread's time per token, generate of transformers and Generator."""
+        """One sequence: wall clock and the calling thread's time per token after the first, generate of transformers and
+        Generator; and the Generator's step alone, as replays in a row."""
         model, new = self.load("rat"), self.size["host"]
         prompt = torch.randint(0, model.config.vocab_size, (1, 16), device=self.device)
-        generator = Generator(model, 1, 16 + new + 1)
+        mask, row = torch.ones_like(prompt), prompt.cpu()
+        generator = Generator(model, 1, 16 + new + 2, compile=not self.tiny)
 
-        def theirs() -> None:
-            model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, pad_token_id=0)
+        def theirs(tokens: int) -> None:
+            model.generate(prompt, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
 
-        def mine() -> None:
-            generator.generate(prompt.cpu(), new)
+        def mine(tokens: int) -> None:
+            generator.generate(row, tokens)
+
+        def seconds(run: Callable[[int], None], tokens: int) -> tuple[float, float]:
+            sync(self.device)
+            wall, thread = time.perf_counter(), time.thread_time()
+            run(tokens)
+            sync(self.device)
+            return time.perf_counter() - wall, time.thread_time() - thread
 
         found = {}
         for name, run in (("generate", theirs), ("generator", mine)):
-            run()
-            sync(self.device)
-            wall, thread = time.perf_counter(), time.thread_time()
-            run()
-            sync(self.device)
-            found[f"{name}_wall_us"] = (time.perf_counter() - wall) / new * 1e6
-            found[f"{name}_host_us"] = (time.thread_time() - thread) / new * 1e6
+            run(3)
+            first, all_of_them = seconds(run, 1), seconds(run, new + 1)
+            found[f"{name}_wall_us"] = (all_of_them[0] - first[0]) / new * 1e6
+            found[f"{name}_host_us"] = (all_of_them[1] - first[1]) / new * 1e6
+            found[f"{name}_first_ms"] = first[0] * 1e3
+        found["step_us"] = self.step(generator, 16 + new + 2) * 1e3
+        if self.profile and self.device.type == "cuda":
+            run_step = self.graph(generator, 16 + new + 2)
+            self.fill(generator, 16 + new)
+            found["kernels"] = self.kernels(run_step)
         return found | {"new": new, "ratio": found["generate_wall_us"] / found["generator_wall_us"]}
 
     # ---- training ----
@@ -300,13 +337,18 @@ class Bench:
                 total += 6 * 2.0 * tokens * keys * config.hidden_size
         return total
 
-    def train(self, pattern: str, length: int, batch: int, checkpointing: bool, repeats: int) -> dict:
-        """Forward, backward and a fused AdamW step in bfloat16; half of the batch where memory does not suffice."""
+    def train(self, pattern: str, length: int, batch: int, checkpoints: str, repeats: int) -> dict:
+        """Forward, backward and a fused AdamW step in bfloat16; half of the batch where memory does not suffice.
+
+        ``checkpoints``: "", "layers" to compute each layer again, or "kept": all of it but what attention gave.
+        """
         self.drop()
         model = self.load(pattern).train().requires_grad_(True)
         self.pattern = ""  # no other row is to find a model that has been trained
-        if checkpointing:
-            model.gradient_checkpointing_enable()
+        if checkpoints:
+            model.gradient_checkpointing_enable(
+                {"use_reentrant": False} | ({"context_fn": keep} if checkpoints == "kept" else {})
+            )
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=self.device.type == "cuda")
 
         def step(ids: torch.Tensor) -> None:
@@ -353,15 +395,17 @@ def rows(bench: Bench) -> list[tuple[str, Callable[[], dict]]]:
         largest("rat"),
         (f"step B={batch} T={length} rat", lambda: bench.decode("rat", batch)),
         largest("attention"),
-        (f"train T={length} rat", lambda: bench.train("rat", length, micro, False, 3)),
-        (f"train T={long} B=1 rat", lambda: bench.train("rat", long, 1, True, 2)),
-        (f"train T={long} B=1 attention", lambda: bench.train("attention", long, 1, True, 1)),
+        (f"train T={length} rat", lambda: bench.train("rat", length, micro, "", 3)),
+        (f"train T={long} B=1 rat", lambda: bench.train("rat", long, 1, "layers", 2)),
+        (f"train T={long} B=1 attention", lambda: bench.train("attention", long, 1, "layers", 1)),
         largest("rat-swa"),
         largest("attention-swa"),
         ("end to end rat", bench.end_to_end),
         ("host B=1 rat", bench.host),
         (f"step B={batch} T={length} attention", lambda: bench.decode("attention", batch)),
-        (f"train T={length} attention", lambda: bench.train("attention", length, micro, False, 3)),
+        (f"train T={length} attention", lambda: bench.train("attention", length, micro, "", 3)),
+        (f"train T={long} B=1, attention kept, rat", lambda: bench.train("rat", long, 1, "kept", 2)),
+        (f"train T={long} B=1, attention kept, attention", lambda: bench.train("attention", long, 1, "kept", 1)),
     ]
 
 
@@ -388,7 +432,10 @@ def words(row: dict) -> list[str]:
     if "generate_wall_us" in row:
         names = ("generate_wall_us", "generate_host_us", "generator_wall_us", "generator_host_us")
         wall, host, mine, mine_host = (f"{row[name]:.0f}" for name in names)
-        us = f"us per token: generate {wall} (host {host}), Generator {mine} (host {mine_host})"
+        us = (
+            f"us per token: generate {wall} (host {host}), Generator {mine} (host {mine_host}; step alone {row['step_us']:.0f})"
+        )
+        us += f"; first token after {row['generate_first_ms']:.0f} and {row['generator_first_ms']:.0f} ms"
         return [row["name"], f"{row['ratio']:.1f}x", us]
     rate = f"{row['tokens_per_s']:.0f} tokens/s"
     if "mfu" in row:

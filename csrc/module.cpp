@@ -91,7 +91,7 @@ void check_forced_kernels() {
 #endif
 }
 
-py::dict build_info(bool kernels) {
+py::dict build_info(bool kernels, bool driver) {
   check_forced_kernels();  // Python asks when it imports the package
   py::dict info;
   info["version"] = RAT_EXT_VERSION;
@@ -114,7 +114,9 @@ py::dict build_info(bool kernels) {
   info["cuda"] = cuda_version(rat::cuda::runtime_version());
   info["cuda_architectures"] = architectures();
   info["cuda_dtypes"] = std::vector<std::string>{"bfloat16", "float16", "float32"};
-  if (const int driver = rat::cuda::driver_version()) info["cuda_driver"] = cuda_version(driver);
+  if (driver) {
+    if (const int version = rat::cuda::driver_version()) info["cuda_driver"] = cuda_version(version);
+  }
   if (kernels) {
     describe_device(info);
   } else {
@@ -122,6 +124,7 @@ py::dict build_info(bool kernels) {
   }
 #else
   static_cast<void>(kernels);
+  static_cast<void>(driver);
   info["kernels_problem"] = "built for the CPU only";
 #endif
   return info;
@@ -133,8 +136,10 @@ py::dict build_info(bool kernels) {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "The compiled part of rat_ext. Its ops are torch.ops.rat_ext.*";
   m.def("build_info", &build_info, py::arg("kernels") = true,
+        py::arg("driver") = true,
         "What was compiled, as a dict. kernels=True also asks the GPU, if there is one, for each kernel's registers, "
-        "shared memory and local (spill) bytes, which creates a CUDA context.");
+        "shared memory and local (spill) bytes, which creates a CUDA context. driver=True asks the driver for its "
+        "version, after which a forked process cannot use CUDA.");
   m.def("require_capability", &rat::require_capability, py::arg("major"), py::arg("minor"), py::arg("name"),
         "Raises RuntimeError unless the kernels run on GPUs of this compute capability.");
 }

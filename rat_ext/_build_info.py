@@ -111,7 +111,7 @@ def build_info(kernels: bool = True) -> BuildInfo:
 
 
 def _warn_of_mismatch() -> None:
-    info = extension.build_info(kernels=False)
+    info = extension.build_info(kernels=False, driver=False)  # an import leaves the driver alone: the process may fork
     if info["version"] != __version__:
         warnings.warn(
             f"rat_ext {__version__} runs with a compiled part of version {info['version']}: build it again",

@@ -5,9 +5,21 @@ import torch
 
 pytest.importorskip("transformers", reason="rat_ext.models needs transformers: pip install 'rat_ext[models]'")
 
-from rat_ext.models import Generator, RATConfig, RATForCausalLM
+from rat_ext.models import Generator, RATConfig, RATForCausalLM, generator
 from rat_ext.models.config import PATTERNS
-from rat_ext.models.generator import FILTERED, GREEDY, SAMPLED, STOPS, choose, state_bytes, uniform
+from rat_ext.models.generator import (
+    FILTERED,
+    GREEDY,
+    SAMPLED,
+    STOPS,
+    KeysPool,
+    Read,
+    Step,
+    choose,
+    make_ring,
+    state_bytes,
+    uniform,
+)
 
 V = 61
 LENGTHS = (5, 19, 1, 8, 12)
@@ -87,6 +99,90 @@ def test_compiled_norms(device):
     model, prompts = model_of(device), prompts_of()
     found = Generator(model, 5, 40, compile=True).generate(prompts, 10)
     assert found == Generator(model, 5, 40).generate(prompts, 10)
+
+
+# ---- how keys are read -------------------------------------------------------------------------------------------------
+
+
+def test_as_many_columns_as_the_longest_sequence_has(device, monkeypatch):
+    """Rings are read up to a bound that grows with the sequences, without a mask once all of them are full."""
+    monkeypatch.setattr(generator, "FEWEST", 2)
+    model, prompts, seen = model_of(device, "attention-swa"), prompts_of(), []
+    found = Generator(model, max_batch=3, max_length=40)
+    compute = found._compute
+    found._compute = lambda mode, reads: (seen.append(reads), compute(mode, reads))
+    assert found.generate(prompts, 20) == [hugging_face(model, prompt, 20) for prompt in prompts]
+    window, every = zip(*seen, strict=True)
+    assert found.rings == [6, 40] and {read.columns for read in every} >= {24, 32, 40} and all(read.masked for read in every)
+    assert {Read(6, True), Read(6, False)} <= set(window)
+
+
+def test_the_cheaper_way_to_read():
+    found = Generator(model_of("cpu", "attention-swa", sliding_window=300), 4, 2048)
+    assert found._reads([100]) == (Read(256, True), Read(256, True))
+    assert found._reads([301, 600, 700]) == (Read(301, False), Read(768, True))
+    assert found._reads([300, 600, 700]) == (Read(301, True), Read(768, True))
+    assert found._reads([2048] * 4) == (Read(301, False), Read(2048, True))  # a mask for the last token of all
+    found.flash = True  # a GPU's kernels: cuDNN's for as many columns of all slots, flash for those in use
+    assert found._reads([700] * 4) == (Read(301, False), Read(768, True))
+    assert found._reads([700, 700]) == (Read(0, True), Read(0, True))  # two slots of four
+    assert found._reads([2000, 400, 350, 400]) == (Read(301, False), Read(0, True))
+    found.dense = False
+    assert found._reads([700] * 4) == (Read(0, True), Read(0, True))
+
+
+def test_a_step_that_cudnn_refuses_reads_what_is_used(monkeypatch):
+    found, captured = Generator(model_of("cpu"), 2, 40), []
+
+    def capture(mode, reads):
+        captured.append(reads)
+        if reads != (Read(0, True),):
+            raise RuntimeError("No execution plans support the graph.")
+        return "graph"
+
+    monkeypatch.setattr(found, "_capture", capture)
+    reads = found._reads([10, 10])
+    with pytest.raises(RuntimeError, match="No execution plans"):  # a float32 model has nothing else
+        found._prepare(GREEDY, reads, [10, 10])
+    found.flash = True
+    assert found._prepare(GREEDY, reads, [10, 10]) == (Read(0, True),)
+    assert captured == [reads, reads, (Read(0, True),)] and found.graphs == {(GREEDY, (Read(0, True),)): "graph"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pattern", ["attention", "attention-swa"])
+def test_ways_to_read_agree_with_the_definition(pattern, dtype, device):
+    """Ragged slots, one of them without a sequence, whose columns beyond hold what is not to be seen."""
+    torch.manual_seed(0)
+    config = RATConfig(hidden_size=256, num_attention_heads=4, num_hidden_layers=2, layer_types=pattern, sliding_window=299)
+    pool = KeysPool(config, 1, 5, 700, dtype, torch.device(device))
+    for x in (pool.keys, pool.values):
+        x.normal_()
+    used = [min(n, pool.columns) for n in (1, 17, 256, 700, 300)]
+    length = torch.tensor([n - 1 for n in (1, 17, 256, 700, 300)], dtype=torch.int32, device=device)
+    active = torch.tensor([True, True, True, True, False], device=device)
+    q = torch.randn(5, 4, 64, dtype=dtype, device=device)
+
+    def definition(kind: torch.dtype, used: list[int]) -> torch.Tensor:
+        rows = []
+        for b, n in enumerate(used):
+            scores = torch.einsum("hd,rhd->hr", q[b].to(kind), pool.keys[b, :n].to(kind)) * 64**-0.5
+            rows.append(torch.einsum("hr,rhd->hd", scores.softmax(-1), pool.values[b, :n].to(kind)))
+        return torch.stack(rows).double()
+
+    ways = [(Read(pool.columns, True), used, 4)]
+    if pool.columns == 300:
+        ways.append((Read(300, False), [300] * 5, 5))
+    if pool.flash:
+        ways.append((Read(0, True), used, 4))
+    for read, seen, rows in ways:
+        step = Step(torch.arange(5, device=device), active, length, None, lambda x, angles: x)
+        ring = make_ring(pool.columns, read, step, dtype)
+        assert ring.used.tolist() == [*used[:4], 1] and ring.used.dtype == torch.int32
+        assert (ring.place // pool.columns).tolist() == [0, 1, 2, 3, 4]
+        found, want = pool.attend(q, ring)[:rows].double(), definition(torch.float64, seen)[:rows]
+        error, eager = (found - want).abs().max(), (definition(dtype, seen)[:rows] - want).abs().max()
+        assert error <= 2 * eager + 1e-6, read
 
 
 # ---- requests that come and go -----------------------------------------------------------------------------------------

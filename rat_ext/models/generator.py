@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import array
 import collections
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..cache import RATCache, state_dtype
 from ..ops import chunk_recurrence, rat_attention_packed, rat_decode_step
@@ -26,6 +30,10 @@ from .modeling import RATForCausalLM
 STOPS = 16
 # Steps that a GPU may be ahead of what the host has read.
 LAG = 2
+# Columns of keys that cuDNN reads, for a step's single queries, in the time in which the flash kernel reads one.
+FLASH_COST = 1.8
+# Columns that are read where all are, at the least: below, a graph for each number costs more than it saves.
+FEWEST = 256
 # What a step chooses tokens by; a row's token is the same in each that serves it.
 GREEDY, SAMPLED, FILTERED = range(3)
 
@@ -243,10 +251,45 @@ class RNNPool:
         return (y * out_gate.sigmoid())[:, 0]
 
 
+class Read(NamedTuple):
+    """How a step reads the columns of rings of one size. The host decides it, and a graph is of one such decision."""
+
+    columns: int  # the first ones of every slot; 0: those that are used, which only the device knows
+    masked: bool  # some of them are not used
+
+
+@dataclasses.dataclass
+class Ring:
+    """What layers share in one step whose keys are in rings of one size."""
+
+    place: Tensor  # (P,) int64: where a slot's new token goes among the columns of all slots
+    used: Tensor  # (P,) int32: columns that hold tokens, the new one included; 1 in a slot without a sequence
+    columns: int  # as of Read
+    bias: Tensor | None  # (P, 1, 1, columns), added to scores: 0, or far below all; None: every column is used
+
+
+def make_ring(size: int, read: Read, step: Step, dtype: torch.dtype) -> Ring:
+    """For rings of ``size`` columns each; ``dtype`` is that of the scores' bias."""
+    device, length = step.length.device, step.length.long()
+    place = torch.arange(length.shape[0], device=device) * size + length % size
+    used = (length + 1).clamp(max=size).where(step.active, 1)
+    bias = None
+    if read.columns and read.masked:
+        # Rows that begin at 32 bytes. Not -inf, of which some kernels make NaN; the sum is the same, exp(-60000) is 0.
+        row = -(-read.columns // 16) * 16
+        beyond = torch.arange(row, device=device) >= used[:, None]
+        bias = torch.zeros_like(beyond, dtype=dtype).masked_fill(beyond, -60000.0)[:, None, None, : read.columns]
+    return Ring(place, used.int(), read.columns, bias)
+
+
 class KeysPool:
     """Keys and values of an attention or sliding-window layer, ``(P, R, H, D)``: the token at position p in column p % R.
 
     A slot without a sequence writes one column of its own, which nobody reads before a sequence has written it.
+
+    Attributes:
+        flash: there is a kernel that reads the used columns of each slot and no others.
+        dense: there is one for as many columns of every slot: cuDNN's, which is faster for each column, or PyTorch's choice.
     """
 
     def __init__(self, config: RATConfig, layer: int, slots: int, length: int, dtype: torch.dtype, device: torch.device):
@@ -257,6 +300,14 @@ class KeysPool:
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.rows = torch.arange(slots + 1, dtype=torch.int32, device=device)  # of one query each
         self.first = self.rows * self.columns  # (P + 1,) where the columns of a slot begin
+        self.flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+        self.dense = not self.flash or self._cudnn()
+
+    def _cudnn(self) -> bool:
+        """Whether cuDNN takes one query for each slot: of this GPU, dtype and head size, where it is not switched off."""
+        q, keys, values = (x.transpose(1, 2) for x in (self.keys[:, :1], self.keys, self.values))
+        with torch.cuda.device(self.keys.device):
+            return can_use_cudnn_attention(SDPAParams(q, keys, values, None, 0.0, False, False))
 
     @property
     def nbytes(self) -> int:
@@ -277,22 +328,22 @@ class KeysPool:
         if step.angles is not None:
             rotated = step.rotate(rotated[:, None], step.angles)[:, 0]
         q, k = rotated.split((queries, keys), dim=-2)
-        place = (self.first[:-1] + step.length % self.columns).long()
+        ring = step.rings[self.columns]
         for pool, x in ((self.keys, k), (self.values, v)):
-            pool.flatten(0, 1).index_copy_(0, place, x.to(pool.dtype))
-        return self.attend(q, (step.length + 1).clamp(max=self.columns))
+            pool.flatten(0, 1).index_copy_(0, ring.place, x.to(pool.dtype))
+        return self.attend(q, ring)
 
-    def attend(self, q: Tensor, used: Tensor) -> Tensor:
-        """Queries ``(P, H, D)`` attend to the first ``used`` ``(P,)`` int32 columns of their slots, in any order."""
+    def attend(self, q: Tensor, ring: Ring) -> Tensor:
+        """Queries ``(P, H, D)`` attend to the used columns of their slots, in any order."""
         keys, values = self.keys, self.values
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):  # reads the columns that are used, and no others
+        if not ring.columns:
             return torch.ops.aten._flash_attention_forward(
                 q.contiguous(), keys.flatten(0, 1), values.flatten(0, 1), self.rows, self.first, 1, self.columns, 0.0, False,
-                False, seqused_k=used,
+                False, seqused_k=ring.used,
             )[0]  # fmt: skip
-        mask = torch.arange(self.columns, device=q.device) < used[:, None]
-        keys, values = (x.transpose(1, 2).to(q.dtype) for x in (keys, values))
-        return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask[:, None, None])[:, :, 0]
+        keys, values = (x[:, : ring.columns].transpose(1, 2).to(q.dtype) for x in (keys, values))
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if self.flash else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=ring.bias)[:, :, 0]
 
 
 Pool = RATPool | RNNPool | KeysPool
@@ -323,6 +374,7 @@ class Step:
     length: Tensor  # (P,) int32
     angles: tuple[Tensor, Tensor] | None  # (P, 1, 1, D / 2)
     rotate: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
+    rings: dict[int, Ring] = dataclasses.field(default_factory=dict)  # by their size
 
 
 @dataclasses.dataclass
@@ -332,6 +384,7 @@ class Sent:
     tokens: Tensor  # (N,) int64 on the host, -1 for none
     owners: list[Request | None]
     ready: torch.cuda.Event | None
+    of_step: bool = False  # its buffer and event serve another step
 
 
 def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:
@@ -354,7 +407,8 @@ class Generator:
         max_batch: slots: sequences that go on at the same time. More requests wait for a slot.
         max_length: tokens of a sequence, prompt and new. All memory for states is taken now: :func:`state_bytes` per slot.
         prefill_tokens: prompt tokens in one prefill, which comes between two steps; a longer prompt has one of its own.
-        compile: fuse residual sums and norms of a step, and rotations by token, by ``torch.compile``.
+        compile: fuse residual sums and norms, and in a step rotations by token, by ``torch.compile``: faster, after seconds of
+            compilation at the start.
 
     Example:
         >>> import torch
@@ -396,18 +450,26 @@ class Generator:
         if self.config.rope_theta is not None and {"attention", "sliding_attention"} & set(self.config.layer_types):
             base, dtype = self.config.rope_theta, state_dtype(self.dtype)
             self.angles = rotary_tables(max_length, self.config.head_dim, base=base, device=self.device, dtype=dtype)
+        keys = [pool for pool in self.pools if isinstance(pool, KeysPool)]
+        self.rings = sorted({pool.columns for pool in keys})
+        self.flash, self.dense = any(pool.flash for pool in keys), all(pool.dense for pool in keys)
         self.add_norm = torch.compile(add_norm) if compile else add_norm
+        self.add_norm_packed = torch.compile(add_norm, dynamic=True) if compile else add_norm  # of any number of tokens
         self.rotate = torch.compile(attention.rotate) if compile else attention.rotate
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[int, tuple[Read, ...]], torch.cuda.CUDAGraph] = {}
         self.lag = LAG if self.device.type == "cuda" else 0
 
         self.waiting: collections.deque[Request] = collections.deque()
         self.owner: list[Request | None] = [None] * max_batch
+        self.base = [
+            0
+        ] * max_batch  # of a slot's sequence: its tokens in the states after a step, less the steps begun before it
         self.unused = list(reversed(range(max_batch)))
         self.modes = [0, 0, 0]  # requests in slots, by mode
         self.ends: dict[int, list[tuple[int, Request]]] = {}  # by step: slots that are free after it at the latest
         self.steps = 0  # begun so far
         self.sent: collections.deque[Sent] = collections.deque()
+        self.buffers: list[tuple[Tensor, torch.cuda.Event]] = []  # of steps whose tokens have been read
 
     def __repr__(self) -> str:
         return (
@@ -458,7 +520,7 @@ class Generator:
         prompt = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
         stops = (stop,) if isinstance(stop, int) else tuple(stop)
         vocab = self.config.vocab_size
-        if not prompt or any(type(token) is not int or not 0 <= token < vocab for token in prompt):
+        if not _tokens_below(vocab, prompt):
             bad = [token for token in prompt if type(token) is not int or not 0 <= token < vocab]
             got = repr(bad[0]) if bad else "none"
             raise wrong("submit", "prompt", f"at least one token, each from 0 to {vocab - 1}", got)
@@ -539,6 +601,7 @@ class Generator:
         slots = [self.unused.pop() for _ in batch]
         for slot, request in zip(slots, batch, strict=True):
             self.owner[slot] = request
+            self.base[slot] = len(request.prompt) + 1 - self.steps
             self.modes[request.mode] += 1
             # The prefill gives the first token, each step one more.
             self.ends.setdefault(self.steps + request.max_new_tokens - 1, []).append((slot, request))
@@ -569,14 +632,17 @@ class Generator:
     def _prefill(self, batch: list[Request], slots: list[int]) -> None:
         device, rows = self.device, self.rows
         plan = Prefill(slots, [len(request.prompt) for request in batch], device)
-        ids = on_device(torch.tensor([token for request in batch for token in request.prompt]), device)
+        tokens = array.array("q", itertools.chain.from_iterable(request.prompt for request in batch))
+        ids = on_device(torch.frombuffer(tokens, dtype=torch.int64), device)
         x = self.model.model.embed_tokens(ids[None])
         layout = make_layout(self.config, x, None, None, plan.cu_seqlens, plan.longest)
-        for layer, pool, _ in self._layers():
-            y = pool.prefill(layer.mixer, layer.mixer.in_proj(layer.input_layernorm(x)), layout, plan)
-            x = x + layer.mixer.out_proj(y.flatten(2))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        logits = self.model.lm_head(self.model.model.norm(x[0, plan.last]))
+        layers = self._layers()
+        h = layers[0][0].input_layernorm(x)
+        for layer, pool, norm in layers:
+            y = layer.mixer.out_proj(pool.prefill(layer.mixer, layer.mixer.in_proj(h), layout, plan).flatten(2))
+            x, h = self.add_norm_packed(x, y, layer.post_attention_layernorm.weight, layer.post_attention_layernorm.eps)
+            x, h = self.add_norm_packed(x, layer.mlp(h), norm.weight, norm.eps)
+        logits = self.model.lm_head(h[0, plan.last])
 
         def column(values: Iterable[Any], like: Tensor) -> Tensor:
             return on_device(torch.tensor(list(values), dtype=like.dtype), device)
@@ -595,7 +661,23 @@ class Generator:
             rows.tensors()[name].index_copy_(0, plan.slots, values)
         self._send(token, list(batch))
 
-    def _compute(self, mode: int) -> None:
+    def _reads(self, tokens: list[int]) -> tuple[Read, ...]:
+        """How a step reads each size of rings, where running sequences come to at most ``tokens`` each with it."""
+        return tuple(self._read_of(size, tokens) for size in self.rings)
+
+    def _read_of(self, size: int, tokens: list[int]) -> Read:
+        most = max(tokens, default=1)
+        # Up to the next power of two or one and a half times one: few graphs, which read at most half as much again.
+        grain = max(FEWEST, 1 << max((most - 1).bit_length() - 2, 0))
+        columns = min(size, -(-most // grain) * grain)
+        if self.flash:
+            used = sum(min(n, size) for n in tokens)
+            if not self.dense or FLASH_COST * used < self.max_batch * columns:
+                return Read(0, True)
+        # Full rings need no mask. All of max_length is used in a last step only: not worth a graph.
+        return Read(columns, size == self.max_length or min(tokens, default=1) < size)
+
+    def _compute(self, mode: int, reads: tuple[Read, ...]) -> None:
         """One token for every slot that has a sequence. Every tensor that outlives it is updated in place."""
         rows = self.rows
         step = Step(rows.slot, rows.slot >= 0, rows.length, None, self.rotate)
@@ -603,10 +685,13 @@ class Generator:
             place = rows.length.clamp(max=self.max_length - 1)
             cos, sin = (x.index_select(0, place)[:, None, None] for x in self.angles)
             step.angles = (cos, sin)
+        for size, read in zip(self.rings, reads, strict=True):
+            step.rings[size] = make_ring(size, read, step, self.dtype)
         layers = self._layers()
         gated = [(pool.bias, layer.mixer.gate_bias) for layer, pool, _ in layers if not isinstance(pool, KeysPool)]
         if gated:  # one kernel casts those of all layers
-            torch._foreach_copy_([bias for bias, _ in gated], [source for _, source in gated])
+            kept, given = zip(*gated, strict=True)
+            torch._foreach_copy_(list(kept), list(given))
         x = self.model.model.embed_tokens(rows.token)
         h = layers[0][0].input_layernorm(x)
         for layer, pool, norm in layers:
@@ -621,32 +706,53 @@ class Generator:
 
     def _launch(self) -> None:
         mode = max(mode for mode in range(3) if self.modes[mode] or mode == GREEDY)
+        tokens: list[int] = []
+        if self.rings:
+            tokens = [base + self.steps for base, owner in zip(self.base, self.owner, strict=True) if owner is not None]
+        reads = self._reads(tokens)
         if self.device.type == "cuda":
-            if mode not in self.graphs:
-                self.graphs[mode] = self._capture(mode)
-            self.graphs[mode].replay()
+            if (mode, reads) not in self.graphs:
+                reads = self._prepare(mode, reads, tokens)
+            self.graphs[mode, reads].replay()
         else:
-            self._compute(mode)
+            self._compute(mode, reads)
         self._send(self.rows.emitted, list(self.owner))
         self.steps += 1
         self._free_ended()
 
-    def _capture(self, mode: int) -> torch.cuda.CUDAGraph:
+    def _prepare(self, mode: int, reads: tuple[Read, ...], tokens: list[int]) -> tuple[Read, ...]:
+        """Makes the graph of a step, and says how it reads: otherwise than ``reads`` where cuDNN has no kernel after all."""
+        try:
+            self.graphs[mode, reads] = self._capture(mode, reads)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or not self.flash or not any(read.columns for read in reads):
+                raise
+            self.dense = False
+            reads = self._reads(tokens)
+            if (mode, reads) not in self.graphs:
+                self.graphs[mode, reads] = self._capture(mode, reads)
+        return reads
+
+    def _capture(self, mode: int, reads: tuple[Read, ...]) -> torch.cuda.CUDAGraph:
         """The graph of a step. What is tried before has no sequence in any slot, so that no state moves."""
         saved = {name: x.clone() for name, x in self.rows.tensors().items()}
-        self.rows.slot.fill_(-1)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # workspaces, libraries and compiled code are made here
-                self._compute(mode)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self._compute(mode)
-        for name, x in self.rows.tensors().items():
-            x.copy_(saved[name])
+        try:
+            self.rows.slot.fill_(-1)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            try:
+                with torch.cuda.stream(side):
+                    for _ in range(2):  # workspaces, libraries and compiled code are made here
+                        self._compute(mode, reads)
+            finally:
+                torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self._compute(mode, reads)
+        finally:
+            for name, x in self.rows.tensors().items():
+                x.copy_(saved[name])
         return graph
 
     # ---- to the host ----
@@ -655,17 +761,23 @@ class Generator:
         if self.device.type != "cuda":
             self.sent.append(Sent(tokens.clone(), owners, None))
             return
-        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        if tokens is self.rows.emitted and self.buffers:
+            host, ready = self.buffers.pop()
+        else:
+            host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            ready = torch.cuda.Event(blocking=True)  # the host sleeps meanwhile
         host.copy_(tokens, non_blocking=True)
-        ready = torch.cuda.Event(blocking=True)  # the host sleeps meanwhile
         ready.record()
-        self.sent.append(Sent(host, owners, ready))
+        self.sent.append(Sent(host, owners, ready, tokens is self.rows.emitted))
 
     def _read(self, sent: Sent) -> None:
         if sent.ready is not None:
             sent.ready.synchronize()
         error: BaseException | None = None
-        for token, request in zip(sent.tokens.tolist(), sent.owners, strict=True):
+        tokens = sent.tokens.tolist()
+        if sent.ready is not None and sent.of_step:
+            self.buffers.append((sent.tokens, sent.ready))
+        for token, request in zip(tokens, sent.owners, strict=True):
             if request is None or token < 0 or request.finished is not None:
                 continue
             request.tokens.append(token)
@@ -685,6 +797,17 @@ class Generator:
 
 
 OPTIONS = ("temperature", "top_k", "top_p", "seed")  # of a request and of the rows, in the order of choose()
+
+
+def _tokens_below(vocab: int, prompt: list[Any]) -> bool:
+    """Whether there are tokens and all are ints in range. No loop in Python: prompts may be long, and many."""
+    if set(map(type, prompt)) != {int}:
+        return False
+    try:
+        least, most = torch.frombuffer(array.array("q", prompt), dtype=torch.int64).aminmax()
+    except OverflowError:  # beyond 64 bits
+        return False
+    return int(least) >= 0 and int(most) < vocab
 
 
 def _number(x: object) -> bool:
