@@ -36,6 +36,20 @@ MANY = {"batch": 2, "tokens": 4216, "chunk_size": 16, "heads": 16, "groups": 2, 
 # ---- streams, devices, synchronisation -------------------------------------------------------------------------------
 
 
+def test_a_process_that_forks_after_the_import():
+    """The import leaves the CUDA driver alone: workers that are forked may use the GPU."""
+    code = """
+import os, torch, rat_ext
+child = os.fork()
+if child == 0:
+    x = torch.randn(1, 40, 2, 16, device="cuda")
+    os._exit(0 if rat_ext.rat_attention(x, x, x, x, 16).isfinite().all() else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
 @low
 def test_side_stream(device, dtype):
     """Inputs made on a busy side stream are waited for there: the op runs on the current stream, not the default
