@@ -236,26 +236,28 @@ def run_side_by_side(jobs: list[Job], devices: list[str], options: argparse.Name
             print(f"{job.name} [{job.family}] is done after {time.perf_counter() - begin:.0f} s{failed}", flush=True)
 
 
-def sanitize(tools: list[str], family: str, limit: float) -> dict[str, str]:
-    """tests/sanitize.py under each tool: its last words."""
+def sanitize(tools: list[str], family: str, devices: list[str], limit: float) -> dict[str, str]:
+    """tests/sanitize.py under each tool, side by side, on one GPU each where there are so many: its last words."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    found = {}
-    for tool in tools:
-        name = tool if family == "auto" else f"{tool} [{family}]"
+    forced = {} if family == "auto" else {"RAT_EXT_KERNELS": family}
+
+    def run(tool: str, device: str) -> str:
         if not Path(program).exists():
-            found[name] = "not run: no compute-sanitizer on this machine"
-            continue
-        environment = os.environ | ({} if family == "auto" else {"RAT_EXT_KERNELS": family})
+            return "not run: no compute-sanitizer on this machine"
+        environment = os.environ | forced | {"CUDA_VISIBLE_DEVICES": device}
         command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "tests/sanitize.py"]
         try:
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:
-            found[name] = f"FAILED: over {limit:.0f} s"
-            continue
+            return f"FAILED: over {limit:.0f} s"
         lines = [line for line in (done.stdout + done.stderr).splitlines() if "cases ran" in line or "ERROR SUMMARY" in line]
         words = "; ".join(line.strip("= ") for line in lines) or (done.stdout + done.stderr)[-300:]
-        found[name] = words if done.returncode == 0 else f"FAILED: {words}"
-    return found
+        return words if done.returncode == 0 else f"FAILED: {words}"
+
+    own = [devices[i % len(devices)] for i in range(len(tools))]
+    with concurrent.futures.ThreadPoolExecutor(len(tools)) as pool:
+        said = pool.map(run, tools, own)
+    return {tool if family == "auto" else f"{tool} [{family}]": words for tool, words in zip(tools, said, strict=True)}
 
 
 def about_this_machine() -> dict:
@@ -327,7 +329,7 @@ def check(options: argparse.Namespace) -> int:
     record["missing"] = dict(sorted((name, reason) for job in everything for name, reason in job.missing.items()))
     record["sanitizer"] = {}
     for family in options.families if options.sanitize else []:
-        record["sanitizer"] |= sanitize(options.tools.split(","), family, options.sanitizer_limit)
+        record["sanitizer"] |= sanitize(options.tools.split(","), family, devices, options.sanitizer_limit)
     record["failed"] += [f"{tool}: {said}" for tool, said in record["sanitizer"].items() if said.startswith("FAILED")]
     record["seconds"] = round(time.perf_counter() - begin, 1)
     options.out.write_text(json.dumps(record, indent=1) + "\n")
