@@ -71,7 +71,7 @@ class SplitParts(ParallelStyle):
             if linear.bias is not None:
                 linear.bias = nn.Parameter(linear.bias[order])
         linear.out_features = rows.numel()
-        module.register_buffer("rank_rows", rows.flatten(), persistent=False)
+        module.rank_rows = rows.flatten()  # no buffer: `to_empty` after the split would lose it
         ColwiseParallel()._apply(linear, device_mesh)
         RowwiseParallel()._apply(module.get_submodule(self.second), device_mesh)
         copied = sum(size for n in parts if n % world)  # rows at the begin of each rank's: q and k come first
@@ -160,6 +160,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
         rows = getattr(module, "rank_rows", None)
         if isinstance(rows, Tensor):
             first = next(n for n in ("in_proj", "up", "up_proj") if hasattr(module, n))
+            name = name.replace("_checkpoint_wrapped_module.", "")  # which a state's names leave out
             for key in (f"{name}.{first}.weight", f"{name}.{first}.bias"):
                 if key in state:
                     whole = state[key].new_empty(int(rows.max()) + 1, *state[key].shape[1:])
