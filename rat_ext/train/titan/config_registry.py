@@ -16,7 +16,7 @@ from .parallelize import SaveAttention
 
 
 def _run(model_spec: Any, training: TrainingConfig, *, warmup: int, **parts: Any) -> Trainer.Config:
-    """The paper's recipe: AdamW, a cosine from 8e-4 to 1e-6; data as ``python -m rat_ext.train prepare --out data`` writes it."""
+    """The paper's recipe: AdamW, a cosine from 8e-4 to 1e-6. Data: what ``rat_ext.train prepare --out data`` wrote."""
     # torchtitan would capture forward and backward in a CUDA graph; what ranks exchange of states is planned by the host.
     training.disable_cuda_graphs = True
     parallelism = {"spmd_backend": "partial_dtensor", "enable_sequence_parallel": False} | parts.pop("parallelism", {})
@@ -36,7 +36,7 @@ def debug() -> Trainer.Config:
 
 
 def rat_1_3b_64_gpus() -> Trainer.Config:
-    """1.3B, T = 4096, FSDP2 over 64 GPUs of 80 GB: 2 M tokens per step in two passes of 4 rows, 100 G tokens, no checkpoints."""
+    """1.3B, T = 4096, FSDP2 over 64 GPUs of 80 GB: 100 G tokens, 2 M per step in two passes of 4 rows per GPU."""
     return _run(
         model_registry("1.3b"), TrainingConfig(local_batch_size=4, global_batch_size=512, seq_len=4096, steps=47_700),
         warmup=2_400, activation_checkpoint=None, compile=CompileConfig(enable=True, components=["model"]),

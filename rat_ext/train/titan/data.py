@@ -28,9 +28,7 @@ class Shards(BaseDataLoader):
         dataset_path: str | None = "data"
         seed: int = 0
 
-    def __init__(
-        self, config: Config, *, dp_world_size: int, dp_rank: int, seq_len: int, local_batch_size: int, **unused: Any
-    ):
+    def __init__(self, config: Config, *, dp_world_size: int, dp_rank: int, seq_len: int, local_batch_size: int, **unused: Any):
         assert config.dataset_path is not None
         self.windows = Windows(Tokens(config.dataset_path, config.dataset), seq_len, items=1 << 62, seed=config.seed)
         self.ranks, self.rank, self.size = dp_world_size, dp_rank, local_batch_size

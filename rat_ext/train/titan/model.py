@@ -1,4 +1,4 @@
-"""What torchtitan asks of a model: a class that its configuration builds, flavours, a loss, names of weights for Hugging Face."""
+"""What torchtitan asks of a model: a class that its configuration builds, flavours, a loss, names for Hugging Face."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
 from ...models import RATConfig, RATForCausalLM
 from ...models.loss import IGNORED
+from ...parallel import share_copies
 from .. import flops
 from .parallelize import parallelize
 
@@ -44,10 +45,11 @@ class RATDecoder(BaseModel):
                 expect(balancer == "headtail", argument, "headtail, an early and a late piece for each rank", balancer)
             if ranks > 1:
                 argument, sequence = "parallelism.tensor_parallel_degree", parallelism.enable_sequence_parallel
-                # Copies of a group would be drawn apart on ranks that share it.
-                sizes = f"a divisor of num_groups = {rat.num_groups}"
-                expect("rat" not in rat.layer_types or rat.num_groups % ranks == 0, argument, sizes, ranks)
-                expect(rat.num_attention_heads % ranks == 0, argument, f"one of {rat.num_attention_heads} heads", ranks)
+                heads, groups = rat.num_attention_heads, rat.num_groups
+                expect(heads % ranks == 0, argument, f"a divisor of num_attention_heads = {heads}", ranks)
+                if "rat" in rat.layer_types:
+                    sizes = f"a divisor or a multiple of num_groups = {groups}"
+                    expect(not (groups % ranks and ranks % groups), argument, sizes, ranks)
                 expect(not sequence, "parallelism.enable_sequence_parallel", "False", sequence)
                 checkpoint = getattr(config, "checkpoint", None)
                 for name in ("initial_load_in_hf", "last_save_in_hf"):  # rows of projections are in the order of ranks
@@ -64,7 +66,8 @@ class RATDecoder(BaseModel):
         super().__init__()
         self.config = config
         whole = RATForCausalLM(config.rat)
-        self.model, self.lm_head = whole.model, whole.lm_head
+        self.model: Any = whole.model
+        self.lm_head: Any = whole.lm_head
         self._tie()
 
     def _tie(self) -> None:
@@ -86,6 +89,7 @@ class RATDecoder(BaseModel):
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
+        share_copies(self)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits ``(B, T, V)`` of ``tokens`` ``(B, T)``, or hidden states where the loss calls the head.

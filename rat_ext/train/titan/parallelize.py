@@ -78,7 +78,8 @@ def _shard(model: Any, parallel_dims: ParallelDims, training: Any, parallelism: 
     names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
     options: dict[str, Any] = {"mesh": parallel_dims.get_mesh(names)}
     options["mp_policy"] = MixedPrecisionPolicy(
-        param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param], reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce]
+        param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
+        reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
     )
     if training.enable_cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy()
