@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -109,11 +109,11 @@ class RATLayer(nn.Module):
             place = torch.ones_like(self.gate_bias, dtype=state_dtype(self.gate_bias.dtype)).cumsum(-1) - 1
             self.gate_bias.copy_(first + (last - first) / (self.head_dim - 1) * place)
 
-    def _bias(self, projection: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The gate's bias or ``bias``, made of it, beside ``projection``: this rank's heads, if split by heads."""
-        bias = self.gate_bias if bias is None else bias
-        local = getattr(bias, "to_local", None)
-        return bias if local is None or hasattr(projection, "to_local") else local()
+    def _bias(self, projection: Tensor, given: Tensor | None = None) -> Tensor:
+        """The gate's bias or what was ``given``, made of it, beside ``projection``: this rank's heads, if split by heads."""
+        bias: Any = self.gate_bias if given is None else given
+        sharded = hasattr(type(bias), "to_local")  # of the type: a tracer finds it there alone
+        return bias.to_local() if sharded and not hasattr(type(projection), "to_local") else bias
 
     def _rotary(self, tokens: int, projection: Tensor) -> Rotary | tuple[None, None]:
         """Tables for ``tokens`` tokens, of the device of ``projection`` and in the state dtype of its dtype."""

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from .._arguments import ROWS, Given
 from ..cache import RATCache, state_dtype
 from ..rotary import rotate
+from .checkpoint import passing
 from .exchange import Exchange, Route, finish, join, start
 from .layout import Layout
 from .parts import Parts
@@ -82,7 +83,12 @@ def _kept(gate: Tensor, gate_bias: Tensor | None) -> Tensor:
 
 def _again(function: Callable, *args: Any) -> Any:
     """Calls it, and again in the backward: nothing of the size of the tokens is kept."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+    def run(*args: Any) -> Any:
+        with passing():
+            return function(*args)
+
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class ContextParallel:
