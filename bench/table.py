@@ -226,6 +226,8 @@ def merged(bench: str, folder: Path) -> list[dict]:
     files = [json.loads(path.read_text()) for path in folder.glob(f"{bench}-*.json")]
     for result in sorted((r for r in files if r["bench"] == bench), key=lambda r: r["date"]):
         older = found.get(result["device"])
+        for row in result.get("rows", []):
+            row["run"] = f"commit {result['commit']}, {result['date'][:10]}"
         if older and "rows" in result:
             rows = {row["name"]: row for row in older["rows"]} | {row["name"]: row for row in result["rows"]}
             result = {**older, **result, "rows": list(rows.values())}
@@ -236,7 +238,9 @@ def merged(bench: str, folder: Path) -> list[dict]:
 def head_line(result: dict) -> str:
     where = result["device"] + (f", {result['threads']} threads, {result['isa']}" if result["device_type"] == "cpu" else "")
     versions = f"torch {result['torch']}" + (f", CUDA {result['cuda']}" if result["device_type"] == "cuda" else "")
-    head = f"**{where}** ({versions}, commit {result['commit']}, {result['date'][:10]}"
+    runs = dict.fromkeys(row["run"] for row in result.get("rows", []))  # a row that was not timed again has an older one
+    runs = runs or [f"commit {result['commit']}, {result['date'][:10]}"]
+    head = f"**{where}** ({versions}, {' and '.join(runs)}"
     if limits := result.get("ceilings"):
         copy, matmul = number(limits["copy_gb_s"]), number(limits["matmul_tflop_s"])
         head += f"; ceilings measured: copy {copy} GB/s, matmul {matmul} TFLOP/s"
