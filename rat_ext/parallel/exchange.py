@@ -63,6 +63,7 @@ class Exchange:
         self.under_way = _send(self.group, rows, sent, received)
 
     def wait(self) -> Tensor:
+        """What came, for what the current stream runs from now on."""
         assert self.under_way is not None
         work, _, got = self.under_way
         work.wait()
@@ -100,16 +101,17 @@ class _Start(torch.autograd.Function):
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, exchange: Exchange, *tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, exchange: Exchange, wait: bool, *tokens: Tensor) -> tuple[Tensor, Tensor]:
         ctx.exchange, ctx.tokens = exchange, len(tokens)
-        got = exchange.wait()
+        assert exchange.under_way is not None
+        got = exchange.wait() if wait else exchange.under_way[2]
         return got, got.new_empty(0, dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
         exchange: Exchange = ctx.exchange
         exchange.send(grad, exchange.route.received, exchange.route.sent)
-        return None, *(grad.new_empty(0, dtype=torch.float32) for _ in range(ctx.tokens))
+        return None, None, *(grad.new_empty(0, dtype=torch.float32) for _ in range(ctx.tokens))
 
 
 class _Join(torch.autograd.Function):
@@ -135,12 +137,16 @@ def start(exchange: Exchange, pieces: Sequence[Tensor], tokens: Sequence[Tensor]
     return _Start.apply(exchange, len(pieces), *pieces, *tokens)
 
 
-def finish(exchange: Exchange, *tokens: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+def finish(exchange: Exchange, *tokens: Tensor, wait: bool = True) -> tuple[dict[int, Tensor], Tensor]:
     """Waits. Returns the rows that came, by piece, and a token.
 
-    ``tokens``: of :func:`start`, and of transfers whose gradients are to be sent after those of this one.
+    Args:
+        exchange: the transfer.
+        tokens: of :func:`start`, and of transfers whose gradients are to be sent after those of this one.
+        wait: False: nobody reads the rows before ``exchange.wait()``. What is called between is computed beside the transfer,
+            and its backward runs before the gradients of the rows are sent.
     """
-    got, token = _Finish.apply(exchange, *tokens)
+    got, token = _Finish.apply(exchange, wait, *tokens)
     ranges = [entry for rows in exchange.route.into for entry in rows]
     parts = got.split([end - begin for _, begin, end in ranges]) if ranges else ()
     return {p: part for (p, _, _), part in zip(ranges, parts, strict=True)}, token

@@ -13,6 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Columns = tuple[int, int, int]  # the first, heads, size of a head
+
+
+def view(x: Tensor, begin: int, tokens: int, columns: Columns | None) -> Tensor:
+    """``x[:, begin : begin + tokens]``, or of ``columns`` of those, as heads."""
+    x = x.narrow(1, begin, tokens)
+    if columns is None:
+        return x
+    first, heads, size = columns
+    return x.narrow(-1, first, heads * size).unflatten(-1, (heads, size))
+
 
 class Parts:
     """Views of ``x`` ``(B, T, ...)`` along T, and of columns of its last dimension as heads.
@@ -28,28 +39,28 @@ class Parts:
         self.written = [False] * (len(cuts) - 1)
         self.x = _Whole.apply(self, x)
 
-    def part(self, begin: int, tokens: int, columns: tuple[int, int, int] | None = None) -> Tensor:
+    def part(self, begin: int, tokens: int, columns: Columns | None = None) -> Tensor:
         """``x[:, begin : begin + tokens]``; with ``columns`` (first, heads, size), of those ``(B, tokens, heads, size)``."""
         return _Part.apply(self, self.x, begin, tokens, columns)
 
-    def add(self, view: Any, begin: int, tokens: int, whole: bool, grad: Tensor, like: tuple) -> None:
-        """Adds the gradient of a part; ``view`` finds it in the buffer."""
-        if not tokens:
+    def add(self, begin: int, tokens: int, columns: Columns | None, grad: Tensor) -> None:
+        """Adds the gradient of a part to the buffer, if x wants one."""
+        if not tokens or not self.x.requires_grad:
             return
         if self.buffer is None:
-            shape, options = like
-            self.buffer = torch.empty(shape, **options)
+            self.buffer = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
         i = bisect.bisect_right(self.cuts, begin) - 1
         first, last = self.cuts[i], self.cuts[i + 1]
+        to = view(self.buffer, begin, tokens, columns)
         if self.written[i]:
-            view(self.buffer).add_(grad)
+            to.add_(grad)
             return
         self.written[i] = True
-        if whole and (begin, begin + tokens) == (first, last):
-            view(self.buffer).copy_(grad)
+        if columns is None and (begin, begin + tokens) == (first, last):
+            to.copy_(grad)
         else:
             self.buffer[:, first:last] = 0
-            view(self.buffer).add_(grad)
+            to.add_(grad)
 
     def gradient(self) -> Tensor | None:
         """The buffer; zeros where nothing came. Begins anew."""
@@ -77,22 +88,13 @@ class _Whole(torch.autograd.Function):
 
 class _Part(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parts: Parts, x: Tensor, begin: int, tokens: int, columns: tuple[int, int, int] | None) -> Tensor:
-        def view(y: Tensor) -> Tensor:
-            y = y.narrow(1, begin, tokens)
-            if columns is None:
-                return y
-            first, heads, size = columns
-            return y.narrow(-1, first, heads * size).unflatten(-1, (heads, size))
-
+    def forward(ctx: Any, parts: Parts, x: Tensor, begin: int, tokens: int, columns: Columns | None) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.add = parts.add
-        ctx.where = view, begin, tokens, columns is None
-        ctx.like = x.shape, {"dtype": x.dtype, "device": x.device}
-        return view(x)
+        ctx.parts, ctx.where = parts, (begin, tokens, columns)
+        return view(x, begin, tokens, columns)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple:
         if grad is not None:
-            ctx.add(*ctx.where, grad, ctx.like)
+            ctx.parts.add(*ctx.where, grad)
         return None, None, None, None, None
