@@ -1,7 +1,8 @@
 """Parts of a tensor whose gradients are gathered in one buffer, as they come.
 
 ``x.split(...)`` would keep the gradients of all parts until the last is there, and then copy them; of overlapping parts it
-would make a tensor of the size of x each, and add them. Here each part writes its gradient into the buffer and frees it.
+would make a tensor of the size of x each, and add them. Here gradients of stretches between cuts are kept until another part
+of x has one, or all have come; then they move into the buffer, to which every other part adds its own and frees it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Parts:
     def __init__(self, x: Tensor, cuts: Sequence[int]):
         self.cuts = cuts
         self.buffer: Tensor | None = None
+        self.stretches: dict[int, Tensor] = {}  # gradients that came as a whole stretch, by its number; not yet in the buffer
         self.written = [False] * (len(cuts) - 1)
         self.x = _Whole.apply(self, x)
 
@@ -44,31 +46,41 @@ class Parts:
         return _Part.apply(self, self.x, begin, tokens, columns)
 
     def add(self, begin: int, tokens: int, columns: Columns | None, grad: Tensor) -> None:
-        """Adds the gradient of a part to the buffer, if x wants one."""
+        """Adds the gradient of a part, if x wants one."""
         if not tokens or not self.x.requires_grad:
             return
+        i = bisect.bisect_right(self.cuts, begin) - 1
+        if self.buffer is None and not self.written[i] and columns is None:
+            if (begin, begin + tokens) == (self.cuts[i], self.cuts[i + 1]):
+                self.stretches[i], self.written[i] = grad, True
+                return
+        to = view(self._gather(), begin, tokens, columns)
+        if not self.written[i]:
+            self._clear(i)
+        to.add_(grad)
+
+    def _gather(self) -> Tensor:
+        """The buffer, with the stretches in it. It is made late: what computes the stretches then has its memory."""
         if self.buffer is None:
             self.buffer = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
-        i = bisect.bisect_right(self.cuts, begin) - 1
-        first, last = self.cuts[i], self.cuts[i + 1]
-        to = view(self.buffer, begin, tokens, columns)
-        if self.written[i]:
-            to.add_(grad)
-            return
+        while self.stretches:
+            i, grad = self.stretches.popitem()
+            self.buffer[:, self.cuts[i] : self.cuts[i + 1]] = grad
+        return self.buffer
+
+    def _clear(self, i: int) -> None:
+        self._gather()[:, self.cuts[i] : self.cuts[i + 1]] = 0
         self.written[i] = True
-        if columns is None and (begin, begin + tokens) == (first, last):
-            to.copy_(grad)
-        else:
-            self.buffer[:, first:last] = 0
-            to.add_(grad)
 
     def gradient(self) -> Tensor | None:
-        """The buffer; zeros where nothing came. Begins anew."""
-        buffer, self.buffer = self.buffer, None
+        """All of it; zeros where nothing came. Begins anew."""
+        if not any(self.written):
+            return None
         for i, written in enumerate(self.written):
-            if buffer is not None and not written:
-                buffer[:, self.cuts[i] : self.cuts[i + 1]] = 0
-            self.written[i] = False
+            if not written:
+                self._clear(i)
+        buffer, self.buffer = self._gather(), None
+        self.written = [False] * len(self.written)
         return buffer
 
 
