@@ -39,7 +39,8 @@ from .exchange import Exchange, Route, finish, join, start
 from .layout import Layout, States
 from .parts import Columns, Parts, view
 
-# Tokens, over the batch, whose states are computed at once: what the recurrence writes for every token is gone after each.
+# Tokens, over the batch, whose gradients by way of states are computed at once; forward, where less is held, twice as many.
+# What the recurrence writes for every token is gone after each.
 SLICE = 32768
 
 
@@ -108,7 +109,7 @@ class _WholeChunks(torch.autograd.Function):
         ctx.save_for_backward(bias, *xs)
         batch = xs[0].shape[0]
         states: Tensor | None = None
-        for first, count in _WholeChunks.slices(ctx, batch):
+        for first, count in _WholeChunks.slices(ctx, batch, 2 * SLICE):
             *rows, gate = _WholeChunks.rows(ctx, xs, first, count)
             for i, x in enumerate(rows):
                 state = chunk_recurrence(x, gate, size, gate_bias=bias, return_state=True)[1]
@@ -121,10 +122,10 @@ class _WholeChunks(torch.autograd.Function):
         return states
 
     @staticmethod
-    def slices(ctx: Any, batch: int) -> list[tuple[int, int]]:
-        """(first chunk, chunks) of each."""
+    def slices(ctx: Any, batch: int, tokens: int) -> list[tuple[int, int]]:
+        """(first chunk, chunks) of each, of at most so many tokens."""
         _, chunks, size = ctx.where
-        step = max(SLICE // max(batch, 1) // size, 1)
+        step = max(tokens // max(batch, 1) // size, 1)
         return [(first, min(step, chunks - first)) for first in range(0, chunks, step)]
 
     @staticmethod
@@ -146,7 +147,10 @@ class _WholeChunks(torch.autograd.Function):
             cos, sin = ctx.tables
             dstates[0] = rotate(dstates[0], cos, -sin)
         dbias: Tensor | None = None
-        for first, count in _WholeChunks.slices(ctx, xs[0].shape[0]):
+        for parts, _ in ctx.sources:
+            if parts.x.requires_grad:
+                parts.gather()  # now, before there are gradients that need memory beside it
+        for first, count in _WholeChunks.slices(ctx, xs[0].shape[0], SLICE):
             *rows, gate = _WholeChunks.rows(ctx, xs, first, count)
             at = begin + first * size, count * size
             for i, x in enumerate(rows):
@@ -589,14 +593,13 @@ class _Call:
             return None
         rows = [found[q] for q in self.layout.earlier(p) if q in found]
         batch = self.lead.shape[0]
-        past = torch.cat(rows) if rows else empty
         if running is None:
-            running = past.new_zeros(self.states, *past.shape[2:], dtype=state_dtype(past.dtype))
-        lengths = torch.full((batch,), piece.past, dtype=torch.int32, device=past.device)
+            running = empty.new_zeros(self.states, *empty.shape[2:], dtype=state_dtype(empty.dtype))
+        lengths = torch.full((batch,), piece.past, dtype=torch.int32, device=empty.device)
         options = self._tensors(2 * i) | {"return_state": self._returns(i)}
         if self.alone:
             return self.function(**options | {"initial_state": running[0].contiguous(), "lengths": lengths})
-        chunk_k, chunk_v = past.permute(1, 2, 3, 0, 4).contiguous().unbind(0)
+        chunk_k, chunk_v = torch.cat([x.permute(1, 2, 3, 0, 4) for x in rows or [empty]], dim=3).contiguous().unbind(0)
         state = RATCache(
             chunk_k, chunk_v, running[0].contiguous(), running[1].contiguous(), lengths, self.chunk_size, piece.past
         )

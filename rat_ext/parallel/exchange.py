@@ -76,10 +76,10 @@ class _Start(torch.autograd.Function):
     def forward(ctx: Any, exchange: Exchange, count: int, *tensors: Tensor) -> Tensor:
         """``tensors``: the rows of the ``count`` pieces that this rank holds, then tokens."""
         route, mine = exchange.route, dict(zip(exchange.route.mine, tensors[:count], strict=True))
+        mine = {p: x.to(exchange.dtype) for p, x in mine.items()}  # once for all ranks that get them
         parts = [mine[p][begin:end] for rows in route.out for p, begin, end in rows]
         like = tensors[0]
-        none = like.new_empty(0, *exchange.shape)
-        rows = torch.cat(parts or [none]).to(exchange.dtype)
+        rows = torch.cat(parts or [like.new_empty(0, *exchange.shape, dtype=exchange.dtype)])
         exchange.send(rows, route.sent, route.received)
         ctx.exchange, ctx.sizes = exchange, [(x.shape, x.dtype, x.device) for x in tensors]
         return like.new_empty(0, dtype=torch.float32)
@@ -89,14 +89,29 @@ class _Start(torch.autograd.Function):
         exchange: Exchange = ctx.exchange
         route, got = exchange.route, exchange.wait()
         acc = state_dtype(exchange.dtype)
-        grads = [torch.zeros(shape, dtype=acc, device=device) for shape, _, device in ctx.sizes]
-        mine = dict(zip(route.mine, grads, strict=False))
+        mine: dict[int, Tensor] = {}
+        sizes = dict(zip(route.mine, ctx.sizes, strict=False))
         at = 0
         for rows in route.out:
             for p, begin, end in rows:
-                mine[p][begin:end] += got[at : at + end - begin].to(acc)
+                part, (shape, _, device) = got[at : at + end - begin], sizes[p]
+                if p not in mine and part.shape == shape:
+                    mine[p] = part.to(acc)
+                else:
+                    if p not in mine:
+                        mine[p] = torch.zeros(shape, dtype=acc, device=device)
+                    mine[p][begin:end] += part
                 at += end - begin
-        return None, None, *(g.to(dtype) for g, (_, dtype, _) in zip(grads, ctx.sizes, strict=True))
+        grads = [mine.get(p) for p in route.mine] + [None] * (len(ctx.sizes) - len(route.mine))
+        # Zeros where nothing comes back: everything that gradients of the rows may reach is to run on every rank.
+        return (
+            None,
+            None,
+            *(
+                torch.zeros(shape, dtype=dtype, device=device) if g is None else g.to(dtype)
+                for g, (shape, dtype, device) in zip(grads, ctx.sizes, strict=True)
+            ),
+        )
 
 
 class _Finish(torch.autograd.Function):

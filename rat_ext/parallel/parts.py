@@ -54,12 +54,12 @@ class Parts:
             if (begin, begin + tokens) == (self.cuts[i], self.cuts[i + 1]):
                 self.stretches[i], self.written[i] = grad, True
                 return
-        to = view(self._gather(), begin, tokens, columns)
+        to = view(self.gather(), begin, tokens, columns)
         if not self.written[i]:
             self._clear(i)
         to.add_(grad)
 
-    def _gather(self) -> Tensor:
+    def gather(self) -> Tensor:
         """The buffer, with the stretches in it. It is made late: what computes the stretches then has its memory."""
         if self.buffer is None:
             self.buffer = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
@@ -69,7 +69,7 @@ class Parts:
         return self.buffer
 
     def _clear(self, i: int) -> None:
-        self._gather()[:, self.cuts[i] : self.cuts[i + 1]] = 0
+        self.gather()[:, self.cuts[i] : self.cuts[i + 1]] = 0
         self.written[i] = True
 
     def gradient(self) -> Tensor | None:
@@ -79,7 +79,7 @@ class Parts:
         for i, written in enumerate(self.written):
             if not written:
                 self._clear(i)
-        buffer, self.buffer = self._gather(), None
+        buffer, self.buffer = self.gather(), None
         self.written = [False] * len(self.written)
         return buffer
 
