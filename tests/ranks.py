@@ -13,6 +13,7 @@ import datetime
 import importlib
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -99,6 +100,7 @@ def rank_of(function: str, rank: int, world: int, folder: Path) -> None:
 
 def main(function: str, world: int, folder: Path) -> int:
     """Forks the ranks, and waits for all."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # of a rank that NCCL's watchdog aborts
     ranks = []
     for rank in range(world):
         if child := os.fork():
