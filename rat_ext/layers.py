@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -111,8 +111,9 @@ class RATLayer(nn.Module):
 
     def _bias(self, projection: Tensor) -> Tensor:
         """The gate's bias beside ``projection``: this rank's heads, where the layer is split by heads."""
-        local = getattr(self.gate_bias, "to_local", None)
-        return self.gate_bias if local is None or hasattr(projection, "to_local") else local()
+        bias: Any = self.gate_bias
+        sharded = hasattr(type(bias), "to_local")  # of the type: a tracer finds it there alone
+        return bias.to_local() if sharded and not hasattr(type(projection), "to_local") else bias
 
     def _rotary(self, tokens: int, projection: Tensor) -> Rotary | tuple[None, None]:
         """Tables for ``tokens`` tokens, of the device of ``projection`` and in the state dtype of its dtype."""

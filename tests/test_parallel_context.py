@@ -12,7 +12,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import rat_ext
 from rat_ext import _autograd, testing
@@ -314,3 +314,31 @@ def test_gradients_of_parts_meet_in_one_buffer(used):
     for _ in range(2):  # the buffer begins anew
         got = torch.autograd.grad(loss, x, retain_graph=True)[0]
         torch.testing.assert_close(got, want)
+
+
+def kept_by_checkpoints(rank: int, world: int) -> tuple[list[str], list[float]]:
+    """The operators whose results a checkpoint keeps of a layer, by its policy; and the largest difference of a gradient."""
+    from rat_ext.parallel.checkpoint import policy
+
+    cp, kept = ContextParallel(tokens=60), []
+
+    def watched(ctx, op, *args, **kwargs):
+        decided = policy(ctx, op, *args, **kwargs)
+        if decided.name == "MUST_SAVE" and not ctx.is_recompute:
+            kept.append(str(op))
+        return decided
+
+    layer = RATLayer(64, 4, 2, 8).to(ranks.KIND, ranks.EXACT)
+    x = cp.shard(torch.randn(1, 60, 64, dtype=ranks.EXACT)).requires_grad_()
+    contexts = functools.partial(create_selective_checkpoint_contexts, watched)
+    run = functools.partial(layer, context_parallel=cp)
+    results = run(x), checkpoint(run, x, use_reentrant=False, context_fn=contexts)
+    want, got = (torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]) for y in results)
+    return kept, [float((a - b).abs().max()) for a, b in zip(got, want, strict=True)]
+
+
+def test_checkpoints_keep_what_the_op_gave_alone(tmp_path):
+    """Not the states of all tokens, which make the chunk states: they are twice as large as its result."""
+    kept, differences = ranks.run("test_parallel_context:kept_by_checkpoints", 2, tmp_path)
+    assert kept == ["rat_ext.rat_attention_packed.default"] * 2
+    assert max(differences) < 1e-12

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
 from rat_ext.layers import RATLayer
-from rat_ext.parallel import full_state_dict, parallelize_plan
+from rat_ext.parallel import full_state_dict, parallelize_plan, share_copies
 
 
 def decoded(layer: RATLayer, x: torch.Tensor) -> torch.Tensor:
@@ -83,6 +83,38 @@ def split_and_sharded(rank: int, world: int) -> dict[str, float]:
 def test_beside_fsdp2(tmp_path):
     for name, difference in ranks.run("test_parallel_heads:split_and_sharded", 4, tmp_path).items():
         assert difference < 1e-10, name
+
+
+def drawn_after(rank: int, world: int) -> list[bool]:
+    """Whether the copies of the one group are alike, before :func:`share_copies` and after, on their mesh and beside FSDP2."""
+    from torch.distributed.fsdp import fully_shard
+
+    found = []
+    for mesh in (init_device_mesh(ranks.KIND, (4,)), init_device_mesh(ranks.KIND, (2, 2), mesh_dim_names=("data", "heads"))):
+        heads = mesh if mesh.ndim == 1 else mesh["heads"]
+        with torch.device("meta"):
+            model = ranks.model_of(32, 64, 2, 8, 1, 8)
+        parallelize_module(model, heads, parallelize_plan(model))
+        if mesh.ndim == 2:
+            for block in model[1:3]:
+                fully_shard(block, mesh=mesh["data"])
+        model.to_empty(device=ranks.KIND)
+        torch.manual_seed(rank)
+        for p in model.parameters():
+            (p.to_local() if isinstance(p, DTensor) else p).detach().normal_()
+        for _ in range(2):
+            alike = True
+            for block in model[1:3]:
+                weight = block.rat.in_proj.weight.full_tensor()
+                groups = weight.unflatten(0, (heads.size(), -1))[:, : 2 * 8]  # q and k of each rank
+                alike = alike and bool((groups == groups[0]).all()) and bool((groups.std(-1) > 0.1).all())
+            found.append(alike)
+            share_copies(model)
+    return found
+
+
+def test_copies_that_were_drawn_apart(tmp_path):
+    assert ranks.run("test_parallel_heads:drawn_after", 4, tmp_path) == [False, True] * 2
 
 
 def too_many(rank: int, world: int) -> str:

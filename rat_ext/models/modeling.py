@@ -119,8 +119,8 @@ class Gated(Mixer):
     @property
     def bias(self) -> Tensor:
         """The gate's bias; this rank's heads, where the layer is split by heads."""
-        local = getattr(self.gate_bias, "to_local", None)
-        return self.gate_bias if local is None else local()
+        bias: Any = self.gate_bias
+        return bias.to_local() if hasattr(type(bias), "to_local") else bias  # of the type: a tracer finds it there alone
 
     def keep(self, states: RATStates | RNNStates, layout: Layout, inputs: list[Tensor], gate: Tensor) -> None:
         """Records a call, before it changes the states, for a later crop."""

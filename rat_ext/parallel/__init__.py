@@ -4,7 +4,7 @@ from . import sharding  # noqa: F401  (registers the rules)
 from .checkpoint import save_attention
 from .context import ContextParallel, use_context_parallel
 from .dense import attention
-from .heads import SplitParts, full_state_dict, parallelize_plan
+from .heads import SplitParts, full_state_dict, parallelize_plan, share_copies
 
 __all__ = [
     "ContextParallel",
@@ -13,5 +13,6 @@ __all__ = [
     "full_state_dict",
     "parallelize_plan",
     "save_attention",
+    "share_copies",
     "use_context_parallel",
 ]

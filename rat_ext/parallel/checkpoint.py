@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,9 +16,24 @@ SAVED = tuple(
 )
 
 
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def passing() -> Iterator[None]:
+    """What operators give in here is not kept: it is as large as all tokens, and only states of it go on."""
+    before = getattr(_local, "passing", False)
+    _local.passing = True
+    try:
+        yield
+    finally:
+        _local.passing = before
+
+
 def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keeps what the operators give, and computes everything else again: projections, norms, feed-forwards."""
-    return CheckpointPolicy.MUST_SAVE if op in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = op in SAVED and not getattr(_local, "passing", False)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def save_attention() -> tuple[Any, Any]:

@@ -35,6 +35,7 @@ from .._arguments import ROWS, Given
 from .._autograd import call_kernel
 from ..cache import RATCache, state_dtype
 from ..rotary import rotate
+from .checkpoint import passing
 from .exchange import Exchange, Route, finish, join, start
 from .layout import Layout, States
 from .parts import Columns, Parts, view
@@ -112,7 +113,8 @@ class _WholeChunks(torch.autograd.Function):
         for first, count in _WholeChunks.slices(ctx, batch, 2 * SLICE):
             *rows, gate = _WholeChunks.rows(ctx, xs, first, count)
             for i, x in enumerate(rows):
-                state = chunk_recurrence(x, gate, size, gate_bias=bias, return_state=True)[1]
+                with passing():
+                    state = chunk_recurrence(x, gate, size, gate_bias=bias, return_state=True)[1]
                 if states is None:
                     states = state.new_empty(chunks, len(rows), batch, *state.shape[1:])
                 states[first : first + count, i] = state.unflatten(0, (batch, count)).transpose(0, 1)
@@ -171,9 +173,12 @@ class _WholeChunks(torch.autograd.Function):
 
 def _again(function: Callable, *args: Any) -> Any:
     """Calls it, and again in the backward: nothing of the size of the tokens is kept."""
-    if not torch.is_grad_enabled():
-        return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+    def run(*args: Any) -> Any:
+        with passing():
+            return function(*args)
+
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else run(*args)
 
 
 class ContextParallel:

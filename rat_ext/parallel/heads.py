@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import functional as F
 
 
@@ -71,13 +72,14 @@ class SplitParts(ParallelStyle):
             if linear.bias is not None:
                 linear.bias = nn.Parameter(linear.bias[order])
         linear.out_features = rows.numel()
-        module.register_buffer("rank_rows", rows.flatten(), persistent=False)
+        module.rank_rows = rows.flatten()  # no buffer: `to_empty` after the split would lose it
         ColwiseParallel()._apply(linear, device_mesh)
         RowwiseParallel()._apply(module.get_submodule(self.second), device_mesh)
         copied = sum(size for n in parts if n % world)  # rows at the begin of each rank's: q and k come first
         if copied:
             group = _sharing(device_mesh, world // min(parts))
             linear.forward = functools.partial(_linear, linear, copied, group)  # type: ignore[method-assign]
+            module.copies = copied, group  # type: ignore[assignment]
         if self.parts is None:
             local = [max(n // world, 1) for n in parts]
             module.parts = tuple(local)  # type: ignore[assignment]
@@ -131,8 +133,8 @@ def parallelize_plan(model: nn.Module) -> dict[str, ParallelStyle]:
     """The plan of a model of RAT layers for ``torch.distributed.tensor.parallel.parallelize_module``.
 
     Every module with ``in_proj``, ``out_proj`` and ``parts`` is split by heads, every feed-forward by its hidden numbers; what
-    stays whole (embeddings, norms) is replicated. Weights are to be loaded before, or drawn after; :func:`full_state_dict`
-    gives them back as they were. Before FSDP2, where both are used.
+    stays whole (embeddings, norms) is replicated. Weights are to be loaded before, or drawn after, and :func:`share_copies`
+    called; :func:`full_state_dict` gives them back as they were. Before FSDP2, where both are used.
 
     Example:
         >>> from rat_ext.layers import RATLayer
@@ -153,6 +155,32 @@ def parallelize_plan(model: nn.Module) -> dict[str, ParallelStyle]:
     return plan
 
 
+def share_copies(model: nn.Module) -> None:
+    """Makes the copies of a group of q and k one again, after weights of a split model were drawn: each rank drew its own.
+
+    Nothing to do where the ranks divide the groups. Before or after FSDP2; every rank calls it.
+    """
+    for module in model.modules():
+        copies = getattr(module, "copies", None)
+        if copies is None:
+            continue
+        copied, group = copies
+        linear = module.get_submodule(next(n for n in ("in_proj", "up", "up_proj") if hasattr(module, n)))
+        for x in (linear.weight, linear.bias):
+            if isinstance(x, DTensor):
+                mesh, begin = x.device_mesh, 0
+                for dim, placement in enumerate(x.placements[:-1]):  # the last is that of heads; another is FSDP2's
+                    if placement.is_shard() or isinstance(placement, _StridedShard):
+                        rows = x.shape[0] // mesh.size(-1)
+                        begin = mesh.get_local_rank(dim) * -(-rows // mesh.size(dim))
+                part = x.to_local()[: max(copied - begin, 0)]
+                if part.shape[0]:
+                    shared = part.detach().contiguous()
+                    dist.broadcast(shared, group_src=0, group=group)
+                    with torch.no_grad():
+                        part.copy_(shared)
+
+
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state of a model whose layers are split, as that of one rank's: whole tensors, rows in their own order."""
     state = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in model.state_dict().items()}
@@ -160,6 +188,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
         rows = getattr(module, "rank_rows", None)
         if isinstance(rows, Tensor):
             first = next(n for n in ("in_proj", "up", "up_proj") if hasattr(module, n))
+            name = name.replace("_checkpoint_wrapped_module.", "")  # which a state's names leave out
             for key in (f"{name}.{first}.weight", f"{name}.{first}.bias"):
                 if key in state:
                     whole = state[key].new_empty(int(rows.max()) + 1, *state[key].shape[1:])
