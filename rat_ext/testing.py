@@ -52,7 +52,7 @@ class Random:
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, size: float = 1.0) -> Tensor:
         """A tensor of ``shape`` with standard deviation ``size``, in ``dtype`` or the one of this source."""
-        x = torch.randn(shape, generator=self.generator) * size
+        x = torch.randn(shape, generator=self.generator, device="cpu") * size  # whatever the default device is
         return x.to(self.device, dtype or self.dtype)
 
 

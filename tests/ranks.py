@@ -2,7 +2,8 @@
 
 Run as a program, ``python ranks.py FUNCTION WORLD FOLDER``, it forks the ranks: torch is imported once. FUNCTION,
 ``module:name``, is run by every rank with (rank, world); rank 0's result is written to FOLDER. With RANKS_DEVICE=cuda each rank
-has a GPU, on which its tensors lie, and NCCL in place of gloo.
+has a GPU, on which its tensors lie, and NCCL in place of gloo. Only the ranks import rat_ext then: a build with CUDA asks the
+driver for its version when it is loaded, which initialises it, and no process forked after that can use a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import datetime
 import importlib
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -23,11 +25,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from rat_ext.layers import RATLayer
-
 HERE = Path(__file__).parent
 KIND = os.environ.get("RANKS_DEVICE", "cpu")
 EXACT = torch.float64 if KIND == "cpu" else torch.float32  # the ops take float64 on the CPU only
+if KIND == "cpu":
+    importlib.import_module("rat_ext.layers")  # once, for all ranks
 
 
 def start(function: str, world: int, folder: Path, **environment: str) -> subprocess.Popen:
@@ -55,6 +57,8 @@ class Block(nn.Module):
     """A RAT layer and a gated feed-forward, each with its norm."""
 
     def __init__(self, width: int, heads: int, groups: int, chunk_size: int):
+        from rat_ext.layers import RATLayer
+
         super().__init__()
         self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
         self.rat = RATLayer(width, heads, groups, chunk_size)
@@ -96,6 +100,7 @@ def rank_of(function: str, rank: int, world: int, folder: Path) -> None:
 
 def main(function: str, world: int, folder: Path) -> int:
     """Forks the ranks, and waits for all."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # of a rank that NCCL's watchdog aborts
     ranks = []
     for rank in range(world):
         if child := os.fork():

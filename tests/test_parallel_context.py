@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import rat_ext
-from rat_ext import testing
+from rat_ext import _autograd, testing
 from rat_ext.layers import RATLayer
 from rat_ext.parallel import ContextParallel, attention, use_context_parallel
+from rat_ext.parallel.exchange import Exchange
 from rat_ext.parallel.parts import Parts
 
 # Arguments of attention_case, or recurrence_case. "ranks": sizes from the local tokens alone. "one": through one projection.
@@ -96,6 +97,41 @@ def by_case(request, tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_compute_what_one_does(by_case, name):
     assert not by_case[name], by_case[name]
+
+
+def order_of_backward(rank: int, world: int) -> list[list[str]]:
+    """What the backward calls, by rank."""
+    said: list[str] = []
+
+    def noted(name, function):
+        def call(*arguments):
+            said.append(name)
+            return function(*arguments)
+
+        return call
+
+    case = testing.attention_case(ranks.KIND, ranks.EXACT, batch=1, tokens=192, chunk_size=16, dim=16)
+    cp, op, kernels = ContextParallel(tokens=192), _autograd._DIFFERENTIABLE["rat_attention"], _autograd._KERNELS
+    leaves = {key: cp.shard(x).requires_grad_() if x.dim() == 4 else x for key, x in case.tensors.items()}
+    scan = noted("recurrence", kernels["chunk_recurrence_backward"])
+    with (
+        mock.patch.object(Exchange, "send", noted("send", Exchange.send)),
+        mock.patch.object(op, "backward_kernel", noted("attention", op.backward_kernel)),
+        mock.patch.dict(kernels, chunk_recurrence_backward=scan),
+    ):
+        y = rat_ext.rat_attention(**leaves, chunk_size=16, context_parallel=cp, **case.options)
+        said.clear()
+        y.sum().backward()
+    found: list = [None] * world
+    dist.all_gather_object(found, said)
+    return found
+
+
+def test_gradients_are_sent_after_attention(tmp_path):
+    """Ranks come to the end of attention at the same time, and to that of one piece at unlike times."""
+    found = ranks.run("test_parallel_context:order_of_backward", 2, tmp_path)
+    before = ["attention"] * 2 + ["send"] * 2
+    assert found == [before + ["recurrence"] * 2, before + ["recurrence"] * 4]  # of k and v of each piece but the last
 
 
 # ---- layers and models --------------------------------------------------------------------------------------------------

@@ -79,7 +79,8 @@ def heads_over_ranks(rank: int, world: int) -> dict[str, float]:
         for m in (whole, model):
             m.train()
             m(tokens, shift_labels=labels).loss.backward()
-            torch.optim.SGD(m.parameters(), lr=0.1).step()
+            # On GPUs optimizers take all parameters at once, which they cannot where some are split and some are not.
+            torch.optim.SGD(m.parameters(), lr=0.1, foreach=False).step()
         state = full_state_dict(model)
         found[f"{pattern} after a step"] = max(float((state[name] - x).abs().max()) for name, x in whole.state_dict().items())
         texts = [m.eval().generate(tokens[:, :7], max_new_tokens=9, do_sample=False) for m in (whole, model)]

@@ -48,8 +48,9 @@ def test_every_command(tmp_path, ranks):
     for name, command in (("python", ""), ("torchrun", " -m torch.distributed.run")):
         (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec "{sys.executable}"{command} "$@"\n')
         (tmp_path / "bin" / name).chmod(0o755)
+    paths = [str(Path(train_helper.rat_ext.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(Path(train_helper.rat_ext.__file__).parents[1]),
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg",
     }  # fmt: skip
     for block in blocks:

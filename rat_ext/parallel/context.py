@@ -12,7 +12,12 @@ approximated. What is sent, per layer:
 
 Order, of the forward: tails of pieces; running states start; chunk states of the early piece; they start; those of the late
 piece; they start; attention of what needs no state; of the early piece; of the late piece. Each transfer runs beside the
-computation that follows its start. The backward is the reverse.
+computation that follows its start.
+
+Order, of the backward: attention of all pieces; gradients of late states start; of early states; recurrence of the late piece;
+of the early piece. No transfer starts before attention is done, though those of late states could: attention of late pieces
+takes ranks unlike times, of both pieces of a rank the same, and where a GPU's copies wait for another GPU they hold
+multiprocessors meanwhile, which attention would have to do without.
 """
 
 from __future__ import annotations
@@ -27,14 +32,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .._arguments import ROWS, Given
+from .._autograd import call_kernel
 from ..cache import RATCache, state_dtype
 from ..rotary import rotate
 from .checkpoint import passing
 from .exchange import Exchange, Route, finish, join, start
-from .layout import Layout
-from .parts import Parts
+from .layout import Layout, States
+from .parts import Columns, Parts, view
 
-# Tokens, over the batch, whose states are computed at once: what the recurrence writes for every token is gone after each.
+# Tokens, over the batch, whose gradients by way of states are computed at once; forward, where less is held, twice as many.
+# What the recurrence writes for every token is gone after each.
 SLICE = 32768
 
 
@@ -81,6 +88,89 @@ def _kept(gate: Tensor, gate_bias: Tensor | None) -> Tensor:
     )[1]  # fmt: skip
 
 
+class _WholeChunks(torch.autograd.Function):
+    """States of whole chunks in a row, ``(C, S, B, H, D)`` with S = 2, k~ rotated and v~. Of the tokens nothing is kept.
+
+    A slice of tokens at a time, and so the backward, which adds gradients to the buffers of Parts as they come.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, sources: Sequence[tuple[Parts, Columns | None]], begin: int, chunks: int, size: int, tables: Any,
+        bias: Tensor | None, *xs: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """``sources``: where the rows of k, v and gate are, of chunks of ``size`` tokens from local token ``begin`` on.
+
+        ``xs``: the tensors of ``sources``. ``tables``: cosines and sines of the chunks, or None.
+        """
+        from ..ops import chunk_recurrence
+
+        ctx.set_materialize_grads(False)
+        ctx.sources, ctx.where, ctx.tables = sources, (begin, chunks, size), tables
+        ctx.save_for_backward(bias, *xs)
+        batch = xs[0].shape[0]
+        states: Tensor | None = None
+        for first, count in _WholeChunks.slices(ctx, batch, 2 * SLICE):
+            *rows, gate = _WholeChunks.rows(ctx, xs, first, count)
+            for i, x in enumerate(rows):
+                with passing():
+                    state = chunk_recurrence(x, gate, size, gate_bias=bias, return_state=True)[1]
+                if states is None:
+                    states = state.new_empty(chunks, len(rows), batch, *state.shape[1:])
+                states[first : first + count, i] = state.unflatten(0, (batch, count)).transpose(0, 1)
+        assert states is not None
+        if tables is not None:
+            states[:, 0] = rotate(states[:, 0], *tables)
+        return states
+
+    @staticmethod
+    def slices(ctx: Any, batch: int, tokens: int) -> list[tuple[int, int]]:
+        """(first chunk, chunks) of each, of at most so many tokens."""
+        _, chunks, size = ctx.where
+        step = max(tokens // max(batch, 1) // size, 1)
+        return [(first, min(step, chunks - first)) for first in range(0, chunks, step)]
+
+    @staticmethod
+    def rows(ctx: Any, xs: Sequence[Tensor], first: int, count: int) -> list[Tensor]:
+        """A row for each chunk of a slice: ``(B * count, size, heads, D)`` of each source."""
+        begin, _, size = ctx.where
+        cut = (view(x, begin + first * size, count * size, columns) for x, (_, columns) in zip(xs, ctx.sources, strict=True))
+        return [x.unflatten(1, (count, size)).flatten(0, 1) for x in cut]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
+        bias, *xs = ctx.saved_tensors
+        nothing = (None,) * (6 + len(xs))
+        if grad is None:
+            return nothing
+        begin, _, size = ctx.where
+        dstates = list(grad.unbind(1))
+        if ctx.tables is not None:
+            cos, sin = ctx.tables
+            dstates[0] = rotate(dstates[0], cos, -sin)
+        dbias: Tensor | None = None
+        for parts, _ in ctx.sources:
+            if parts.x.requires_grad:
+                parts.gather()  # now, before there are gradients that need memory beside it
+        for first, count in _WholeChunks.slices(ctx, xs[0].shape[0], SLICE):
+            *rows, gate = _WholeChunks.rows(ctx, xs, first, count)
+            at = begin + first * size, count * size
+            for i, x in enumerate(rows):
+                dstate = dstates[i][first : first + count].transpose(0, 1).flatten(0, 1)
+                # No token but the last of a chunk has a gradient: one row of zeros stands for all. y is not read, only checked.
+                dy = gate.new_zeros(gate.shape[-1]).expand(gate.shape)
+                dx, dgate, more, _ = call_kernel(
+                    "chunk_recurrence_backward", dy=dy, dfinal_state=dstate, x=x, gate=gate, gate_bias=bias, y=gate,
+                    chunk_size=size,
+                )  # fmt: skip
+                for (parts, columns), g in ((ctx.sources[i], dx), (ctx.sources[-1], dgate)):
+                    parts.add(*at, columns, g.view(xs[0].shape[0], count * size, *g.shape[2:]))
+                if more is not None:
+                    dbias = more if dbias is None else dbias + more
+        # Parts give the rows' gradients on; only the bias gets its own here.
+        return *nothing[:5], dbias, *nothing[6:]
+
+
 def _again(function: Callable, *args: Any) -> Any:
     """Calls it, and again in the backward: nothing of the size of the tokens is kept."""
 
@@ -88,7 +178,7 @@ def _again(function: Callable, *args: Any) -> Any:
         with passing():
             return function(*args)
 
-    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else run(*args)
 
 
 class ContextParallel:
@@ -327,14 +417,27 @@ class _Call:
         self.cuts = cuts
         self.parts = {name: Parts(self.given[name], cuts) for name in self.rows}
 
-    def _inputs_of_states(self, begin: int, tokens: int) -> tuple[Tensor, ...]:
-        """What the recurrences run over, k and v or x, of some local tokens; and their gate."""
+    def _places(self) -> list[tuple[Parts, Columns | None]]:
+        """Where the rows are that recurrences run over, k and v or x, and those of their gate."""
         if self.rows[0] != "projection":
-            return tuple(self.parts[name].part(begin, tokens) for name in self.sources)
+            return [(self.parts[name], None) for name in self.sources]
         heads, groups = self.given["num_heads"], self.given["num_groups"]
         size = self.lead.shape[-1] // (2 * groups + (3 if self.given["has_out_gate"] else 2) * heads)
         columns = ((groups, groups), (2 * groups, heads), (2 * groups + heads, heads))
-        return tuple(self.parts["projection"].part(begin, tokens, (at * size, n, size)) for at, n in columns)
+        return [(self.parts["projection"], (at * size, n, size)) for at, n in columns]
+
+    def _inputs_of_states(self, begin: int, tokens: int) -> tuple[Tensor, ...]:
+        """Those of some local tokens."""
+        return tuple(parts.part(begin, tokens, columns) for parts, columns in self._places())
+
+    def _whole(self, begin: int, s: States) -> Tensor:
+        """Rotated states of a piece's whole chunks, which begin at a local token."""
+        bias = self.given["gate_bias"]
+        if bias is not None:
+            bias = bias.to(state_dtype(self.lead.dtype))
+        tables = self._tables(s.first + (s.head > 0), s.whole)
+        places = self._places()
+        return _WholeChunks.apply(places, begin, s.whole, self.chunk_size, tables, bias, *(parts.x for parts, _ in places))
 
     def _states_of(self, parts: tuple[Tensor, ...], chunk_size: int, *initial: Any) -> Tensor:
         return _final_states(parts[:-1], parts[-1], self.given["gate_bias"], chunk_size, *initial)
@@ -346,13 +449,19 @@ class _Call:
             return u[None]
         return torch.cat((u, _again(_kept, parts[-1], self.given["gate_bias"])[None]))[None]
 
+    def _tables(self, first: int, chunks: int) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of some chunks, ``(chunks, 1, 1, D / 2)``."""
+        cos, sin = self.given["rotary_cos"], self.given["rotary_sin"]
+        if cos is None:
+            return None
+        acc = state_dtype(self.lead.dtype)
+        c, s = (table[first : first + chunks, None, None].to(acc) for table in (cos, sin))
+        return c, s
+
     def _turned(self, rows: Tensor, first: int) -> Tensor:
         """Chunk states ``(C, 2, B, H, D)`` whose keys are rotated by the index of their chunk."""
-        cos, sin = self.given["rotary_cos"], self.given["rotary_sin"]
-        if cos is None or not rows.shape[0]:
-            return rows
-        c, s = (table[first : first + rows.shape[0], None, None] for table in (cos, sin))
-        return torch.stack((rotate(rows[:, 0], c, s), rows[:, 1]), dim=1)
+        tables = self._tables(first, rows.shape[0])
+        return rows if tables is None else torch.stack((rotate(rows[:, 0], *tables), rows[:, 1]), dim=1)
 
     def run(self) -> Any:
         cp, layout, given = self.cp, self.layout, self.given
@@ -362,22 +471,15 @@ class _Call:
         if self.alone:
             early = late = Route(cp.rank, cp.world, [piece.owner for piece in layout.pieces], {})
         states = [piece.states(self.chunk_size) for piece in self.pieces]
-        step = max(SLICE // max(self.lead.shape[0], 1) // self.chunk_size, 1)  # chunks at a time
         self._cut_rows()
-        tokens_of: list[tuple[Any, list[Any], Any]] = []  # head, slices of whole chunks, tail of each piece
+        tokens_of: list[tuple[Any, int, Any]] = []  # head, begin of the whole chunks, tail of each piece
         for (at, _), s in zip(cp._spans(layout), states, strict=True):
             if s is None:
-                tokens_of.append((None, [], None))
+                tokens_of.append((None, 0, None))
                 continue
             at += s.before
-            head = self._inputs_of_states(at, s.head)
-            at += s.head
-            slices = []
-            for i in range(0, s.whole, step):
-                n = min(step, s.whole - i) * self.chunk_size
-                slices.append(self._inputs_of_states(at, n))
-                at += n
-            tokens_of.append((head, slices, self._inputs_of_states(at, s.tail)))
+            head, begin = self._inputs_of_states(at, s.head), at + s.head
+            tokens_of.append((head, begin, self._inputs_of_states(begin + s.whole * self.chunk_size, s.tail)))
         anchors = list(self._inputs_of_states(0, 0))
         empty = anchors[-1].new_empty(0, self.states, self.lead.shape[0], *anchors[-1].shape[2:])
         if given["gate_bias"] is not None:
@@ -400,15 +502,17 @@ class _Call:
 
         # Chunk states. Whole chunks of the early piece need no running state: they are computed while it is under way.
         def whole(i: int) -> list[Tensor]:
-            return [] if self.alone else [_again(self._states_of, part, self.chunk_size) for part in tokens_of[i][1]]
+            s = states[i]
+            return [] if self.alone or s is None or not s.whole else [self._whole(tokens_of[i][1], s)]
 
         def closed(i: int, rows: list[Tensor]) -> Tensor:
             s = states[i]
             if self.alone or s is None or not s.closed:
                 return empty.to(acc)
             if s.head:
-                rows = [self._states_of(tokens_of[i][0], s.head, before[i], s.offset), *rows]
-            return self._turned(torch.cat(rows), s.first)
+                head = self._states_of(tokens_of[i][0], s.head, before[i], s.offset)
+                rows = [self._turned(head, s.first), *rows]
+            return rows[0] if len(rows) == 1 else torch.cat(rows)
 
         rows = whole(0)
         if running.used:
@@ -427,16 +531,19 @@ class _Call:
                 pair = (mine, empty.to(acc)) if i == 0 else (empty.to(acc), mine)
                 waiting[name] = start(transfers[name], pair, [*order, *anchors])
 
-        # Attention.
+        # Attention. Its backward is to run before gradients of states are sent: what is called last comes first.
+        arriving: dict[str, dict[int, Tensor]] = {}
+        for name, transfer in transfers.items():
+            arriving[name], token = finish(transfer, waiting[name], *order, wait=False)
+            order = [token]
         result: list[Any] = [None, None, None, None]
         for i in (0, 1):
             result[2 * i + 1] = self._fresh(i)
         found: dict[int, Tensor] = {}
         for i, name in enumerate(("early", "late")):
             if name in transfers:
-                got, token = finish(transfers[name], waiting[name], *order)
-                found |= got
-                order = [token]
+                transfers[name].wait()
+                found |= arriving[name]
             result[2 * i] = self._continued(i, found, before[i], empty)
         state = next((x[1] for x in result if isinstance(x, tuple)), None)
         if given["return_state"] and cp.cu_seqlens is not None:
@@ -491,14 +598,13 @@ class _Call:
             return None
         rows = [found[q] for q in self.layout.earlier(p) if q in found]
         batch = self.lead.shape[0]
-        past = torch.cat(rows) if rows else empty
         if running is None:
-            running = past.new_zeros(self.states, *past.shape[2:], dtype=state_dtype(past.dtype))
-        lengths = torch.full((batch,), piece.past, dtype=torch.int32, device=past.device)
+            running = empty.new_zeros(self.states, *empty.shape[2:], dtype=state_dtype(empty.dtype))
+        lengths = torch.full((batch,), piece.past, dtype=torch.int32, device=empty.device)
         options = self._tensors(2 * i) | {"return_state": self._returns(i)}
         if self.alone:
             return self.function(**options | {"initial_state": running[0].contiguous(), "lengths": lengths})
-        chunk_k, chunk_v = past.permute(1, 2, 3, 0, 4).contiguous().unbind(0)
+        chunk_k, chunk_v = torch.cat([x.permute(1, 2, 3, 0, 4) for x in rows or [empty]], dim=3).contiguous().unbind(0)
         state = RATCache(
             chunk_k, chunk_v, running[0].contiguous(), running[1].contiguous(), lengths, self.chunk_size, piece.past
         )

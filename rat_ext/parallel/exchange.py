@@ -63,6 +63,7 @@ class Exchange:
         self.under_way = _send(self.group, rows, sent, received)
 
     def wait(self) -> Tensor:
+        """What came, for what the current stream runs from now on."""
         assert self.under_way is not None
         work, _, got = self.under_way
         work.wait()
@@ -75,10 +76,10 @@ class _Start(torch.autograd.Function):
     def forward(ctx: Any, exchange: Exchange, count: int, *tensors: Tensor) -> Tensor:
         """``tensors``: the rows of the ``count`` pieces that this rank holds, then tokens."""
         route, mine = exchange.route, dict(zip(exchange.route.mine, tensors[:count], strict=True))
+        mine = {p: x.to(exchange.dtype) for p, x in mine.items()}  # once for all ranks that get them
         parts = [mine[p][begin:end] for rows in route.out for p, begin, end in rows]
         like = tensors[0]
-        none = like.new_empty(0, *exchange.shape)
-        rows = torch.cat(parts or [none]).to(exchange.dtype)
+        rows = torch.cat(parts or [like.new_empty(0, *exchange.shape, dtype=exchange.dtype)])
         exchange.send(rows, route.sent, route.received)
         ctx.exchange, ctx.sizes = exchange, [(x.shape, x.dtype, x.device) for x in tensors]
         return like.new_empty(0, dtype=torch.float32)
@@ -88,28 +89,44 @@ class _Start(torch.autograd.Function):
         exchange: Exchange = ctx.exchange
         route, got = exchange.route, exchange.wait()
         acc = state_dtype(exchange.dtype)
-        grads = [torch.zeros(shape, dtype=acc, device=device) for shape, _, device in ctx.sizes]
-        mine = dict(zip(route.mine, grads, strict=False))
+        mine: dict[int, Tensor] = {}
+        sizes = dict(zip(route.mine, ctx.sizes, strict=False))
         at = 0
         for rows in route.out:
             for p, begin, end in rows:
-                mine[p][begin:end] += got[at : at + end - begin].to(acc)
+                part, (shape, _, device) = got[at : at + end - begin], sizes[p]
+                if p not in mine and part.shape == shape:
+                    mine[p] = part.to(acc)
+                else:
+                    if p not in mine:
+                        mine[p] = torch.zeros(shape, dtype=acc, device=device)
+                    mine[p][begin:end] += part
                 at += end - begin
-        return None, None, *(g.to(dtype) for g, (_, dtype, _) in zip(grads, ctx.sizes, strict=True))
+        grads = [mine.get(p) for p in route.mine] + [None] * (len(ctx.sizes) - len(route.mine))
+        # Zeros where nothing comes back: everything that gradients of the rows may reach is to run on every rank.
+        return (
+            None,
+            None,
+            *(
+                torch.zeros(shape, dtype=dtype, device=device) if g is None else g.to(dtype)
+                for g, (shape, dtype, device) in zip(grads, ctx.sizes, strict=True)
+            ),
+        )
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, exchange: Exchange, *tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, exchange: Exchange, wait: bool, *tokens: Tensor) -> tuple[Tensor, Tensor]:
         ctx.exchange, ctx.tokens = exchange, len(tokens)
-        got = exchange.wait()
+        assert exchange.under_way is not None
+        got = exchange.wait() if wait else exchange.under_way[2]
         return got, got.new_empty(0, dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
         exchange: Exchange = ctx.exchange
         exchange.send(grad, exchange.route.received, exchange.route.sent)
-        return None, *(grad.new_empty(0, dtype=torch.float32) for _ in range(ctx.tokens))
+        return None, None, *(grad.new_empty(0, dtype=torch.float32) for _ in range(ctx.tokens))
 
 
 class _Join(torch.autograd.Function):
@@ -135,12 +152,16 @@ def start(exchange: Exchange, pieces: Sequence[Tensor], tokens: Sequence[Tensor]
     return _Start.apply(exchange, len(pieces), *pieces, *tokens)
 
 
-def finish(exchange: Exchange, *tokens: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+def finish(exchange: Exchange, *tokens: Tensor, wait: bool = True) -> tuple[dict[int, Tensor], Tensor]:
     """Waits. Returns the rows that came, by piece, and a token.
 
-    ``tokens``: of :func:`start`, and of transfers whose gradients are to be sent after those of this one.
+    Args:
+        exchange: the transfer.
+        tokens: of :func:`start`, and of transfers whose gradients are to be sent after those of this one.
+        wait: False: nobody reads the rows before ``exchange.wait()``. What is called between is computed beside the transfer,
+            and its backward runs before the gradients of the rows are sent.
     """
-    got, token = _Finish.apply(exchange, *tokens)
+    got, token = _Finish.apply(exchange, wait, *tokens)
     ranges = [entry for rows in exchange.route.into for entry in rows]
     parts = got.split([end - begin for _, begin, end in ranges]) if ranges else ()
     return {p: part for (p, _, _), part in zip(ranges, parts, strict=True)}, token

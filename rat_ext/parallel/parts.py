@@ -1,7 +1,8 @@
 """Parts of a tensor whose gradients are gathered in one buffer, as they come.
 
 ``x.split(...)`` would keep the gradients of all parts until the last is there, and then copy them; of overlapping parts it
-would make a tensor of the size of x each, and add them. Here each part writes its gradient into the buffer and frees it.
+would make a tensor of the size of x each, and add them. Here gradients of stretches between cuts are kept until another part
+of x has one, or all have come; then they move into the buffer, to which every other part adds its own and frees it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+Columns = tuple[int, int, int]  # the first, heads, size of a head
+
+
+def view(x: Tensor, begin: int, tokens: int, columns: Columns | None) -> Tensor:
+    """``x[:, begin : begin + tokens]``, or of ``columns`` of those, as heads."""
+    x = x.narrow(1, begin, tokens)
+    if columns is None:
+        return x
+    first, heads, size = columns
+    return x.narrow(-1, first, heads * size).unflatten(-1, (heads, size))
 
 
 class Parts:
@@ -25,39 +37,50 @@ class Parts:
     def __init__(self, x: Tensor, cuts: Sequence[int]):
         self.cuts = cuts
         self.buffer: Tensor | None = None
+        self.stretches: dict[int, Tensor] = {}  # gradients that came as a whole stretch, by its number; not yet in the buffer
         self.written = [False] * (len(cuts) - 1)
         self.x = _Whole.apply(self, x)
 
-    def part(self, begin: int, tokens: int, columns: tuple[int, int, int] | None = None) -> Tensor:
+    def part(self, begin: int, tokens: int, columns: Columns | None = None) -> Tensor:
         """``x[:, begin : begin + tokens]``; with ``columns`` (first, heads, size), of those ``(B, tokens, heads, size)``."""
         return _Part.apply(self, self.x, begin, tokens, columns)
 
-    def add(self, view: Any, begin: int, tokens: int, whole: bool, grad: Tensor, like: tuple) -> None:
-        """Adds the gradient of a part; ``view`` finds it in the buffer."""
-        if not tokens:
+    def add(self, begin: int, tokens: int, columns: Columns | None, grad: Tensor) -> None:
+        """Adds the gradient of a part, if x wants one."""
+        if not tokens or not self.x.requires_grad:
             return
-        if self.buffer is None:
-            shape, options = like
-            self.buffer = torch.empty(shape, **options)
         i = bisect.bisect_right(self.cuts, begin) - 1
-        first, last = self.cuts[i], self.cuts[i + 1]
-        if self.written[i]:
-            view(self.buffer).add_(grad)
-            return
+        if self.buffer is None and not self.written[i] and columns is None:
+            if (begin, begin + tokens) == (self.cuts[i], self.cuts[i + 1]):
+                self.stretches[i], self.written[i] = grad, True
+                return
+        to = view(self.gather(), begin, tokens, columns)
+        if not self.written[i]:
+            self._clear(i)
+        to.add_(grad)
+
+    def gather(self) -> Tensor:
+        """The buffer, with the stretches in it. It is made late: what computes the stretches then has its memory."""
+        if self.buffer is None:
+            self.buffer = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
+        while self.stretches:
+            i, grad = self.stretches.popitem()
+            self.buffer[:, self.cuts[i] : self.cuts[i + 1]] = grad
+        return self.buffer
+
+    def _clear(self, i: int) -> None:
+        self.gather()[:, self.cuts[i] : self.cuts[i + 1]] = 0
         self.written[i] = True
-        if whole and (begin, begin + tokens) == (first, last):
-            view(self.buffer).copy_(grad)
-        else:
-            self.buffer[:, first:last] = 0
-            view(self.buffer).add_(grad)
 
     def gradient(self) -> Tensor | None:
-        """The buffer; zeros where nothing came. Begins anew."""
-        buffer, self.buffer = self.buffer, None
+        """All of it; zeros where nothing came. Begins anew."""
+        if not any(self.written):
+            return None
         for i, written in enumerate(self.written):
-            if buffer is not None and not written:
-                buffer[:, self.cuts[i] : self.cuts[i + 1]] = 0
-            self.written[i] = False
+            if not written:
+                self._clear(i)
+        buffer, self.buffer = self.gather(), None
+        self.written = [False] * len(self.written)
         return buffer
 
 
@@ -77,22 +100,13 @@ class _Whole(torch.autograd.Function):
 
 class _Part(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parts: Parts, x: Tensor, begin: int, tokens: int, columns: tuple[int, int, int] | None) -> Tensor:
-        def view(y: Tensor) -> Tensor:
-            y = y.narrow(1, begin, tokens)
-            if columns is None:
-                return y
-            first, heads, size = columns
-            return y.narrow(-1, first, heads * size).unflatten(-1, (heads, size))
-
+    def forward(ctx: Any, parts: Parts, x: Tensor, begin: int, tokens: int, columns: Columns | None) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.add = parts.add
-        ctx.where = view, begin, tokens, columns is None
-        ctx.like = x.shape, {"dtype": x.dtype, "device": x.device}
-        return view(x)
+        ctx.parts, ctx.where = parts, (begin, tokens, columns)
+        return view(x, begin, tokens, columns)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple:
         if grad is not None:
-            ctx.add(*ctx.where, grad, ctx.like)
+            ctx.parts.add(*ctx.where, grad)
         return None, None, None, None, None
