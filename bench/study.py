@@ -3,10 +3,14 @@
     python bench/study.py                 # on all GPUs; writes bench/results/study-<device>-<date>.json after every model
     python bench/study.py --seconds 330   # the same within a time: all models get fewer tokens, the same number
     python bench/study.py --quick         # on a CPU: that it runs
+    python bench/study.py --prepare DIR   # the text alone, which --data DIR then takes (no GPU is used)
+    python bench/study.py --tokens 16e6 --data DIR --parts language --seconds 120    # as many tokens as that, nothing measured
     python bench/study.py --report FILE   # bench/STUDY.md and its plots, of a result
+    python bench/study.py --report FILE --merge OLD    # the same; parts that FILE has not are those of OLD
 
 Parts: language (about 30 M parameters, T = 4096: validation bits per byte against tokens and against time, tokens/s, memory),
-long (T = 32,768: tokens/s, memory), step (Trainer's step beside the bare model's), recall (4 to 256 pairs).
+long (T = 32,768: tokens/s, memory), step (Trainer's step beside the bare model's), recall (4 to 256 pairs). The models stand in
+an order that keeps the most telling where time runs out.
 
 A process per GPU takes one model after the other. Each has a limit of its own: past it the process is ended, what its log says
 is kept, and another takes the next model.
@@ -42,6 +46,7 @@ from rat_ext.models import RATConfig, RATForCausalLM
 from rat_ext.train import config as configs
 from rat_ext.train import flops
 from rat_ext.train import run as runs
+from rat_ext.train.data import Tokens, Windows, collate
 from rat_ext.train.plot import read_log
 
 STUDY = common.HERE / "STUDY.md"
@@ -50,8 +55,8 @@ PARTS = {"language": 0.62, "long": 0.66, "step": 0.72, "recall": 1.0}
 SUFFIXES = (".py", ".md", ".rst", ".txt", ".pyi", ".h", ".hpp", ".cuh")
 # Name: pattern of layers, chunk size.
 MODELS = {
-    "rat L=16": ("rat", 16), "rat L=64": ("rat", 64), "attention": ("attention", 16), "rnn": ("rnn", 16),
-    "rat-swa": ("rat-swa", 16), "attention-swa": ("attention-swa", 16),
+    "rat L=16": ("rat", 16), "attention": ("attention", 16), "rat-swa": ("rat-swa", 16), "attention-swa": ("attention-swa", 16),
+    "rat L=64": ("rat", 64), "rnn": ("rnn", 16),
 }  # fmt: skip
 
 
@@ -65,8 +70,10 @@ class Sizes:
     length: int = 4096
     window: int = 1024
     tokens: int = 60_000_000  # at most: as many as the slowest model takes in its time
-    tokens_per_step: int = 1 << 16
-    micro_batch: int = 16
+    tokens_per_step: int = 1 << 15  # so few tokens need steps more than they need large ones
+    micro_batch: int = 8
+    points: int = 5  # evaluations, the end included
+    held_out_windows: int = 64  # that every evaluation takes
     megabytes: int = 200  # of text, of which the tokens are drawn
     vocab: int = 8192
     recall_steps: int = 4000
@@ -76,12 +83,15 @@ class Sizes:
     recall_pairs: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
     long: int = 32768
     steps: int = 12
+    trainer_tokens: int = 1 << 16  # of a step that is timed under Trainer and without, in one micro-batch
+    trainer_steps: int = 24
     held_out: float = 0.01  # share of the documents
 
 
 QUICK = Sizes(
     hidden=32, layers=2, heads=4, length=128, window=32, tokens=4096, tokens_per_step=1024, micro_batch=4, megabytes=1,
     vocab=512, recall_steps=4, recall_batch=4, recall_hidden=32, recall_pairs=(2, 4), long=256, steps=4, held_out=0.3,
+    trainer_tokens=512, trainer_steps=4,
 )  # fmt: skip
 
 
@@ -136,14 +146,26 @@ prepare.prepare([sys.argv[1]], sys.argv[2], **json.loads(sys.argv[3]))
 """
 
 
-def tokens_of(roots: list[Path], folder: Path, sizes: Sizes) -> dict:
-    """Shards in ``folder / "data"``, by :mod:`rat_ext.train.prepare`. Returns the sizes of the splits."""
+def tokens_of(roots: list[Path], folder: Path, sizes: Sizes, processes: int | None = None, seconds: float = 15.0) -> dict:
+    """Shards in ``folder / "data"``, by :mod:`rat_ext.train.prepare`. Returns the sizes of the splits.
+
+    ``processes`` is how many encode at a time, and how many threads train the tokenizer; None: one per core.
+    """
     begin, text, data = time.perf_counter(), folder / "text.jsonl", folder / "data"
-    documents = gather(roots, sizes.megabytes, text)
+    folder.mkdir(parents=True, exist_ok=True)
+    documents = gather(roots, sizes.megabytes, text, seconds)
     print(f"-- {documents:,} documents, {text.stat().st_size / 1e6:.0f} MB: {time.perf_counter() - begin:.0f} s", flush=True)
-    options = {"vocab": sizes.vocab, "validation": sizes.held_out, "tokenizer_bytes": 1 << 24}
-    subprocess.run([sys.executable, "-c", PREPARE, str(text), str(data), json.dumps(options)], check=True)
-    return json.loads((data / "index.json").read_text())["splits"]
+    options = {"vocab": sizes.vocab, "validation": sizes.held_out, "tokenizer_bytes": 1 << 24, "processes": processes}
+    threads = {"RAYON_NUM_THREADS": str(processes)} if processes else {}
+    subprocess.run(
+        [sys.executable, "-c", PREPARE, str(text), str(data), json.dumps(options)], check=True, env=os.environ | threads
+    )
+    text.unlink()
+    return splits_of(folder)
+
+
+def splits_of(folder: Path) -> dict:
+    return json.loads((folder / "data" / "index.json").read_text())["splits"]
 
 
 # ---- language -----------------------------------------------------------------------------------------------------------
@@ -157,30 +179,32 @@ def config_of(name: str, sizes: Sizes) -> dict:
     }  # fmt: skip
 
 
-def run_of(name: str, folder: Path, sizes: Sizes, tokens: int) -> configs.Run:
-    """What ``python -m rat_ext.train run`` would read from a file."""
-    steps = max(1, tokens // sizes.tokens_per_step)
-    every = max(1, steps // 10)
+def run_of(name: str, data: Path, folder: Path, sizes: Sizes, tokens: int) -> configs.Run:
+    """What ``python -m rat_ext.train run`` would read from a file. The last step is one that is logged and evaluated."""
+    steps, points = max(1, tokens // sizes.tokens_per_step), 4 * sizes.points
+    every = max(1, steps // points)
     recipe = {
-        "steps": steps, "length": sizes.length, "tokens_per_step": sizes.tokens_per_step, "micro_batch": sizes.micro_batch,
-        "log_every": every, "eval_every": every, "eval_windows": 32,
+        "steps": every * points if steps >= points else steps, "length": sizes.length, "tokens_per_step": sizes.tokens_per_step,
+        "micro_batch": sizes.micro_batch, "log_every": every, "eval_every": 4 * every if steps >= points else every,
+        "eval_windows": sizes.held_out_windows,
     }  # fmt: skip
     output = name.replace(" ", "-").replace("=", "")
-    found = {"output": output, "data": "data", "model": config_of(name, sizes), "train": recipe}
+    found = {"output": output, "data": str(data), "model": config_of(name, sizes), "train": recipe}
     return configs.parse(found | {"trainer": {"save_strategy": "no"}}, folder)
 
 
-def language(name: str, folder: Path, sizes: Sizes, tokens: int, device: torch.device) -> dict:
-    """A model by ``python -m rat_ext.train run``'s own function: what its log says."""
+def language(name: str, data: Path, folder: Path, sizes: Sizes, tokens: int, device: torch.device) -> dict:
+    """A model by ``python -m rat_ext.train run``'s own function: what its log says. The model itself is not kept."""
+    begin = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    runs.pretrain(run_of(name, folder, sizes, tokens))
-    return trained(name, folder, sizes, tokens)
+    runs.pretrain(run_of(name, data, folder, sizes, tokens), save=False)
+    return trained(name, data, folder, sizes, tokens) | {"seconds": time.perf_counter() - begin}
 
 
-def trained(name: str, folder: Path, sizes: Sizes, tokens: int) -> dict:
+def trained(name: str, data: Path, folder: Path, sizes: Sizes, tokens: int) -> dict:
     """What the log of a run says, also of one that was stopped."""
-    run = run_of(name, folder, sizes, tokens)
+    run = run_of(name, data, folder, sizes, tokens)
     steps, every = run.train.steps, run.train.log_every
     lines = read_log(run.output / "log.jsonl")
     rates = [line for line in lines if "loss" in line]
@@ -289,33 +313,42 @@ def recall(name: str, sizes: Sizes, limit: float, device: torch.device) -> dict:
 # ---- long texts, the trainer's own cost ---------------------------------------------------------------------------------
 
 
-def bare(config: RATConfig, batch: int, length: int, accumulate: int, steps: int, device: torch.device) -> dict:
-    """Seconds of a step of the bare model: forward, backward, clip, fused AdamW."""
+def bare(config: RATConfig, batches: Iterator[torch.Tensor], accumulate: int, steps: int, device: torch.device) -> dict:
+    """Seconds of a step of the bare model: forward, backward, clip, fused AdamW. ``batches`` are tokens ``(B, T)`` there.
+
+    The first quarter of the steps is not counted; over the others the host runs ahead, as it may in training.
+    """
     torch.manual_seed(0)
     model = RATForCausalLM(config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(config.vocab_size, (batch, length), device=device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(steps):
-        common.sync(device)
-        begin = time.perf_counter()
+    warm, begin, size = max(2, steps // 4), 0.0, 0
+    for number in range(warm + steps):
+        if number == warm:
+            common.sync(device)
+            begin, size = time.perf_counter(), 0
         for _ in range(accumulate):
+            tokens = next(batches)
+            size += tokens.numel()
             with autocast:
                 loss = model(input_ids=tokens, labels=tokens, shift_labels=tokens).loss / accumulate
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        common.sync(device)
-        times.append(time.perf_counter() - begin)
-    seconds = statistics.median(times[2:])
+    common.sync(device)
+    whole = time.perf_counter() - begin
     memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
     del model, optimizer
     common.free()
-    return {"seconds": seconds, "tokens_per_second": batch * length * accumulate / seconds, "memory_gb": memory}
+    return {"seconds": whole / steps, "tokens_per_second": size / whole, "memory_gb": memory}
+
+
+def same(config: RATConfig, batch: int, length: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """One batch of random tokens, on the device, for ever."""
+    return itertools.repeat(torch.randint(config.vocab_size, (batch, length), device=device))
 
 
 def model_of(name: str, sizes: Sizes, length: int) -> RATConfig:
@@ -329,44 +362,71 @@ def speed(sizes: Sizes, device: torch.device) -> float:
     """Tokens per second of the bare model of attention, the slowest."""
     accumulate = sizes.tokens_per_step // sizes.length // sizes.micro_batch
     config = model_of("attention", sizes, sizes.length)
-    return bare(config, sizes.micro_batch, sizes.length, accumulate, max(4, sizes.steps // 2), device)["tokens_per_second"]
+    batches = same(config, sizes.micro_batch, sizes.length, device)
+    return bare(config, batches, accumulate, max(4, sizes.steps // 2), device)["tokens_per_second"]
 
 
 def long(name: str, sizes: Sizes, device: torch.device) -> dict:
-    return bare(model_of(name, sizes, sizes.long), 1, sizes.long, 1, sizes.steps, device)
+    config = model_of(name, sizes, sizes.long)
+    return bare(config, same(config, 1, sizes.long, device), 1, sizes.steps, device)
 
 
-def step(folder: Path, sizes: Sizes, device: torch.device) -> dict:
-    """rat L = 16: the bare step, and Trainer's of the same size, from its log."""
-    accumulate = sizes.tokens_per_step // sizes.length // sizes.micro_batch
-    alone = bare(model_of("rat L=16", sizes, sizes.length), sizes.micro_batch, sizes.length, accumulate, sizes.steps, device)
+def step(data: Path, folder: Path, sizes: Sizes, device: torch.device) -> dict:
+    """rat L = 16, a step of one micro-batch: of the bare model on a batch that is there, of the bare model on the windows of
+    the text, and of Trainer, from its log. Trainer's has no evaluation in it. It is timed as ``run`` sets it up, and with two
+    processes that read the windows ahead and no look at every step's loss, which makes the host wait.
+    """
+    config, windows = model_of("rat L=16", sizes, sizes.length), sizes.trainer_tokens // sizes.length
+    alone = bare(config, same(config, windows, sizes.length, device), 1, sizes.trainer_steps, device)
+    text = Windows(Tokens(data), sizes.length, 1 << 30, 0)
+
+    def batches() -> Iterator[torch.Tensor]:
+        for first in itertools.count(0, windows):
+            yield collate([text[i] for i in range(first, first + windows)])["input_ids"].to(device)
+
+    read = bare(config, batches(), 1, sizes.trainer_steps, device)
     recipe = {
-        "steps": 4 * sizes.steps, "length": sizes.length, "tokens_per_step": sizes.tokens_per_step,
-        "micro_batch": sizes.micro_batch, "log_every": sizes.steps, "eval_every": 0,
+        "steps": 4 * sizes.trainer_steps, "length": sizes.length, "tokens_per_step": sizes.trainer_tokens,
+        "micro_batch": windows, "log_every": sizes.trainer_steps, "eval_every": 0,
     }  # fmt: skip
-    found = {"output": "step", "data": "data", "model": config_of("rat L=16", sizes), "train": recipe}
-    run = configs.parse(found | {"trainer": {"save_strategy": "no"}}, folder)
-    runs.pretrain(run)
-    rates = [line["tokens_per_second"] for line in read_log(run.output / "log.jsonl") if "loss" in line][1:]
-    trainer = sizes.tokens_per_step / statistics.median(rates)
-    return {"bare_seconds": alone["seconds"], "trainer_seconds": trainer, "ratio": trainer / alone["seconds"]}
+    found = {"bare_seconds": alone["seconds"], "read_seconds": read["seconds"], "tokens": sizes.trainer_tokens}
+    ahead = {"dataloader_num_workers": 2, "logging_nan_inf_filter": False}
+    for key, more in (("trainer_seconds", {}), ("ahead_seconds", ahead)):
+        words = {"output": key, "data": str(data), "model": config_of("rat L=16", sizes), "train": recipe}
+        run = configs.parse(words | {"trainer": {"save_strategy": "no"} | more}, folder)
+        runs.pretrain(run, save=False)
+        rates = [line["tokens_per_second"] for line in read_log(run.output / "log.jsonl") if "loss" in line][1:]
+        found[key] = sizes.trainer_tokens / statistics.median(rates)
+    print("step, ms:", "  ".join(f"{k} {1e3 * v:.1f}" for k, v in found.items() if k != "tokens"), flush=True)
+    return found | {"ratio": found["trainer_seconds"] / found["bare_seconds"]}
 
 
 # ---- a process per GPU --------------------------------------------------------------------------------------------------
 
 
-def work(pipe: Any, kind: str, folder: Path, sizes: Sizes) -> None:
-    """Of a process: what comes through the pipe, one after the other."""
-    device = torch.device(kind)
+def work(pipe: Any, kind: str, data: Path, folder: Path, sizes: Sizes) -> None:
+    """Of a process: what comes through the pipe, one after the other. It imports and starts its GPU once for all models."""
+    begin, device = time.perf_counter(), torch.device(kind)
+    import accelerate  # noqa: F401
+
+    import rat_ext.train.trainer  # noqa: F401
+
+    multiprocessing.set_start_method("fork", force=True)  # of readers: this process was spawned, they need not be
+    torch.zeros(1, device=device)
+    print(f"-- a process is ready: {time.perf_counter() - begin:.0f} s", flush=True)
     calls = {
         "speed": lambda: speed(sizes, device),
-        "language": lambda name, tokens: language(name, folder, sizes, tokens, device),
+        "language": lambda name, tokens: language(name, data, folder, sizes, tokens, device),
         "long": lambda name: long(name, sizes, device),
-        "step": lambda: step(folder, sizes, device),
+        "step": lambda: step(data, folder, sizes, device),
         "recall": lambda name, limit: recall(name, sizes, limit, device),
     }
     pipe.send("ready")
-    while (task := pipe.recv()) is not None:
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:  # the study itself has ended
+            return
         try:
             pipe.send((True, calls[task[0]](*task[1:])))
         except Exception as error:
@@ -377,14 +437,16 @@ def work(pipe: Any, kind: str, folder: Path, sizes: Sizes) -> None:
 class Worker:
     """A process that has one GPU, or the CPU. It is begun anew after one that was ended."""
 
-    def __init__(self, gpu: int | None, folder: Path, sizes: Sizes):
-        self.gpu, self.arguments = gpu, ("cpu" if gpu is None else "cuda", folder, sizes)
+    def __init__(self, gpu: int | None, data: Path, folder: Path, sizes: Sizes):
+        self.gpu, self.arguments = gpu, ("cpu" if gpu is None else "cuda", data, folder, sizes)
         self.process: Any = None
 
     def begin(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, *self.arguments), daemon=True)
+        self.process = context.Process(
+            target=work, args=(theirs, *self.arguments)
+        )  # no daemon: Trainer's readers are its children
         with _starting:  # a process takes the environment that it is started in
             before = os.environ.get("CUDA_VISIBLE_DEVICES")
             if self.gpu is not None:
@@ -422,35 +484,47 @@ _starting = threading.Lock()
 
 
 def study(sizes: Sizes, parts: list[str], roots: list[Path], device: torch.device, seconds: float, options: Any) -> dict:
-    """All parts, within ``seconds`` where it can be. The result is written after every model."""
+    """All parts, within ``seconds`` where it can be. The result is written after every model.
+
+    With ``options.tokens`` nothing is measured first: language takes what time it needs, the other parts what is left of it.
+    """
     begin = time.perf_counter()
     result = common.record("study", device, sizes=dataclasses.asdict(sizes))
     gpus: list[int | None] = list(range(torch.cuda.device_count())) if device.type == "cuda" else [None]
     result["devices"] = len(gpus)
+    old = json.loads(options.merge.read_text()) if options.merge else None
     lock = threading.Lock()
 
     def passed() -> float:
         return time.perf_counter() - begin
 
-    def keep() -> None:
+    def keep() -> dict:
         result["seconds"] = round(passed(), 1)
-        common.save(result, options, quiet=True)
+        whole = merged(result, old)
+        common.save(whole, options, quiet=True)
+        return whole
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        workers = [Worker(gpu, folder, sizes) for gpu in gpus]
+        kept = options.data or folder
+        data = (kept / "data").resolve()
+        workers = [Worker(gpu, data, folder, sizes) for gpu in gpus]
         try:
             with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
-                # Processes begin, and one measures, while the text is prepared.
-                first = [pool.submit(worker.call, ("speed",), 120.0) for worker in workers]
+                # Processes begin while the text is prepared. The measurement waits for it: it needs the host.
+                first = [pool.submit(worker.begin) for worker in workers]
                 if {"language", "step"} & set(parts):
-                    result["data"] = tokens_of(roots, folder, sizes)
-                    print(f"-- text: {passed():.0f} s", flush=True)
-                measured = [future.result() for future in first]
-                if not all(done for done, _ in measured):
-                    raise RuntimeError(f"the bare model does not run: {measured}")
-                rate = min(value for _, value in measured)
-                print(f"-- attention, bare: {rate:,.0f} tokens/s; {passed():.0f} s", flush=True)
+                    result["data"] = splits_of(kept) if options.data else tokens_of(roots, folder, sizes)
+                for future in first:
+                    future.result()
+                print(f"-- text and processes: {passed():.0f} s", flush=True)
+                rate = 0.0
+                if "language" in parts and not options.tokens:
+                    measured = list(pool.map(lambda worker: worker.call(("speed",), 120.0), workers))
+                    if not all(done for done, _ in measured):
+                        raise RuntimeError(f"the bare model does not run: {measured}")
+                    rate = min(value for _, value in measured)
+                    print(f"-- attention, bare: {rate:,.0f} tokens/s; {passed():.0f} s", flush=True)
                 ready = passed()
                 last = max(PARTS[part] for part in parts)
                 for part in PARTS:
@@ -458,36 +532,40 @@ def study(sizes: Sizes, parts: list[str], roots: list[Path], device: torch.devic
                         continue
                     end = ready + (seconds - ready) * PARTS[part] / last
                     names: list[tuple] = [(name,) for name in MODELS]
-                    if part == "language":  # the slowest first
-                        names = [("attention",), *(n for n in names if n != ("attention",))]
                     names = {"long": [("rat L=16",), ("attention",)], "step": [()]}.get(part, names)
                     rounds = math.ceil(len(names) / len(workers))
                     share = max((end - passed()) / rounds, 5.0)
+                    limit = 1.3 * share
                     if part == "language":
-                        # Trainer, evaluations and the model's files take a part of the time.
-                        steps = max(1, int(min(sizes.tokens, rate * 0.75 * (share - 5)) / sizes.tokens_per_step))
-                        result["tokens"] = tokens = steps * sizes.tokens_per_step
+                        if options.tokens:
+                            tokens, limit = sizes.tokens, seconds
+                        else:  # Trainer and evaluations take a part of the time
+                            tokens = int(min(sizes.tokens, rate * 0.7 * (share - 3)))
+                        train = run_of("attention", data, folder, sizes, tokens).train
+                        result["tokens"] = train.steps * sizes.tokens_per_step
                         names = [(*n, tokens) for n in names]
-                        print(f"-- {tokens:,} tokens for each model, {share:.0f} s at most", flush=True)
+                        print(f"-- {train.steps:,} steps, {result['tokens']:,} tokens for each model", flush=True)
                     elif part == "recall":
                         names = [(*n, share) for n in names]
+                    elif options.tokens:
+                        limit = seconds
                     waiting: queue.Queue = queue.Queue()
                     for n in names:
                         waiting.put(n)
 
-                    def serve(worker: Worker, part: str = part, waiting: queue.Queue = waiting, share: float = share) -> None:
+                    def serve(worker: Worker, part: str = part, waiting: queue.Queue = waiting, limit: float = limit) -> None:
                         while True:
                             try:
                                 task = waiting.get_nowait()
                             except queue.Empty:
                                 return
                             start = passed()
-                            limit = min(1.3 * share, seconds - start)
-                            done, found = worker.call((part, *task), limit) if limit > 1 else (False, "no time left")
+                            most = min(limit, seconds - start)
+                            done, found = worker.call((part, *task), most) if most > 1 else (False, "no time left")
                             if not done:
                                 found = {"failed": found}
                                 if part == "language":
-                                    found |= trained(task[0], folder, sizes, task[1])
+                                    found |= trained(task[0], data, folder, sizes, task[1])
                             with lock:
                                 if task:
                                     result.setdefault(part, {})[task[0]] = found
@@ -502,12 +580,35 @@ def study(sizes: Sizes, parts: list[str], roots: list[Path], device: torch.devic
         finally:
             for worker in workers:
                 worker.end()
-    order = list(MODELS)
     for part in ("language", "recall"):
         if part in result:
-            result[part] = {name: result[part][name] for name in order if name in result[part]}
-    keep()
-    return result
+            result[part] = {name: result[part][name] for name in MODELS if name in result[part]}
+    return keep()
+
+
+# Of a result, what says where its numbers come from.
+ORIGIN = ("date", "commit", "device", "devices", "torch", "seconds", "sizes", "tokens", "data")
+
+
+def there(result: dict, part: str) -> bool:
+    """Whether a result has a number of a part."""
+    found = result.get(part)
+    if not found or "failed" in found:
+        return False
+    return part == "step" or any("failed" not in model or model.get("curve") for model in found.values())
+
+
+def merged(new: dict, old: dict | None) -> dict:
+    """``new``, with the parts of ``old`` that it has not. ``origin`` says of each part what run it is of."""
+    found = dict(new)
+    found["origin"] = {}
+    for part in PARTS:
+        source = new if old is None or there(new, part) or not there(old, part) else old
+        if part in source:
+            found[part] = source[part]
+            origin = {key: source[key] for key in ORIGIN if key in source}
+            found["origin"][part] = source.get("origin", {}).get(part, origin)
+    return found
 
 
 # ---- the report ---------------------------------------------------------------------------------------------------------
@@ -522,20 +623,45 @@ def report(result: dict, page: Path) -> None:
     """The page and its plots, of one result. Every number comes from it."""
     from matplotlib.figure import Figure
 
-    where = f"{result['device']} (torch {result['torch']}, commit {result['commit']}, {result['date'][:10]})"
-    count = f"{result['devices']} x " if result.get("devices", 1) > 1 else ""
-    sizes, text = result["sizes"], [f"# Study of the patterns\n\nMade by `python bench/study.py` on {count}{where}.\n"]
+    if "origin" not in result:
+        result = merged(result, None)
+    text = [
+        "# Study of the patterns\n\nMade by `python bench/study.py`. Each part says what run it is of. Models are small, runs "
+        "are minutes: what is here compares the patterns at this size and this much training, and says nothing about more."
+    ]
+    missing: list[str] = []
+    images = page.parent / "images"
+    images.mkdir(parents=True, exist_ok=True)
+
+    def begin(part: str, title: str) -> dict:
+        """A heading, the run that the part is of. Returns the sizes of that run."""
+        o = result["origin"][part]
+        count = f"{o['devices']} x " if o.get("devices", 1) > 1 else ""
+        text.append(f"\n## {title}\n\n{count}{o['device']}, torch {o['torch']}, commit {o['commit']}, {o['date'][:16]} UTC.\n")
+        return o["sizes"]
 
     def done(part: str) -> dict:
         """Of a part, the models that were not stopped; of the others, a line."""
-        failed = {name: m["failed"] for name, m in result.get(part, {}).items() if "failed" in m}
-        text.extend(f"{name}: {why}.\n" for name, why in failed.items())
-        return {name: m for name, m in result.get(part, {}).items() if name not in failed}
-
-    images = page.parent / "images"
-    images.mkdir(exist_ok=True)
+        found = {}
+        for name in MODELS:
+            model = result[part].get(name)
+            if model is None:
+                if part != "long":
+                    missing.append(f"{part} of {name}: the run ended before it")
+            elif "failed" in model:
+                if model.get("curve"):
+                    at = model["curve"][-1]
+                    text.append(
+                        f"{name}: {model['failed']}; {at['bits_per_byte']:.4f} bits per byte at {at['tokens']:,} tokens, the learning rate not yet down.\n"
+                    )
+                missing.append(f"{part} of {name}: {model['failed']}")
+            else:
+                found[name] = model
+        return found
 
     def draw(name: str, curves: dict[str, tuple[list, list]], **labels: str) -> None:
+        if not curves:
+            return
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         for label, (x, y) in curves.items():
@@ -543,14 +669,18 @@ def report(result: dict, page: Path) -> None:
         axes.set(**labels)
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(images / name, dpi=120)
+        figure.savefig(images / name, dpi=100)
         text.append(f"![{labels['ylabel']} against {labels['xlabel']}](images/{name})\n")
 
-    if "language" in result:
+    if "language" in result["origin"]:
+        sizes, o = begin("language", "Language"), result["origin"]["language"]
         text.append(
-            f"\n## Language\n\nT = {sizes['length']}, {result['tokens']:,} tokens of sources and prose, "
-            f"{sizes['tokens_per_step']:,} per step, the paper's recipe; vocabulary {sizes['vocab']}, width {sizes['hidden']}, "
-            f"{sizes['layers']} layers, window {sizes['window']}. The same tokens in the same order, the same seed.\n"
+            f"T = {sizes['length']}, {o['tokens']:,} tokens of source code and prose that the machine had on its disk, "
+            f"drawn from {o['data']['train']['tokens']:,}; {o['tokens'] // sizes['tokens_per_step']:,} steps of "
+            f"{sizes['tokens_per_step']:,}. Vocabulary {sizes['vocab']:,}, width {sizes['hidden']}, {sizes['layers']} layers, "
+            f"window {sizes['window']}. The paper's recipe (AdamW, 8e-4 to 1e-6 by a cosine over these steps, 5 % warm-up, "
+            f"decay 0.1, clip 1) with far smaller steps, and one learning rate for all, tuned for none. The same tokens in the "
+            f"same order, one seed. Held out are windows of documents that training never saw.\n"
         )
         found = done("language")
         near = found.get("attention", {}).get("bits_per_byte")
@@ -562,36 +692,70 @@ def report(result: dict, page: Path) -> None:
         ]  # fmt: skip
         head = ["model", "M parameters", "bits per byte, held out", "beside attention", "tokens/s", "MFU", "GB"]
         text.append(rows(head, body))
+        if found:
+            ranked = sorted(found, key=lambda name: found[name]["bits_per_byte"])
+            each = o["tokens"] / statistics.mean(m["parameters"] for m in found.values())
+            text.append(f"Best to worst: {', '.join(ranked)}.")
+            text.append(
+                f"That is {each:.2f} tokens per parameter, where 20 is a usual number and the paper has far more: all models "
+                f"are undertrained. Differences below about 1 % are no order: there is one seed."
+            )
+            if near and any(found[n]["bits_per_byte"] < near for n in ("rat L=16", "rat L=64", "rnn") if n in found):
+                text.append(
+                    "A pattern with a recurrence in every layer is ahead of attention here. In the paper, trained for long, "
+                    "RAT (L = 16) is close to attention, and a recurrence alone is behind both. The likely reason is the short "
+                    "training: a gated recurrence favours near tokens from the first step, while attention has to learn where "
+                    "to look. It is no sign that a recurrence makes the better model."
+                )
+            text.append("")
         for key in ("tokens", "seconds"):
             curves = {
                 name: ([p[key] for p in m["curve"]], [p["bits_per_byte"] for p in m["curve"]]) for name, m in found.items()
             }
-            draw(f"study-{key}.png", curves, xlabel=key, ylabel="bits per byte, held out")
-    if "recall" in result:
+            draw(f"study-{key}.png", curves, xlabel=f"{key} of training", ylabel="bits per byte, held out")
+    if "recall" in result["origin"]:
+        sizes = begin("recall", "Associative recall")
         text.append(
-            f"\n## Associative recall\n\nTwo layers of width {sizes['recall_hidden']}, steps of {sizes['recall_batch']} "
-            f"sequences of all numbers of pairs in turn; windows of {4 * max(sizes['recall_pairs']) // 16} tokens. Share of "
-            f"values that the model finds.\n"
+            f"Two layers of width {sizes['recall_hidden']}, steps of {sizes['recall_batch']} sequences of all numbers of pairs "
+            f"in turn, learning rate {sizes['recall_rate']:g}; windows of {4 * max(sizes['recall_pairs']) // 16} tokens. Share "
+            f"of values that the model finds.\n"
         )
         found = done("recall")
         pairs = [str(n) for n in sizes["recall_pairs"]]
         body = [[name, *(f"{m['accuracy'][n]:.2f}" for n in pairs), f"{m['steps']:,}"] for name, m in found.items()]
         text.append(rows(["model", *pairs, "steps"], body))
+        if found and max(m["accuracy"][pairs[0]] for m in found.values()) < 0.9:
+            best = max(m["accuracy"][pairs[0]] for m in found.values())
+            text.append(
+                f"None has learnt the task: even of {pairs[0]} pairs the best finds a share of {best:.2f}. The table shows how "
+                f"far so few steps bring each model, not what it can hold once it is trained to the end.\n"
+            )
         curves = {name: (pairs, [m["accuracy"][n] for n in pairs]) for name, m in found.items()}
         draw("study-recall.png", curves, xlabel="pairs", ylabel="share recalled")
-    if "long" in result:
-        text.append(f"\n## Long texts\n\nOne sequence of T = {sizes['long']:,}, forward and backward and optimizer.\n")
+    if "long" in result["origin"]:
+        sizes = begin("long", "Long texts")
+        text.append(f"One sequence of T = {sizes['long']:,}, forward and backward and optimizer. No longer one was run.\n")
         body = [
             [name, f"{m['tokens_per_second']:,.0f}", f"{m['memory_gb']:.1f}" if m["memory_gb"] else "-"]
             for name, m in done("long").items()
         ]
         text.append(rows(["model", "tokens/s", "GB"], body))
     if "ratio" in result.get("step", {}):
-        m = result["step"]
-        text.append(
-            f"\n## Trainer\n\nA step of {sizes['tokens_per_step']:,} tokens, rat L = 16: {1e3 * m['trainer_seconds']:.1f} ms "
-            f"under Trainer, {1e3 * m['bare_seconds']:.1f} ms bare: {m['ratio']:.3f}x.\n"
-        )
+        m, sizes = result["step"], begin("step", "Trainer")
+        size, kinds = m.get("tokens", sizes["tokens_per_step"]), [("bare model, one batch that is on the GPU", "bare_seconds")]
+        kinds += [("bare model, windows of the text", "read_seconds"), ("Trainer, as `run` sets it up", "trainer_seconds")]
+        kinds += [("Trainer, two readers ahead, no look at every step's loss", "ahead_seconds")]
+        text.append(f"rat L = 16, a step of {size:,} tokens in one micro-batch; no evaluation is timed.\n")
+        body = [[why, f"{1e3 * m[key]:.1f}", f"{m[key] / m['bare_seconds']:.3f}x"] for why, key in kinds if key in m]
+        text.append(rows(["", "ms", "beside bare"], body))
+        if "tokens" not in m:
+            text.append(
+                "The bare step has the same batch each time. Trainer reads and copies its windows between steps, while the GPU "
+                "waits, and looks at each loss. Few steps were timed.\n"
+            )
+    missing += [f"{part}: not run" for part in PARTS if part not in result["origin"]]
+    if missing:
+        text.append("\n## Not run\n\n" + "\n".join(f"- {line}" for line in missing) + "\n")
     page.write_text("\n".join(text))
 
 
@@ -601,12 +765,27 @@ def main() -> int:
     p.add_argument(
         "--text", nargs="+", type=Path, help="folders of sources and prose (default: those of Python and the system)"
     )
-    p.add_argument("--tokens", type=int, help=f"of each model's training, at most (default: {Sizes.tokens:,})")
+    p.add_argument(
+        "--tokens", type=lambda x: int(float(x)),
+        help=f"of each model's training, so many (default: what fits into --seconds, at most {Sizes.tokens:,})",
+    )  # fmt: skip
+    p.add_argument("--prepare", type=Path, metavar="DIR", help="prepare the text in a new folder, and stop")
+    p.add_argument("--processes", type=int, help="of --prepare, that encode at a time (default: one per core)")
+    p.add_argument("--data", type=Path, metavar="DIR", help="what --prepare made")
+    p.add_argument("--merge", type=Path, metavar="OLD", help="a result whose parts are kept where this one has none")
     p.add_argument("--seconds", type=float, default=720.0, help="of the whole study (default: %(default)s)")
-    p.add_argument("--report", type=Path, metavar="FILE", help=f"write {STUDY.name} of this result, and stop")
+    p.add_argument(
+        "--report", type=Path, metavar="FILE", help="write the page of this result, and stop; with --out also the merged result"
+    )
+    p.add_argument("--page", type=Path, default=STUDY, help="of --report (default: bench/STUDY.md)")
     options = p.parse_args()
     if options.report:
-        report(json.loads(options.report.read_text()), STUDY)
+        result = json.loads(options.report.read_text())
+        if options.merge:
+            result = merged(result, json.loads(options.merge.read_text()))
+        if options.out:
+            common.save(result, options)
+        report(result, options.page)
         return 0
     parts = options.parts.split(",")
     if unknown := set(parts) - set(PARTS):
@@ -614,13 +793,20 @@ def main() -> int:
     device, sizes = torch.device(options.device), QUICK if options.quick else Sizes()
     if options.tokens:
         sizes.tokens = options.tokens
+    if options.prepare:
+        if (options.prepare / "data").exists():
+            p.error(f"--prepare: {options.prepare} holds data already")
+        tokens_of(options.text or folders(), options.prepare, sizes, options.processes, seconds=60.0)
+        return 0
+    if options.data and not (options.data / "data" / "index.json").exists():
+        p.error(f"--data: {options.data} is no folder that --prepare completed")
     result = study(sizes, parts, options.text or folders(), device, options.seconds, options)
     if options.quick:
         with tempfile.TemporaryDirectory() as name:
             report(result, Path(name) / "STUDY.md")
     else:
-        report(result, STUDY)
         common.save(result, options)
+        report(result, options.page)
     return 0
 
 

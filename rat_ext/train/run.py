@@ -207,11 +207,16 @@ def _measure(run: Run, config: Any, where: torch.device, bf16: bool) -> tuple[fl
     return best, torch.cuda.max_memory_allocated(where)
 
 
-def pretrain(run: Run, *, dry: bool = False) -> dict:
+def pretrain(run: Run, *, dry: bool = False, save: bool = True) -> dict:
     """Trains by sections [model] and [train] on shards of ``prepare``. Goes on from the newest checkpoint of ``output``.
 
+    Args:
+        run: the file.
+        dry: only say what the run needs.
+        save: write the model and the plot at the end.
+
     Returns:
-        What the last evaluation found, and the folder of the model.
+        What the last evaluation found, and the folder of the model where it was saved.
     """
     transformers = need("transformers", "train", "run")
     need("accelerate", "train", "run")
@@ -268,19 +273,21 @@ def pretrain(run: Run, *, dry: bool = False) -> dict:
         model=model, args=args, train_dataset=data, eval_dataset=held_out, held_out=held_out, packed=recipe.packed,
         flops=flops.flops_per_token(config, recipe.length), peak=flops.peak(args.device)[0], keep=recipe.keep,
     )  # fmt: skip
-    result = _train(run, trainer, tokenizer)
+    result = _train(run, trainer, tokenizer, save)
     if held_out is not None:
         result |= trainer.evaluate()
     return result
 
 
-def _train(run: Run, trainer: Any, tokenizer: Any) -> dict:
-    """Trains from the newest checkpoint on, writes the model and the plot."""
+def _train(run: Run, trainer: Any, tokenizer: Any, save: bool = True) -> dict:
+    """Trains from the newest checkpoint on, writes the model and the plot if ``save``."""
     from .plot import plot_loss
     from .trainer import checkpoints, publish
 
     found = checkpoints(run.output)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    if not save:
+        return {}
     path, temporary = run.output / "model", run.output / ".model.tmp"
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # every rank takes part
     if trainer.args.should_save:

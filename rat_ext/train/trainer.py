@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -154,7 +155,7 @@ class Pretrainer(WholeCheckpoints, Trainer):
     def __init__(self, *, held_out: Windows | None, packed: bool, flops: float, peak: float, keep: int, **options: Any):
         train = options["train_dataset"]
         eos = train.tokens.eos if packed else None
-        super().__init__(data_collator=lambda items: collate(items, eos), **options)
+        super().__init__(data_collator=functools.partial(collate, eos=eos), **options)
         self.held_out, self.eos, self.flops, self.peak = held_out, eos, flops, peak
         args = self.args
         windows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
