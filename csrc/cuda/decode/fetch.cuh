@@ -9,7 +9,7 @@
 namespace rat::cuda {
 
 // The first error wins; the host zeroes the word when it has seen it.
-__device__ __noinline__ void report(const Decode& a, PoolError code, int row, int64_t slot, int64_t length) {
+static __device__ __noinline__ void report(const Decode& a, PoolError code, int row, int64_t slot, int64_t length) {
   const int64_t detail = code == PoolError::rotary ? min(a.p.rotary.rows, int64_t{INT32_MAX}) : length;
   int32_t* const error = a.p.pool.error;
   if (atomicCAS(error, 0, static_cast<int32_t>(code)) != 0) return;
@@ -31,15 +31,38 @@ __device__ __forceinline__ PoolError refusal(const Decode& a, int64_t slot, int6
   return PoolError::none;
 }
 
+// Whether one of rows [first, last) has this slot, by a whole warp: each lane's part of the answer. There may be thousands of
+// rows, and no load waits for another: else the ring would run dry meanwhile.
+__device__ __forceinline__ bool slot_among(const int64_t* slots, int64_t first, int64_t last, int64_t slot) {
+  constexpr int kAtATime = 8;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  // Two at a time, in the 16 bytes where they lie: one that is outside the rows is no concern.
+  const int64_t odd = static_cast<int64_t>(reinterpret_cast<uintptr_t>(slots + first) / sizeof(int64_t) % 2);
+  bool same = false;
+#pragma unroll 1
+  for (int64_t from = first - odd + 2 * lane; from - 2 * lane < last; from += 64 * kAtATime) {
+    longlong2 x[kAtATime];
+#pragma unroll
+    for (int i = 0; i < kAtATime; ++i) {
+      x[i] = make_longlong2(-1, -1);
+      if (from + 64 * i < last) x[i] = *reinterpret_cast<const longlong2*>(slots + from + 64 * i);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtATime; ++i) {
+      const int64_t at = from + 64 * i;
+      same |= (x[i].x == slot && at >= first) | (x[i].y == slot && at + 1 < last);
+    }
+  }
+  return same;
+}
+
 // And among others, by the whole warp, of a row that is right by itself. `firsts`: slots[lane], of the first 32 rows.
 __device__ __forceinline__ PoolError refusal_among(const Decode& a, int row, int slot, uint32_t length,
                                                    int64_t firsts) {
   const DecodeParams& p = a.p;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   if (p.slots) {
-    bool same = lane < row && firsts == slot;
-#pragma unroll 1
-    for (int j = 32 + lane; j < row; j += 32) same = same || p.slots[j] == slot;
+    const bool same = (lane < row && firsts == slot) | slot_among(p.slots, 32, row, slot);
     if (__any_sync(kFullWarp, same)) return PoolError::duplicate;
   }
   if (p.pool.page_table) {
