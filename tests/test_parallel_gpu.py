@@ -51,7 +51,7 @@ def test_a_lost_rank_ends_the_job(tmp_path, how):
     Between the two PyTorch waits four times as long as a dump of what was under way may take: a minute, if nobody sets less.
     """
     ready = tmp_path / "ready"
-    settings = GPUS | {"RANKS_TIMEOUT": "10", "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "500", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+    settings = GPUS | {"RANKS_TIMEOUT": "20", "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "500", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
     settings["TORCH_FR_BUFFER_SIZE"] = "0"  # records of transfers, whose Python frames the watchdog needs the interpreter for
     job = ranks.start("test_parallel_jobs:train", 2, tmp_path, RANKS_READY=str(ready), **settings)
     try:

@@ -51,7 +51,7 @@ def train(rank: int, world: int) -> None:
     while True:
         loss = layer(torch.randn(1, cp.shard(torch.empty(1, 60)).shape[1], 64), context_parallel=cp).sum()
         loss.backward()
-        float(loss)  # read, as jobs do: the host of a GPU stays beside it
+        float(loss.detach())  # read, as jobs do: the host of a GPU stays beside it
         if rank == 0 and not os.path.exists(os.environ["RANKS_READY"]):
             open(os.environ["RANKS_READY"], "w").close()
 

@@ -43,6 +43,8 @@ from .parts import Columns, Parts, view
 # Tokens, over the batch, whose gradients by way of states are computed at once; forward, where less is held, twice as many.
 # What the recurrence writes for every token is gone after each.
 SLICE = 32768
+# Tokens of a chunk that stays open whose states are kept, not computed again: that would cost the host more than their memory.
+FEW = 256
 
 
 def _wrong(op: str, argument: str, expected: str, got: object) -> ValueError:
@@ -171,14 +173,17 @@ class _WholeChunks(torch.autograd.Function):
         return *nothing[:5], dbias, *nothing[6:]
 
 
+def _passing(function: Callable, *args: Any) -> Any:
+    """Calls it; selective checkpoints around it keep nothing of it."""
+    with passing():
+        return function(*args)
+
+
 def _again(function: Callable, *args: Any) -> Any:
     """Calls it, and again in the backward: nothing of the size of the tokens is kept."""
-
-    def run(*args: Any) -> Any:
-        with passing():
-            return function(*args)
-
-    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else run(*args)
+    if not torch.is_grad_enabled():
+        return _passing(function, *args)
+    return checkpoint(_passing, function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class ContextParallel:
@@ -444,10 +449,11 @@ class _Call:
 
     def _tail(self, parts: tuple[Tensor, ...], compose: bool) -> Tensor:
         """What a piece says of the chunk that is open at its end: ``(1, 2 or 3, B, H, D)``, states and what is kept."""
-        u = _again(self._states_of, parts, parts[-1].shape[1])[0]
+        call = _again if parts[-1].shape[1] > FEW else _passing
+        u = call(self._states_of, parts, parts[-1].shape[1])[0]
         if not compose:
             return u[None]
-        return torch.cat((u, _again(_kept, parts[-1], self.given["gate_bias"])[None]))[None]
+        return torch.cat((u, call(_kept, parts[-1], self.given["gate_bias"])[None]))[None]
 
     def _tables(self, first: int, chunks: int) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines of some chunks, ``(chunks, 1, 1, D / 2)``."""
@@ -478,8 +484,10 @@ class _Call:
                 tokens_of.append((None, 0, None))
                 continue
             at += s.before
-            head, begin = self._inputs_of_states(at, s.head), at + s.head
-            tokens_of.append((head, begin, self._inputs_of_states(begin + s.whole * self.chunk_size, s.tail)))
+            begin = at + s.head
+            head = self._inputs_of_states(at, s.head) if s.head else None
+            tail = self._inputs_of_states(begin + s.whole * self.chunk_size, s.tail) if s.tail else None
+            tokens_of.append((head, begin, tail))
         anchors = list(self._inputs_of_states(0, 0))
         empty = anchors[-1].new_empty(0, self.states, self.lead.shape[0], *anchors[-1].shape[2:])
         if given["gate_bias"] is not None:
