@@ -652,7 +652,8 @@ def report(result: dict, page: Path) -> None:
                 if model.get("curve"):
                     at = model["curve"][-1]
                     text.append(
-                        f"{name}: {model['failed']}; {at['bits_per_byte']:.4f} bits per byte at {at['tokens']:,} tokens, the learning rate not yet down.\n"
+                        f"{name}: {model['failed']}; {at['bits_per_byte']:.4f} bits per byte at {at['tokens']:,} tokens, the "
+                        f"learning rate not yet down.\n"
                     )
                 missing.append(f"{part} of {name}: {model['failed']}")
             else:
