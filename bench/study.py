@@ -653,7 +653,7 @@ def report(result: dict, page: Path) -> None:
                     at = model["curve"][-1]
                     text.append(
                         f"{name}: {model['failed']}; {at['bits_per_byte']:.4f} bits per byte at {at['tokens']:,} tokens, the "
-                        "learning rate not yet down.\n"
+                        f"learning rate not yet down.\n"
                     )
                 missing.append(f"{part} of {name}: {model['failed']}")
             else:
