@@ -252,6 +252,26 @@ def test_one_entry_named_twice(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("row", [31, 32, 33, 543, 544, 545, 1199])
+def test_one_entry_named_twice_in_many_rows(device, row, offset):
+    """Wherever the two rows are, and however slots lie in memory: the second is skipped, the others are served."""
+    random = Random(14, device, torch.float32)
+    pool = make_state(random, [5] * 1200, 1, 8, 4, rows=4)
+    x = token(inputs(random, 1200, 1, 1, 1, 8), 0)
+    for first in sorted({0, 30, 31, 32, 33, 500, row - 1} & set(range(row))):
+        cache, expected = pool.clone(), pool.clone()
+        slots = torch.arange(-offset, 1200, device=device)[offset:]  # begins so many elements into memory
+        slots[row] = first
+        y = rat_ext.rat_decode_step(**x, cache=cache, slots=slots)
+        assert cache.error.tolist()[:3] == [3, row, first]
+        cache.error.zero_()
+        slots[row] = -1
+        assert same_bits(y, rat_ext.rat_decode_step(**x, cache=expected, slots=slots))
+        assert same_bits(cache.lengths, expected.lengths)
+
+
+@pytest.mark.gpu
 def test_two_streams(device):
     """Steps over disjoint entries of one cache, on two streams at once: the bits of one after the other."""
     random = Random(13, device, torch.bfloat16)
