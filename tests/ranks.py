@@ -2,8 +2,8 @@
 
 Run as a program, ``python ranks.py FUNCTION WORLD FOLDER``, it forks the ranks: torch is imported once. FUNCTION,
 ``module:name``, is run by every rank with (rank, world); rank 0's result is written to FOLDER. With RANKS_DEVICE=cuda each rank
-has a GPU, on which its tensors lie, and NCCL in place of gloo. Only the ranks import rat_ext then: a build with CUDA asks the
-driver for its version when it is loaded, which initialises it, and no process forked after that can use a GPU.
+has a GPU, on which its tensors lie, and NCCL in place of gloo. Only the ranks import rat_ext then: what forks them leaves the
+driver alone, after whose first use no forked process can use a GPU. Else they see no GPU: FSDP2 would move weights to it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ if KIND == "cpu":
 def start(function: str, world: int, folder: Path, **environment: str) -> subprocess.Popen:
     """A process whose children are the ranks; their numbers are in ``folder / "pids"``."""
     path = os.pathsep.join([str(HERE), *(p for p in sys.path if p)])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
+    hidden = {} if environment.get("RANKS_DEVICE", KIND) != "cpu" else {"CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | hidden | environment
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-W", "ignore", __file__, function, str(world), str(folder)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, start_new_session=True)
