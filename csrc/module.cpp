@@ -135,8 +135,7 @@ py::dict build_info(bool kernels, bool driver) {
 // It keeps no state that a lock would have to guard: what the functions ask is found once, by static initialisation.
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "The compiled part of rat_ext. Its ops are torch.ops.rat_ext.*";
-  m.def("build_info", &build_info, py::arg("kernels") = true,
-        py::arg("driver") = true,
+  m.def("build_info", &build_info, py::arg("kernels") = true, py::arg("driver") = true,
         "What was compiled, as a dict. kernels=True also asks the GPU, if there is one, for each kernel's registers, "
         "shared memory and local (spill) bytes, which creates a CUDA context. driver=True asks the driver for its "
         "version, after which a forked process cannot use CUDA.");
