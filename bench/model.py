@@ -1,4 +1,4 @@
-"""The models of the paper at 1.3B: decoding, generation, training, each beside its peer in the same run.
+"""The models of the paper at 1.3B: decoding, generation, training, each beside its peer (of the same run, or with --resume of an older one).
 
 Rows come in the order of their worth and are written as they are found: one that fails, runs out of memory or comes after
 --time-limit costs no other. Where memory does not suffice, a row takes a smaller batch, and says which. Weights and states are
@@ -42,7 +42,7 @@ from rat_ext.models import Generator, RATConfig, RATForCausalLM, attention
 from rat_ext.models.generator import GREEDY, KeysPool, RATPool, Ring, RNNPool, add_norm, state_bytes
 from rat_ext.parallel.checkpoint import SAVED
 
-PEAK = 989e12  # FLOP per second of an H100's tensor cores in bfloat16, dense, as its data sheet says
+PEAK = 989e12  # FLOP per second of an H100's or H200's tensor cores in bfloat16, dense, as their data sheets say
 FULL = {"length": 4096, "long": 131072, "batch": 64, "prompts": 256, "prompt": 3072, "new": 1024, "steps": 40, "host": 64}
 TINY = {"length": 64, "long": 96, "batch": 2, "prompts": 4, "prompt": 24, "new": 8, "steps": 3, "host": 4}
 # What a slot needs in a step beside its states: logits twice, the projections, the residual stream; and what a device keeps.

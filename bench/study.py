@@ -444,9 +444,8 @@ class Worker:
     def begin(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=work, args=(theirs, *self.arguments)
-        )  # no daemon: Trainer's readers are its children
+        # No daemon: Trainer's readers are its children.
+        self.process = context.Process(target=work, args=(theirs, *self.arguments))
         with _starting:  # a process takes the environment that it is started in
             before = os.environ.get("CUDA_VISIBLE_DEVICES")
             if self.gpu is not None:

@@ -2,8 +2,8 @@
 
 Run as a program, ``python ranks.py FUNCTION WORLD FOLDER``, it forks the ranks: torch is imported once. FUNCTION,
 ``module:name``, is run by every rank with (rank, world); rank 0's result is written to FOLDER. With RANKS_DEVICE=cuda each rank
-has a GPU, on which its tensors lie, and NCCL in place of gloo. Only the ranks import rat_ext then: what forks them leaves the
-driver alone, after whose first use no forked process can use a GPU. Else they see no GPU: FSDP2 would move weights to it.
+has a GPU, on which its tensors lie, and NCCL in place of gloo; only the ranks import rat_ext then. Else they see no GPU: FSDP2
+would move weights to it.
 """
 
 from __future__ import annotations

@@ -461,9 +461,8 @@ class Generator:
 
         self.waiting: collections.deque[Request] = collections.deque()
         self.owner: list[Request | None] = [None] * max_batch
-        self.base = [
-            0
-        ] * max_batch  # of a slot's sequence: its tokens in the states after a step, less the steps begun before it
+        # Of a slot's sequence: its tokens in the states after a step, less the steps begun before it.
+        self.base = [0] * max_batch
         self.unused = list(reversed(range(max_batch)))
         self.modes = [0, 0, 0]  # requests in slots, by mode
         self.ends: dict[int, list[tuple[int, Request]]] = {}  # by step: slots that are free after it at the latest
