@@ -1,4 +1,4 @@
-"""The models of the paper at 1.3B: decoding, generation, training, each beside its peer (of the same run, or with --resume of an older one).
+"""The models of the paper at 1.3B: decoding, generation, training, each beside its peer (with --resume maybe of an older run).
 
 Rows come in the order of their worth and are written as they are found: one that fails, runs out of memory or comes after
 --time-limit costs no other. Where memory does not suffice, a row takes a smaller batch, and says which. Weights and states are
