@@ -117,9 +117,23 @@ void part_task(const AttentionBwdParams& b, const Plan& plan, const Workspace& w
       A* const dvalues = key_gradient<A>(p, plan, w, w.dvalues, part, n, head);
       if (visible.any > 0) transpose_in(s.dout, t.rows, ld, s.dout_t);
       // With all keys in one block, Delta = sum_j p_j dO . V_j, self included, comes for nothing and without the
-      // rounding of y, which is felt most where keys are few.
-      if (visible.any <= kKeys) {
-        for (int64_t q = 0; q < columns; q += W) store(delta + q, load(p_self + q) * load(dov + q));
+      // rounding of y, which is felt most where keys are few. Over sum_j p_j, which is 1 but for the rounding of lse:
+      // where all values are alike nothing is left of dO . V - Delta.
+      const bool one_block = visible.any <= kKeys;
+      A* const sum = ds_self;  // until that is known
+      const auto divide_by_sum = [&] {
+        for (int64_t q = 0; q < columns; q += W) {
+          const Vec<A> of = load(sum + q);
+          store(delta + q, load(delta + q) / (of == 0 ? broadcast(A{1}) : of));
+        }
+      };
+      if (one_block) {
+        for (int64_t q = 0; q < columns; q += W) {
+          const Vec<A> e = load(p_self + q);
+          store(sum + q, e);
+          store(delta + q, e * load(dov + q));
+        }
+        if (visible.any == 0) divide_by_sum();
       }
       for (int64_t first = 0; first < visible.any; first += kKeys) {
         const int64_t count = minimum(kKeys, visible.any - first);
@@ -129,12 +143,14 @@ void part_task(const AttentionBwdParams& b, const Plan& plan, const Workspace& w
         multiply<A, true>(count, columns, D, k, k_stride, s.query_t, kTile, s.score, kTile, false);
         multiply<A, true>(count, columns, D, v, v_stride, s.dout_t, kTile, s.dscore, kTile, false);
         softmax_block_again(first, count, columns, visible, lse, s.score);
-        for (int64_t j = 0; visible.any <= kKeys && j < count; ++j) {
+        for (int64_t j = 0; one_block && j < count; ++j) {
           for (int64_t q = 0; q < columns; q += W) {
             const Vec<A> e = load(s.score + j * kTile + q), term = e * load(s.dscore + j * kTile + q);
             store(delta + q, load(delta + q) + (e == 0 ? Vec<A>{} : term));
+            store(sum + q, load(sum + q) + e);
           }
         }
+        if (one_block) divide_by_sum();
         softmax_gradient_block(count, columns, delta, s.score, s.dscore);
         multiply<A, true>(count, ld, t.rows, s.score, kTile, s.dout, ld, dvalues + first * ld, ld, true);
         multiply<A, true>(count, ld, t.rows, s.dscore, kTile, s.rotated, ld, dkeys + first * ld, ld, true);
