@@ -553,7 +553,7 @@ Launch bwd(const AttentionBwdParams& p, const BwdScratch& scratch, Arena& arena)
     const Sizes& s = p.fwd.size;
     if (s.sequences * s.heads == 0) return;
     F32Params k = common_params(p.fwd);
-    const ProductInputs inputs = make_product_rows(p, scratch, rows, stream);
+    const ProductInputs inputs = make_product_rows(p, scratch, rows, {}, stream);
     k.q = inputs.q;
     k.dout = inputs.dout;
     k.delta = scratch.delta;

@@ -1,19 +1,23 @@
 // The first and the last step of every backward family, see rotate_reduce.h.
 #include "rotate_reduce.h"
 
+#include "../ptx/depend.cuh"
 #include "tiles.cuh"
 
 namespace rat::cuda {
 namespace {
 
 // R_c x of every token and group (x itself without a rotation), (B, T, groups, D) of T contiguous. A thread owns four columns
-// of each half of a row. 2 D elements of traffic per token and group.
+// of each half of a row. 2 D elements of traffic per token and group. Clears the counters.
 template <class T>
 __global__ void __launch_bounds__(256)
     chunk_attention_rotate_bwd_kernel(const __grid_constant__ Sizes s, const __grid_constant__ Rows x, int64_t groups,
-                                      const float* cos, const float* sin, T* out) {
+                                      const float* cos, const float* sin, T* out, const Counters counters) {
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
   const int pieces = static_cast<int>(s.head_dim / 8);
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (int64_t i = index; i < counters.count; i += static_cast<int64_t>(gridDim.x) * blockDim.x) counters.words[i] = 0;
   if (index >= s.batch * s.tokens * groups * pieces) return;
   const int piece = static_cast<int>(index % pieces);
   const int64_t row = index / pieces;
@@ -42,6 +46,8 @@ __global__ void __launch_bounds__(256)
 __global__ void __launch_bounds__(256)
     chunk_attention_reduce_bwd_kernel(const float* shares_k, const float* shares_v, int shares, int64_t share_stride,
                                       int64_t count, float* dchunk_k, float* dchunk_v) {
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
   const int64_t index = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
   if (index >= 2 * count) return;
   const bool second = index >= count;
@@ -63,23 +69,29 @@ int64_t bytes_of(const Sizes& s, int64_t groups) {
 }
 
 template <class T>
-void rotate(const Sizes& s, const Rows& x, int64_t groups, const Rotary& rotary, void* to, cudaStream_t stream) {
+void rotate(const Sizes& s, const Rows& x, int64_t groups, const Rotary& rotary, void* to, const Counters& counters,
+            cudaStream_t stream) {
   const char* name = "chunk_attention_rotate_bwd_kernel";
   const int64_t threads = s.batch * s.tokens * groups * (s.head_dim / 8);
   if (threads == 0) return;
-  chunk_attention_rotate_bwd_kernel<T><<<grid_x(ceil_div(threads, 256), name), 256, 0, stream>>>(
-      s, x, groups, static_cast<const float*>(rotary.cos), static_cast<const float*>(rotary.sin), static_cast<T*>(to));
-  check_launch(name);
+  launch_overlapped(chunk_attention_rotate_bwd_kernel<T>, name, grid_x(ceil_div(threads, 256), name), 256, 0, stream, s,
+                    x, groups, static_cast<const float*>(rotary.cos), static_cast<const float*>(rotary.sin),
+                    static_cast<T*>(to), counters);
 }
 
 // The rows in `piece`, or x itself where none was taken.
 Rows rotated_rows(const Sizes& s, const Rows& x, int64_t groups, const Rotary& rotary, const Piece<char>& piece,
-                  cudaStream_t stream) {
-  if (!piece.taken()) return x;
+                  const Counters& counters, cudaStream_t stream) {
+  if (!piece.taken()) {
+    if (counters.count > 0) {
+      check(cudaMemsetAsync(counters.words, 0, counters.count * sizeof(uint32_t), stream), "counters");
+    }
+    return x;
+  }
   switch (s.dtype) {
-    case DType::bf16: rotate<bf16>(s, x, groups, rotary, piece.get(), stream); break;
-    case DType::f16: rotate<f16>(s, x, groups, rotary, piece.get(), stream); break;
-    default: rotate<float>(s, x, groups, rotary, piece.get(), stream);
+    case DType::bf16: rotate<bf16>(s, x, groups, rotary, piece.get(), counters, stream); break;
+    case DType::f16: rotate<f16>(s, x, groups, rotary, piece.get(), counters, stream); break;
+    default: rotate<float>(s, x, groups, rotary, piece.get(), counters, stream);
   }
   return Rows{piece.get(), s.tokens * groups * s.head_dim, groups * s.head_dim, s.head_dim};
 }
@@ -95,10 +107,10 @@ ProductRows take_product_rows(const AttentionBwdParams& p, Arena& arena) {
 }
 
 ProductInputs make_product_rows(const AttentionBwdParams& p, const BwdScratch& scratch, const ProductRows& rows,
-                                cudaStream_t stream) {
+                                const Counters& counters, cudaStream_t stream) {
   const Sizes& s = p.fwd.size;
-  return {rotated_rows(s, p.fwd.q, s.q_groups, p.fwd.rotary, rows.q, stream),
-          rotated_rows(s, scratch.dout, s.heads, Rotary{}, rows.dout, stream)};
+  return {rotated_rows(s, p.fwd.q, s.q_groups, p.fwd.rotary, rows.q, counters, stream),
+          rotated_rows(s, scratch.dout, s.heads, Rotary{}, rows.dout, Counters{}, stream)};
 }
 
 Shares take_shares(const AttentionBwdParams& p, int64_t count, Arena& arena) {
@@ -115,10 +127,9 @@ Shares take_shares(const AttentionBwdParams& p, int64_t count, Arena& arena) {
 void add_shares(const Shares& shares, const BwdScratch& scratch, cudaStream_t stream) {
   if (shares.count <= 1 || shares.extent == 0) return;
   const char* name = "chunk_attention_reduce_bwd_kernel";
-  chunk_attention_reduce_bwd_kernel<<<grid_x(ceil_div(2 * shares.extent / 4, 256), name), 256, 0, stream>>>(
-      shares.k, shares.v, static_cast<int>(shares.count), shares.extent, shares.extent, scratch.dchunk_k,
-      scratch.dchunk_v);
-  check_launch(name);
+  launch_overlapped(chunk_attention_reduce_bwd_kernel, name, grid_x(ceil_div(2 * shares.extent / 4, 256), name), 256, 0,
+                    stream, shares.k.get(), shares.v.get(), static_cast<int>(shares.count), shares.extent,
+                    shares.extent, scratch.dchunk_k.get(), scratch.dchunk_v.get());
 }
 
 KernelList chunk_attention_rotate_reduce_kernels() {

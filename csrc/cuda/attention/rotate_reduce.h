@@ -18,12 +18,19 @@ struct ProductRows {
 };
 ProductRows take_product_rows(const AttentionBwdParams&, Arena&);
 
-// Fills the pieces that were taken. Gives the rows of q and dO that the products read.
+// Counters that have to be zero when the products begin: the kernel that rotates q clears them by the way.
+struct Counters {
+  uint32_t* words = nullptr;
+  int64_t count = 0;
+};
+
+// Fills the pieces that were taken and clears the counters. Gives the rows of q and dO that the products read.
 struct ProductInputs {
   Rows q;
   Rows dout;
 };
-ProductInputs make_product_rows(const AttentionBwdParams&, const BwdScratch&, const ProductRows&, cudaStream_t);
+ProductInputs make_product_rows(const AttentionBwdParams&, const BwdScratch&, const ProductRows&, const Counters&,
+                                cudaStream_t);
 
 // Where key tiles are few, the queries that see one are cut into shares, each an item of work with sums of its own, which
 // add_shares() adds up in order.

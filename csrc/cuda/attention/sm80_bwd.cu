@@ -619,7 +619,7 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Produc
             cudaStream_t stream) {
   const Sizes& s = p.fwd.size;
   if (s.sequences * s.heads == 0) return;
-  const ProductInputs inputs = make_product_rows(p, scratch, rows, stream);
+  const ProductInputs inputs = make_product_rows(p, scratch, rows, {}, stream);
 
   BwdKernelParams k;
   k.size = s;

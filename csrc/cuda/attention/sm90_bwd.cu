@@ -14,7 +14,8 @@
 // The sum of dQ over key tiles and over the heads of a group is taken in one order: key tiles first to last, in each the heads
 // of the group. Every (query tile, group) has a turn counter; a block adds when the counter shows its rank. Why nobody waits for
 // ever stands at the item counter, Arguments::next. Blocks of one query tile start together and fall in step one tile behind each
-// other; the waiting lies in warps of its own, two tiles deep.
+// other; the waiting lies in warps of its own, two tiles deep. A small call has no time to fall in step: there the heads of a
+// group are cut into parts, each with a sum and turns of its own, which `finish` adds in order.
 //
 // One block per multiprocessor:
 //   warp 0           one thread takes items, tells the others, and feeds K, V (once per item) and the ring of q, dO.
@@ -34,11 +35,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <type_traits>
 
 #include "../device/math.cuh"
 #include "../device/sequence.cuh"
 #include "../host/launch.h"
+#include "../ptx/depend.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/memory.cuh"
 #include "../ptx/mma.cuh"
@@ -80,7 +83,8 @@ struct Item {
   int64_t scalars;      // offset of the sequence's first token in lse and Delta
   int64_t states;       // offset of the first key in dchunk_k, dchunk_v
   VisibleFrom visible;  // which queries see its keys
-  int64_t turns;        // offset of tile 0 of this group in the turn counters; its dQ starts at kTileFloats times that
+  int64_t turns;        // offset of tile 0 of this part of the group in the turn counters; its dQ starts at kTileFloats
+                        // times that. From a tile to the next it is groups * parts
   int32_t token;        // of the sequence's first token
   int32_t batch;
   int32_t head;
@@ -146,10 +150,10 @@ struct Arguments {
   float scale_log2;
   const float* lse;
   const float* delta;
-  float* dq_tiles;  // (query tiles, groups, kTileFloats)
-  uint32_t* turns;  // (query tiles, groups), zero at the start
+  float* dq_tiles;  // (query tiles, groups, parts, kTileFloats)
+  uint32_t* turns;  // (query tiles, groups, parts), zero at the start
   // The item counter, zero at the start. Why the ordered sum of dQ cannot deadlock: items come from this one counter, and the
-  // ranks at which a (query tile, group) is added to rise with it. So an item waits only for turns of items with a smaller
+  // ranks at which a (query tile, group, part) is added to rise with it. So an item waits only for turns of items with a smaller
   // number, which blocks took before it; and of all unfinished items the smallest waits for none, hence always runs, however
   // few blocks are resident and whatever else runs on the GPU. A block's own items are in rising order too. Handing out items
   // by block index would break this.
@@ -159,6 +163,7 @@ struct Arguments {
   int64_t share_stride;
   bool ordered;  // dQ is summed in order; else the sums start from zeros and nobody waits
   uint32_t heads_per_group;
+  uint32_t parts, heads_per_part;
   uint32_t tiles_per_row;  // query tiles of a dense sequence
   Schedule schedule;
 };
@@ -199,7 +204,8 @@ __device__ __forceinline__ bool describe_item(const Arguments& a, uint32_t index
   item.batch = static_cast<int>(q.batch);
   item.head = static_cast<int>(head);
   item.group = static_cast<int>(head / a.heads_per_group);
-  item.turns = first_query_tile<C::kQueries>(a.size, q.index, q.begin, a.tiles_per_row) * a.size.q_groups + item.group;
+  item.turns = first_query_tile<C::kQueries>(a.size, q.index, q.begin, a.tiles_per_row) * a.size.q_groups * a.parts +
+               head / a.heads_per_part;
   item.length = length;
   const QueryWalk walk = query_walk<C::kQueries>(item.visible, length, share, a.schedule.shares);
   item.last = walk.last - walk.begin;
@@ -207,7 +213,7 @@ __device__ __forceinline__ bool describe_item(const Arguments& a, uint32_t index
   item.keys = static_cast<int>(min(static_cast<int64_t>(C::kKeys), tile.closed - tile.first));
   item.key_row = static_cast<int>(first_chunk_row(a.size, a.chunks, q.index) + tile.first);
   item.key_outer = static_cast<int>(a.chunks.compact ? head : q.index * heads + head);
-  item.rank = static_cast<int>(tile.first / C::kKeys * a.heads_per_group + head % a.heads_per_group);
+  item.rank = static_cast<int>(tile.first / C::kKeys * a.heads_per_part + head % a.heads_per_part);
   return true;
 }
 
@@ -349,9 +355,10 @@ __device__ __forceinline__ void drain(const Arguments& a, Shared<C>& shared, uin
     if (item.keys == 0) break;
     const int steps = item.steps;
     const uint32_t rank = static_cast<uint32_t>(item.rank);
-    int64_t tile = item.turns + item.last * a.size.q_groups;
+    const int64_t stride = a.size.q_groups * a.parts;
+    int64_t tile = item.turns + item.last * stride;
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step, dq_tiles.next(), tile -= a.size.q_groups) {
+    for (int step = 0; step < steps; ++step, dq_tiles.next(), tile -= stride) {
       if (dq_tiles.slot() != slot) continue;
       uint32_t* turn = a.turns + tile;
       float* target = a.dq_tiles + tile * C::kTileFloats;
@@ -678,6 +685,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     mbarrier_init_fence();
   }
   __syncthreads();  // the barriers are ready
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
   if (warpgroup == 0) {
     give_registers<C::kProducerRegisters>();
     if (threadIdx.x == 0) {
@@ -700,9 +709,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 template <class C>
 __global__ void __launch_bounds__(256)
     chunk_attention_finish_bwd_sm90_kernel(const __grid_constant__ Sizes s, const float* tiles, const uint32_t* turns,
-                                           uint32_t tiles_per_row, const float* cos, const float* sin, float scale,
-                                           float* dq) {
+                                           uint32_t parts, uint32_t tiles_per_row, const float* cos, const float* sin,
+                                           float scale, float* dq) {
 #ifdef RAT_HOPPER_CODE
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
   constexpr int kStride = C::kDim + 8;  // float2 stores of a warp then cover all banks
   __shared__ alignas(16) float shared[C::kQueries * kStride];
   const int64_t groups = s.q_groups, group = blockIdx.x % groups, tile = blockIdx.x / groups;
@@ -713,15 +724,27 @@ __global__ void __launch_bounds__(256)
       (tile - first_query_tile<C::kQueries>(s, n, q.begin, tiles_per_row)) * C::kQueries;  // row of the sequence
   if (q.begin + first >= q.end) return;
   const int rows = static_cast<int>(min(static_cast<int64_t>(C::kQueries), q.end - q.begin - first));
-  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, part = threadIdx.x / 128;
-  const bool any = turns[blockIdx.x] != 0;  // else no key is visible, and the tile was never written
-  const float4* from = reinterpret_cast<const float4*>(tiles + static_cast<int64_t>(blockIdx.x) * C::kTileFloats) +
-                       part * (C::kTileFloats / 8) + thread;
+  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, half_tile = threadIdx.x / 128;
+  const int64_t first_part = static_cast<int64_t>(blockIdx.x) * parts;
+  const bool any = turns[first_part] != 0;  // else no key is visible, and no part of the tile was written
+  const float4* from =
+      reinterpret_cast<const float4*>(tiles + first_part * C::kTileFloats) + half_tile * (C::kTileFloats / 8) + thread;
   float4 c[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) c[i] = any ? from[i * 128] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  const int row = thread / 32 * 16 + lane / 4 + (C::kPanels == 1 ? part * 64 : 0);
-  const int column = lane % 4 * 2 + (C::kPanels == 1 ? 0 : part * 64);
+  for (uint32_t p = 1; any && p < parts; ++p) {
+    from += C::kTileFloats / 4;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float4 x = from[i * 128];
+      c[i].x += x.x;
+      c[i].y += x.y;
+      c[i].z += x.z;
+      c[i].w += x.w;
+    }
+  }
+  const int row = thread / 32 * 16 + lane / 4 + (C::kPanels == 1 ? half_tile * 64 : 0);
+  const int column = lane % 4 * 2 + (C::kPanels == 1 ? 0 : half_tile * 64);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     float* to = shared + row * kStride + column + 8 * i;
@@ -752,6 +775,7 @@ struct Plan {
   int64_t query_tiles = 0;
   int64_t shares = 1;  // of the queries of a key tile
   int64_t items = 0;
+  int64_t parts = 1;  // of the heads of a group
 };
 
 template <int DIM>
@@ -764,6 +788,14 @@ Plan make_plan(const AttentionBwdParams& p) {
   // One item for each multiprocessor, but no share under 1024 queries. More only lengthens the queues of dQ.
   plan.shares = count_shares(items, 1, s.tokens, 1024, 132);
   plan.items = items * plan.shares;
+  // As many parts as double while all sums of dQ stay in L2.
+  constexpr int64_t kBudget = 32 << 20;
+  const int64_t bytes = plan.query_tiles * s.q_groups * C::kTileFloats * static_cast<int64_t>(sizeof(float));
+  const int64_t group_heads = s.q_groups > 0 ? s.heads / s.q_groups : 1;
+  if (const char* e = getenv("RAT_EXT_PARTS")) return plan.parts = atoi(e), plan;
+  if (p.deterministic) {
+    while (group_heads % (2 * plan.parts) == 0 && 2 * plan.parts * bytes <= kBudget) plan.parts *= 2;
+  }
   return plan;
 }
 Plan make_plan(const AttentionBwdParams& p) { return p.fwd.size.head_dim > 64 ? make_plan<128>(p) : make_plan<64>(p); }
@@ -779,7 +811,7 @@ struct Pieces {
 };
 
 Pieces take_pieces(const AttentionBwdParams& p, const Plan& plan, Arena& arena) {
-  const int64_t tiles = plan.query_tiles * p.fwd.size.q_groups;
+  const int64_t tiles = plan.query_tiles * p.fwd.size.q_groups * plan.parts;
   Pieces pieces;
   pieces.rows = take_product_rows(p, arena);
   pieces.dq_tiles = arena.take<float>(tiles * kTileFloats);
@@ -804,8 +836,8 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
   const float* cos = static_cast<const float*>(p.fwd.rotary.cos);
   const float* sin = static_cast<const float*>(p.fwd.rotary.sin);
 
-  const ProductInputs inputs = make_product_rows(p, scratch, pieces.rows, stream);
-  check(cudaMemsetAsync(pieces.counters, 0, pieces.counter_count * sizeof(uint32_t), stream), "turn counters");
+  const ProductInputs inputs =
+      make_product_rows(p, scratch, pieces.rows, {pieces.counters, pieces.counter_count}, stream);
   if (!p.deterministic) {
     const size_t bytes = plan.query_tiles * s.q_groups * kTileFloats * sizeof(float);
     check(cudaMemsetAsync(pieces.dq_tiles, 0, bytes, stream), "sums of dQ");
@@ -826,6 +858,8 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
   a.share_stride = pieces.shares.extent;
   a.ordered = p.deterministic;
   a.heads_per_group = static_cast<uint32_t>(s.heads / s.q_groups);
+  a.parts = static_cast<uint32_t>(plan.parts);
+  a.heads_per_part = a.heads_per_group / a.parts;
   a.tiles_per_row = static_cast<uint32_t>(ceil_div(s.tokens, C::kQueries));
   // As many blocks as the chip runs at once. Their number, unlike that of the shares, changes no bit: only who takes an item.
   const int64_t blocks = std::min<int64_t>(plan.items, device_attribute<cudaDevAttrMultiProcessorCount>());
@@ -847,14 +881,13 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
   static_assert(kBytes <= 227 * 1024);
   const char* name = "chunk_attention_dqkv_bwd_sm90_kernel";
   allow_shared_memory(chunk_attention_dqkv_bwd_sm90_kernel<C>, kBytes, name);
-  chunk_attention_dqkv_bwd_sm90_kernel<C>
-      <<<grid_x(blocks, name), C::kThreads, kBytes, stream>>>(a, k_map, v_map, q_map, dout_map);
-  check_launch(name);
+  launch_overlapped(chunk_attention_dqkv_bwd_sm90_kernel<C>, name, grid_x(blocks, name), C::kThreads, kBytes, stream, a,
+                    k_map, v_map, q_map, dout_map);
 
   name = "chunk_attention_finish_bwd_sm90_kernel";
-  chunk_attention_finish_bwd_sm90_kernel<C><<<grid_x(plan.query_tiles * s.q_groups, name), 256, 0, stream>>>(
-      s, pieces.dq_tiles, pieces.counters, a.tiles_per_row, cos, sin, a.scale, scratch.dq);
-  check_launch(name);
+  launch_overlapped(chunk_attention_finish_bwd_sm90_kernel<C>, name, grid_x(plan.query_tiles * s.q_groups, name), 256,
+                    0, stream, s, pieces.dq_tiles.get(), pieces.counters.get(), a.parts, a.tiles_per_row, cos, sin,
+                    a.scale, scratch.dq.get());
   add_shares(pieces.shares, scratch, stream);
 }
 
