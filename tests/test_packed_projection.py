@@ -129,4 +129,4 @@ def test_peak_memory(device):
     # and token.
     chunk_bytes = 2 * (2 + 4) * tokens // 16 * heads * dim
     scratch = 4 * tokens * (groups * dim + 5 * heads)
-    assert peak <= 1.1 * (y_bytes + gradient + chunk_bytes + scratch), (peak, y_bytes, gradient, chunk_bytes, scratch)
+    assert peak <= 1.03 * (y_bytes + gradient + chunk_bytes + scratch), (peak, y_bytes, gradient, chunk_bytes, scratch)

@@ -7,12 +7,13 @@
 namespace rat::cuda {
 namespace {
 
-// R_c x of every token and group (x itself without a rotation), (B, T, groups, D) of T contiguous. A thread owns four columns
-// of each half of a row. 2 D elements of traffic per token and group. Clears the counters.
+// R_c x of every token and group (x itself without a rotation). A thread owns four columns of each half of a row. 2 D elements
+// of traffic per token and group. Clears the counters. Rows that are written are 16-byte aligned.
 template <class T>
 __global__ void __launch_bounds__(256)
     chunk_attention_rotate_bwd_kernel(const __grid_constant__ Sizes s, const __grid_constant__ Rows x, int64_t groups,
-                                      const float* cos, const float* sin, T* out, const Counters counters) {
+                                      const float* cos, const float* sin, const __grid_constant__ Rows out,
+                                      const Counters counters) {
   wait_for_earlier_kernels();
   let_next_kernel_start();
   const int pieces = static_cast<int>(s.head_dim / 8);
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(256)
     a.value[j] = from_float<T>(low[j]);
     b.value[j] = from_float<T>(high[j]);
   }
-  T* to = out + row * s.head_dim + 4 * piece;
+  T* to = static_cast<T*>(out.ptr) + batch * out.batch + token * out.token + group * out.head + 4 * piece;
   *reinterpret_cast<FourOf<T>*>(to) = a;
   *reinterpret_cast<FourOf<T>*>(to + half) = b;
 }
@@ -69,31 +70,27 @@ int64_t bytes_of(const Sizes& s, int64_t groups) {
 }
 
 template <class T>
-void rotate(const Sizes& s, const Rows& x, int64_t groups, const Rotary& rotary, void* to, const Counters& counters,
-            cudaStream_t stream) {
+void rotate(const Sizes& s, const Rows& x, int64_t groups, const Rotary& rotary, const Rows& to,
+            const Counters& counters, cudaStream_t stream) {
   const char* name = "chunk_attention_rotate_bwd_kernel";
   const int64_t threads = s.batch * s.tokens * groups * (s.head_dim / 8);
   if (threads == 0) return;
   launch_overlapped(chunk_attention_rotate_bwd_kernel<T>, name, grid_x(ceil_div(threads, 256), name), 256, 0, stream, s,
-                    x, groups, static_cast<const float*>(rotary.cos), static_cast<const float*>(rotary.sin),
-                    static_cast<T*>(to), counters);
+                    x, groups, static_cast<const float*>(rotary.cos), static_cast<const float*>(rotary.sin), to,
+                    counters);
 }
 
-// The rows in `piece`, or x itself where none was taken.
-Rows rotated_rows(const Sizes& s, const Rows& x, int64_t groups, const Rotary& rotary, const Piece<char>& piece,
-                  const Counters& counters, cudaStream_t stream) {
-  if (!piece.taken()) {
-    if (counters.count > 0) {
-      check(cudaMemsetAsync(counters.words, 0, counters.count * sizeof(uint32_t), stream), "counters");
-    }
-    return x;
-  }
+void rotate(const Sizes& s, const Rows& x, int64_t groups, const Rotary& rotary, const Rows& to,
+            const Counters& counters, cudaStream_t stream) {
   switch (s.dtype) {
-    case DType::bf16: rotate<bf16>(s, x, groups, rotary, piece.get(), counters, stream); break;
-    case DType::f16: rotate<f16>(s, x, groups, rotary, piece.get(), counters, stream); break;
-    default: rotate<float>(s, x, groups, rotary, piece.get(), counters, stream);
+    case DType::bf16: rotate<bf16>(s, x, groups, rotary, to, counters, stream); break;
+    case DType::f16: rotate<f16>(s, x, groups, rotary, to, counters, stream); break;
+    default: rotate<float>(s, x, groups, rotary, to, counters, stream);
   }
-  return Rows{piece.get(), s.tokens * groups * s.head_dim, groups * s.head_dim, s.head_dim};
+}
+
+Rows contiguous_rows(const Sizes& s, int64_t groups, void* memory) {
+  return Rows{memory, s.tokens * groups * s.head_dim, groups * s.head_dim, s.head_dim};
 }
 
 }  // namespace
@@ -101,16 +98,28 @@ Rows rotated_rows(const Sizes& s, const Rows& x, int64_t groups, const Rotary& r
 ProductRows take_product_rows(const AttentionBwdParams& p, Arena& arena) {
   const Sizes& s = p.fwd.size;
   ProductRows rows;
-  if (p.fwd.rotary.cos || !s.aligned16) rows.q = arena.take<char>(bytes_of(s, s.q_groups));
-  if (!s.aligned16) rows.dout = arena.take<char>(bytes_of(s, s.heads));
+  if (!s.aligned16) {
+    rows.q = arena.take<char>(bytes_of(s, s.q_groups));
+    rows.dout = arena.take<char>(bytes_of(s, s.heads));
+  }
   return rows;
 }
 
 ProductInputs make_product_rows(const AttentionBwdParams& p, const BwdScratch& scratch, const ProductRows& rows,
                                 const Counters& counters, cudaStream_t stream) {
   const Sizes& s = p.fwd.size;
-  return {rotated_rows(s, p.fwd.q, s.q_groups, p.fwd.rotary, rows.q, counters, stream),
-          rotated_rows(s, scratch.dout, s.heads, Rotary{}, rows.dout, Counters{}, stream)};
+  ProductInputs inputs{p.fwd.q, scratch.dout};
+  if (rows.q.taken() || p.fwd.rotary.cos) {
+    inputs.q = rows.q.taken() ? contiguous_rows(s, s.q_groups, rows.q.get()) : p.dq;
+    rotate(s, p.fwd.q, s.q_groups, p.fwd.rotary, inputs.q, counters, stream);
+  } else if (counters.count > 0) {
+    check(cudaMemsetAsync(counters.words, 0, counters.count * sizeof(uint32_t), stream), "counters");
+  }
+  if (rows.dout.taken()) {
+    inputs.dout = contiguous_rows(s, s.heads, rows.dout.get());
+    rotate(s, scratch.dout, s.heads, Rotary{}, inputs.dout, Counters{}, stream);
+  }
+  return inputs;
 }
 
 Shares take_shares(const AttentionBwdParams& p, int64_t count, Arena& arena) {

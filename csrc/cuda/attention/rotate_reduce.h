@@ -10,8 +10,8 @@
 namespace rat::cuda {
 
 // Rows of q and dO for the products: q rotated, both in 16-byte aligned rows. All kernels read them many times, through
-// cp.async or the copy engine, which cannot rotate and need 16-byte alignment. A piece is taken, of contiguous rows of T,
-// where the call's own rows do not serve.
+// cp.async or the copy engine, which cannot rotate and need 16-byte alignment. R q lies in dq's memory until the reverse scan
+// overwrites it with dq. A piece is taken, of contiguous rows of T, where the call's rows are not aligned.
 struct ProductRows {
   Piece<char> q;
   Piece<char> dout;
@@ -24,7 +24,7 @@ struct Counters {
   int64_t count = 0;
 };
 
-// Fills the pieces that were taken and clears the counters. Gives the rows of q and dO that the products read.
+// Fills these rows and clears the counters. Gives the rows of q and dO that the products read.
 struct ProductInputs {
   Rows q;
   Rows dout;

@@ -2,13 +2,14 @@
 // waives it: no sum depends on which block comes first.
 //
 // With P_tj = exp(scale (R q)_t . K_j - lse_t) and dS_tj = P_tj (dO_t . V_j - Delta_t), three steps:
-//  0. rotate (rotate_reduce.cu): R q in T to the workspace.
+//  0. rotate (rotate_reduce.cu): R q in T to dq's memory.
 //  1. dqkv: everything in five products, each 2 D FLOP per query and visible key. A block owns the dK, dV of (128 chunk states,
 //     head) in registers and walks the query tiles that see them, from the last token of the sequence backwards:
 //       S^T = K Q^T,  dP^T = V dO^T,  dV += P^T dO,  dK += dS^T Q,  and  dQ = dS K,  which it adds to a sum in global memory.
 //     The transposed scores are, rounded, left operands in registers: P never passes through shared memory, dS once.
 //     Where there are few key tiles, shares of the queries are items of their own.
-//  2. finish: dQ from its tiles to (B, T, G, D), rotated back and scaled. Then the shares, if any, are added up.
+//  2. finish: dQ from its tiles to (B, T, G, D), rotated back and scaled, in the same memory where no tile is partly empty. Then
+//     the shares, if any, are added up.
 // Reads per (128 keys, query, head): q and dO, 2 D elements of T through L2, 8 bytes of lse and Delta; adds D floats in L2.
 //
 // The sum of dQ over key tiles and over the heads of a group is taken in one order: key tiles first to last, in each the heads
@@ -705,27 +706,18 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
 // ---- finish -----------------------------------------------------------------------------------------------------------
 //
-// A block per (query tile, group): thread 128 w + t of consumer w left 8 x 4 floats at [w][i][t], the C tiles of a wgmma.
+// dQ of a (query tile, group), its parts added: thread 128 w + t of consumer w left 8 x 4 floats at [w][i][t], the C tiles of a
+// wgmma. Rows of the tile, scaled, to shared memory.
 template <class C>
-__global__ void __launch_bounds__(256)
-    chunk_attention_finish_bwd_sm90_kernel(const __grid_constant__ Sizes s, const float* tiles, const uint32_t* turns,
-                                           uint32_t parts, uint32_t tiles_per_row, const float* cos, const float* sin,
-                                           float scale, float* dq) {
-#ifdef RAT_HOPPER_CODE
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
-  constexpr int kStride = C::kDim + 8;  // float2 stores of a warp then cover all banks
-  __shared__ alignas(16) float shared[C::kQueries * kStride];
-  const int64_t groups = s.q_groups, group = blockIdx.x % groups, tile = blockIdx.x / groups;
-  const auto first_tile = [&](int64_t n) { return s.cu_seqlens[n] / C::kQueries + n; };
-  const int64_t n = s.cu_seqlens ? last_sequence(s, tile, first_tile) : tile / tiles_per_row;
-  const Sequence q = sequence_at(s, n);
-  const int64_t first =
-      (tile - first_query_tile<C::kQueries>(s, n, q.begin, tiles_per_row)) * C::kQueries;  // row of the sequence
-  if (q.begin + first >= q.end) return;
-  const int rows = static_cast<int>(min(static_cast<int64_t>(C::kQueries), q.end - q.begin - first));
+constexpr int kFinishStride = C::kDim + 8;  // float2 stores of a warp then cover all banks
+template <class C>
+constexpr int kFinishBytes = C::kQueries * kFinishStride<C> * 4;
+template <class C>
+__device__ __forceinline__ void gather_dq(const float* tiles, const uint32_t* turns, int64_t tile_group, uint32_t parts,
+                                          float scale, float* shared) {
+  constexpr int kStride = kFinishStride<C>;
   const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, half_tile = threadIdx.x / 128;
-  const int64_t first_part = static_cast<int64_t>(blockIdx.x) * parts;
+  const int64_t first_part = tile_group * parts;
   const bool any = turns[first_part] != 0;  // else no key is visible, and no part of the tile was written
   const float4* from =
       reinterpret_cast<const float4*>(tiles + first_part * C::kTileFloats) + half_tile * (C::kTileFloats / 8) + thread;
@@ -751,19 +743,48 @@ __global__ void __launch_bounds__(256)
     *reinterpret_cast<float2*>(to) = make_float2(c[i].x * scale, c[i].y * scale);
     *reinterpret_cast<float2*>(to + 8 * kStride) = make_float2(c[i].z * scale, c[i].w * scale);
   }
+}
+
+// A block per query tile and `width` of its groups: one, or all where dq is the tiles' own memory. A block has then read all
+// of the memory that it writes before it writes it, and no other block touches that.
+template <class C>
+__global__ void __launch_bounds__(256)
+    chunk_attention_finish_bwd_sm90_kernel(const __grid_constant__ Sizes s, const float* tiles, const uint32_t* turns,
+                                           uint32_t parts, uint32_t width, uint32_t tiles_per_row, const float* cos,
+                                           const float* sin, float scale, float* dq) {
+#ifdef RAT_HOPPER_CODE
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
+  constexpr int kStride = kFinishStride<C>;
+  extern __shared__ __align__(16) float finish_shared[];  // `width` tiles
+  const int64_t groups = s.q_groups, from = static_cast<int64_t>(blockIdx.x) * width, tile = from / groups;
+  const auto first_tile = [&](int64_t n) { return s.cu_seqlens[n] / C::kQueries + n; };
+  const int64_t n = s.cu_seqlens ? last_sequence(s, tile, first_tile) : tile / tiles_per_row;
+  const Sequence q = sequence_at(s, n);
+  const int64_t first =
+      (tile - first_query_tile<C::kQueries>(s, n, q.begin, tiles_per_row)) * C::kQueries;  // row of the sequence
+  if (q.begin + first >= q.end) return;
+  const int rows = static_cast<int>(min(static_cast<int64_t>(C::kQueries), q.end - q.begin - first));
+  for (uint32_t i = 0; i < width; ++i) {
+    gather_dq<C>(tiles, turns, from + i, parts, scale, finish_shared + i * (kFinishBytes<C> / 4));
+  }
   __syncthreads();
   const RowAngles angles(s, q.start + first);
   const int head_dim = static_cast<int>(s.head_dim), half = head_dim / 2;
-  for (int index = threadIdx.x; index < rows * (C::kDim / 8); index += 256) {
-    const int r = index / (C::kDim / 8), piece = index % (C::kDim / 8);
-    if (4 * piece >= half) continue;
-    float low[4], high[4];
-    load4(shared + r * kStride + 4 * piece, low, true);
-    load4(shared + r * kStride + 4 * piece + half, high, true);
-    rotate4(low, high, cos, sin, angles.of(r), half, piece, -1.0f);
-    float* to = dq + ((q.batch * s.tokens + q.begin + first + r) * groups + group) * head_dim + 4 * piece;
-    *reinterpret_cast<float4*>(to) = make_float4(low[0], low[1], low[2], low[3]);
-    *reinterpret_cast<float4*>(to + half) = make_float4(high[0], high[1], high[2], high[3]);
+  for (uint32_t i = 0; i < width; ++i) {
+    const float* shared = finish_shared + i * (kFinishBytes<C> / 4);
+    float* rows_of_group = dq + ((q.batch * s.tokens + q.begin + first) * groups + (from + i) % groups) * head_dim;
+    for (int index = threadIdx.x; index < rows * (C::kDim / 8); index += 256) {
+      const int r = index / (C::kDim / 8), piece = index % (C::kDim / 8);
+      if (4 * piece >= half) continue;
+      float low[4], high[4];
+      load4(shared + r * kStride + 4 * piece, low, true);
+      load4(shared + r * kStride + 4 * piece + half, high, true);
+      rotate4(low, high, cos, sin, angles.of(r), half, piece, -1.0f);
+      float* to = rows_of_group + r * groups * head_dim + 4 * piece;
+      *reinterpret_cast<float4*>(to) = make_float4(low[0], low[1], low[2], low[3]);
+      *reinterpret_cast<float4*>(to + half) = make_float4(high[0], high[1], high[2], high[3]);
+    }
   }
 #endif
 }
@@ -776,6 +797,8 @@ struct Plan {
   int64_t shares = 1;  // of the queries of a key tile
   int64_t items = 0;
   int64_t parts = 1;  // of the heads of a group
+  // The tiles of dQ are the memory of scratch.dq: no tile is partly empty, and shared memory holds all groups of one.
+  bool in_place = false;
 };
 
 template <int DIM>
@@ -796,6 +819,8 @@ Plan make_plan(const AttentionBwdParams& p) {
   if (p.deterministic) {
     while (group_heads % (2 * plan.parts) == 0 && 2 * plan.parts * bytes <= kBudget) plan.parts *= 2;
   }
+  plan.in_place = plan.parts == 1 && !s.cu_seqlens && s.tokens % C::kQueries == 0 && s.head_dim == DIM &&
+                  s.q_groups * kFinishBytes<C> <= 200 * 1024;
   return plan;
 }
 Plan make_plan(const AttentionBwdParams& p) { return p.fwd.size.head_dim > 64 ? make_plan<128>(p) : make_plan<64>(p); }
@@ -804,7 +829,7 @@ static_assert(kTileFloats == Traits<bf16, 64>::kTileFloats);
 
 struct Pieces {
   ProductRows rows;
-  Piece<float> dq_tiles;
+  Piece<float> dq_tiles;     // not taken where they lie in scratch.dq
   Piece<uint32_t> counters;  // turns, then the item counter
   int64_t counter_count;
   Shares shares;
@@ -814,7 +839,7 @@ Pieces take_pieces(const AttentionBwdParams& p, const Plan& plan, Arena& arena) 
   const int64_t tiles = plan.query_tiles * p.fwd.size.q_groups * plan.parts;
   Pieces pieces;
   pieces.rows = take_product_rows(p, arena);
-  pieces.dq_tiles = arena.take<float>(tiles * kTileFloats);
+  if (!plan.in_place) pieces.dq_tiles = arena.take<float>(tiles * kTileFloats);
   pieces.counter_count = tiles + 1;
   pieces.counters = arena.take<uint32_t>(pieces.counter_count);
   pieces.shares = take_shares(p, plan.shares, arena);
@@ -838,9 +863,10 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
 
   const ProductInputs inputs =
       make_product_rows(p, scratch, pieces.rows, {pieces.counters, pieces.counter_count}, stream);
+  float* const dq_tiles = plan.in_place ? scratch.dq.get() : pieces.dq_tiles.get();
   if (!p.deterministic) {
     const size_t bytes = plan.query_tiles * s.q_groups * kTileFloats * sizeof(float);
-    check(cudaMemsetAsync(pieces.dq_tiles, 0, bytes, stream), "sums of dQ");
+    check(cudaMemsetAsync(dq_tiles, 0, bytes, stream), "sums of dQ");
   }
 
   Arguments a;
@@ -850,7 +876,7 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
   a.scale_log2 = static_cast<float>(p.fwd.scale) * kLog2e;
   a.lse = static_cast<const float*>(p.fwd.lse);
   a.delta = scratch.delta;
-  a.dq_tiles = pieces.dq_tiles;
+  a.dq_tiles = dq_tiles;
   a.turns = pieces.counters;
   a.next = pieces.counters + pieces.counter_count - 1;
   a.dchunk_k = pieces.shares.dchunk_k(scratch);
@@ -885,9 +911,13 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
                     k_map, v_map, q_map, dout_map);
 
   name = "chunk_attention_finish_bwd_sm90_kernel";
-  launch_overlapped(chunk_attention_finish_bwd_sm90_kernel<C>, name, grid_x(plan.query_tiles * s.q_groups, name), 256,
-                    0, stream, s, pieces.dq_tiles.get(), pieces.counters.get(), a.parts, a.tiles_per_row, cos, sin,
-                    a.scale, scratch.dq.get());
+  const int64_t width = plan.in_place ? s.q_groups : 1;
+  const int finish_bytes = static_cast<int>(width) * kFinishBytes<C>;
+  allow_shared_memory(chunk_attention_finish_bwd_sm90_kernel<C>, finish_bytes, name);
+  launch_overlapped(chunk_attention_finish_bwd_sm90_kernel<C>, name,
+                    grid_x(plan.query_tiles * s.q_groups / width, name), 256, finish_bytes, stream, s, dq_tiles,
+                    pieces.counters.get(), a.parts, static_cast<uint32_t>(width), a.tiles_per_row, cos, sin, a.scale,
+                    scratch.dq.get());
   add_shares(pieces.shares, scratch, stream);
 }
 

@@ -7,6 +7,7 @@
 // reads 4 H D). Scan: 14 H D.
 #include <type_traits>
 
+#include "../ptx/depend.cuh"
 #include "families.h"
 
 namespace rat::cuda {
