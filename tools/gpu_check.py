@@ -388,6 +388,8 @@ def main(arguments: list[str] | None = None) -> int:
         return merge(options.out, options.merge)
     if (options.files or options.device == "cpu") and options.out == RECORD:
         p.error("a part of the tests is no record: name another file with --out")
+    if options.logs:
+        options.logs.mkdir(parents=True, exist_ok=True)
     return check(options)
 
 

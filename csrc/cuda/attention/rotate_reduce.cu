@@ -1,7 +1,6 @@
 // The first and the last step of every backward family, see rotate_reduce.h.
 #include "rotate_reduce.h"
 
-#include "../ptx/depend.cuh"
 #include "tiles.cuh"
 
 namespace rat::cuda {
@@ -14,8 +13,6 @@ __global__ void __launch_bounds__(256)
     chunk_attention_rotate_bwd_kernel(const __grid_constant__ Sizes s, const __grid_constant__ Rows x, int64_t groups,
                                       const float* cos, const float* sin, const __grid_constant__ Rows out,
                                       const Counters counters) {
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
   const int pieces = static_cast<int>(s.head_dim / 8);
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   for (int64_t i = index; i < counters.count; i += static_cast<int64_t>(gridDim.x) * blockDim.x) counters.words[i] = 0;
@@ -47,8 +44,6 @@ __global__ void __launch_bounds__(256)
 __global__ void __launch_bounds__(256)
     chunk_attention_reduce_bwd_kernel(const float* shares_k, const float* shares_v, int shares, int64_t share_stride,
                                       int64_t count, float* dchunk_k, float* dchunk_v) {
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
   const int64_t index = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
   if (index >= 2 * count) return;
   const bool second = index >= count;
@@ -75,9 +70,9 @@ void rotate(const Sizes& s, const Rows& x, int64_t groups, const Rotary& rotary,
   const char* name = "chunk_attention_rotate_bwd_kernel";
   const int64_t threads = s.batch * s.tokens * groups * (s.head_dim / 8);
   if (threads == 0) return;
-  launch_overlapped(chunk_attention_rotate_bwd_kernel<T>, name, grid_x(ceil_div(threads, 256), name), 256, 0, stream, s,
-                    x, groups, static_cast<const float*>(rotary.cos), static_cast<const float*>(rotary.sin), to,
-                    counters);
+  chunk_attention_rotate_bwd_kernel<T><<<grid_x(ceil_div(threads, 256), name), 256, 0, stream>>>(
+      s, x, groups, static_cast<const float*>(rotary.cos), static_cast<const float*>(rotary.sin), to, counters);
+  check_launch(name);
 }
 
 void rotate(const Sizes& s, const Rows& x, int64_t groups, const Rotary& rotary, const Rows& to,
@@ -136,9 +131,10 @@ Shares take_shares(const AttentionBwdParams& p, int64_t count, Arena& arena) {
 void add_shares(const Shares& shares, const BwdScratch& scratch, cudaStream_t stream) {
   if (shares.count <= 1 || shares.extent == 0) return;
   const char* name = "chunk_attention_reduce_bwd_kernel";
-  launch_overlapped(chunk_attention_reduce_bwd_kernel, name, grid_x(ceil_div(2 * shares.extent / 4, 256), name), 256, 0,
-                    stream, shares.k.get(), shares.v.get(), static_cast<int>(shares.count), shares.extent,
-                    shares.extent, scratch.dchunk_k.get(), scratch.dchunk_v.get());
+  chunk_attention_reduce_bwd_kernel<<<grid_x(ceil_div(2 * shares.extent / 4, 256), name), 256, 0, stream>>>(
+      shares.k, shares.v, static_cast<int>(shares.count), shares.extent, shares.extent, scratch.dchunk_k,
+      scratch.dchunk_v);
+  check_launch(name);
 }
 
 KernelList chunk_attention_rotate_reduce_kernels() {

@@ -36,13 +36,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <type_traits>
 
 #include "../device/math.cuh"
 #include "../device/sequence.cuh"
 #include "../host/launch.h"
-#include "../ptx/depend.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/memory.cuh"
 #include "../ptx/mma.cuh"
@@ -686,8 +684,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     mbarrier_init_fence();
   }
   __syncthreads();  // the barriers are ready
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
   if (warpgroup == 0) {
     give_registers<C::kProducerRegisters>();
     if (threadIdx.x == 0) {
@@ -753,8 +749,6 @@ __global__ void __launch_bounds__(256)
                                            uint32_t parts, uint32_t width, uint32_t tiles_per_row, const float* cos,
                                            const float* sin, float scale, float* dq) {
 #ifdef RAT_HOPPER_CODE
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
   constexpr int kStride = kFinishStride<C>;
   extern __shared__ __align__(16) float finish_shared[];  // `width` tiles
   const int64_t groups = s.q_groups, from = static_cast<int64_t>(blockIdx.x) * width, tile = from / groups;
@@ -811,13 +805,15 @@ Plan make_plan(const AttentionBwdParams& p) {
   // One item for each multiprocessor, but no share under 1024 queries. More only lengthens the queues of dQ.
   plan.shares = count_shares(items, 1, s.tokens, 1024, 132);
   plan.items = items * plan.shares;
-  // As many parts as double while all sums of dQ stay in L2.
-  constexpr int64_t kBudget = 32 << 20;
+  // Items that walk few tiles have no time to fall in step: parts, while all sums of dQ stay in L2. More than four cost more than
+  // they bring.
+  constexpr int64_t kFewTokens = 8192, kMostParts = 4, kBudget = 32 << 20;
   const int64_t bytes = plan.query_tiles * s.q_groups * C::kTileFloats * static_cast<int64_t>(sizeof(float));
   const int64_t group_heads = s.q_groups > 0 ? s.heads / s.q_groups : 1;
-  if (const char* e = getenv("RAT_EXT_PARTS")) return plan.parts = atoi(e), plan;
-  if (p.deterministic) {
-    while (group_heads % (2 * plan.parts) == 0 && 2 * plan.parts * bytes <= kBudget) plan.parts *= 2;
+  if (p.deterministic && s.tokens <= kFewTokens) {
+    while (plan.parts < kMostParts && group_heads % (2 * plan.parts) == 0 && 2 * plan.parts * bytes <= kBudget) {
+      plan.parts *= 2;
+    }
   }
   plan.in_place = plan.parts == 1 && !s.cu_seqlens && s.tokens % C::kQueries == 0 && s.head_dim == DIM &&
                   s.q_groups * kFinishBytes<C> <= 200 * 1024;
@@ -907,17 +903,19 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
   static_assert(kBytes <= 227 * 1024);
   const char* name = "chunk_attention_dqkv_bwd_sm90_kernel";
   allow_shared_memory(chunk_attention_dqkv_bwd_sm90_kernel<C>, kBytes, name);
-  launch_overlapped(chunk_attention_dqkv_bwd_sm90_kernel<C>, name, grid_x(blocks, name), C::kThreads, kBytes, stream, a,
-                    k_map, v_map, q_map, dout_map);
+  chunk_attention_dqkv_bwd_sm90_kernel<C>
+      <<<grid_x(blocks, name), C::kThreads, kBytes, stream>>>(a, k_map, v_map, q_map, dout_map);
+  check_launch(name);
 
   name = "chunk_attention_finish_bwd_sm90_kernel";
   const int64_t width = plan.in_place ? s.q_groups : 1;
   const int finish_bytes = static_cast<int>(width) * kFinishBytes<C>;
   allow_shared_memory(chunk_attention_finish_bwd_sm90_kernel<C>, finish_bytes, name);
-  launch_overlapped(chunk_attention_finish_bwd_sm90_kernel<C>, name,
-                    grid_x(plan.query_tiles * s.q_groups / width, name), 256, finish_bytes, stream, s, dq_tiles,
-                    pieces.counters.get(), a.parts, static_cast<uint32_t>(width), a.tiles_per_row, cos, sin, a.scale,
-                    scratch.dq.get());
+  chunk_attention_finish_bwd_sm90_kernel<C>
+      <<<grid_x(plan.query_tiles * s.q_groups / width, name), 256, finish_bytes, stream>>>(
+          s, dq_tiles, pieces.counters, a.parts, static_cast<uint32_t>(width), a.tiles_per_row, cos, sin, a.scale,
+          scratch.dq);
+  check_launch(name);
   add_shares(pieces.shares, scratch, stream);
 }
 

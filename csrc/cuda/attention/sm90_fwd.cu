@@ -39,7 +39,6 @@
 #include "../device/sequence.cuh"
 #include "../host/launch.h"
 #include "../ptx/cp_async.cuh"
-#include "../ptx/depend.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/mma.cuh"
 #include "../ptx/registers.cuh"
@@ -873,8 +872,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     chunk_attention_fwd_sm90_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap k_map,
                                     const __grid_constant__ CUtensorMap v_map) {
 #ifdef RAT_HOPPER_CODE
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
   if ((a.schedule.from > 0 || a.schedule.to < Schedule::kAllPositions) && !any_query(a)) return;
   extern __shared__ uint8_t raw_shared[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(
@@ -979,8 +976,8 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, int64_t
   allow_shared_memory(chunk_attention_fwd_sm90_kernel<C>, kBytes, name);
   const int64_t blocks =
       std::min<int64_t>(total, device_attribute<cudaDevAttrMultiProcessorCount>() * int64_t{C::kBlocks});
-  launch_overlapped(chunk_attention_fwd_sm90_kernel<C>, name, grid_x(blocks, name), C::kThreads, kBytes, stream, a,
-                    k_map, v_map);
+  chunk_attention_fwd_sm90_kernel<C><<<grid_x(blocks, name), C::kThreads, kBytes, stream>>>(a, k_map, v_map);
+  check_launch(name);
 }
 
 // Tiles of one warpgroup, where full ones would leave half of the chip idle or be mostly empty.

@@ -83,24 +83,4 @@ inline unsigned grid_x(int64_t blocks, const char* kernel) {
   return static_cast<unsigned>(blocks);
 }
 
-// Launches a kernel whose threads begin with wait_for_earlier_kernels() (ptx/depend.cuh): where the chip can, its blocks are
-// brought up while the kernel before runs out. All of its threads have to wait, also those with nothing to do: what follows
-// in the stream waits for this kernel alone.
-template <class... Parameters, class... Arguments>
-void launch_overlapped(void (*kernel)(Parameters...), const char* name, unsigned blocks, int threads, int shared_bytes,
-                       cudaStream_t stream, Arguments&&... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap;
-  config.numAttrs = device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name);
-  check_launch(name);
-}
-
 }  // namespace rat::cuda

@@ -12,7 +12,6 @@
 #include <type_traits>
 
 #include "../device/e4m3.cuh"
-#include "../ptx/depend.cuh"
 #include "scan_launch.h"
 
 namespace rat::cuda {
@@ -90,8 +89,6 @@ __device__ __forceinline__ void store_key(const PrepareFwd& p, int64_t n, [[mayb
 template <class T, int W, bool kVector, bool kAttention, bool kPool>
 __global__ void __launch_bounds__(kThreads, kVector ? 4 : 2)
     chunk_prepare_fwd_kernel(const __grid_constant__ PrepareFwd p) {
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
   const ScanInput& in = p.in;
   const Sizes& s = in.size;
   ScanTile tile;
@@ -206,9 +203,9 @@ void launch_prepare(PrepareFwd p, const char* op, cudaStream_t stream) {
     }
     const int64_t blocks = ceil_div(p.in.items * p.in.head_batches, kThreads / 32);
     if (blocks == 0) return;
-    const char* name = "chunk_prepare_fwd";
-    launch_overlapped(chunk_prepare_fwd_kernel<typename V::T, V::W, V::kVector, kAttention, kPool>, name,
-                      grid_x(blocks, name), kThreads, 0, stream, p);
+    chunk_prepare_fwd_kernel<typename V::T, V::W, V::kVector, kAttention, kPool>
+        <<<grid_x(blocks, "chunk_prepare_fwd"), kThreads, 0, stream>>>(p);
+    check_launch("chunk_prepare_fwd");
   });
 }
 

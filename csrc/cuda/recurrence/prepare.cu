@@ -7,7 +7,6 @@
 // reads 4 H D). Scan: 14 H D.
 #include <type_traits>
 
-#include "../ptx/depend.cuh"
 #include "families.h"
 
 namespace rat::cuda {
@@ -77,8 +76,6 @@ struct PrepareBwd {
 template <class T, int W, bool kVector>
 __global__ void __launch_bounds__(kThreads, kVector && sizeof(T) == 2 ? 4 : 2)
     chunk_prepare_bwd_kernel(const __grid_constant__ PrepareBwd p) {
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
   const ScanInput& in = p.in;
   const Sizes& s = in.size;
   ScanTile tile;
@@ -158,8 +155,6 @@ struct PrepareShort {
 // A warp takes kTokens tokens and 32 / W heads.
 template <class T, int W>
 __global__ void __launch_bounds__(kThreads, 5) chunk_prepare_short_bwd_kernel(const __grid_constant__ PrepareShort p) {
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
   const Sizes& s = p.size;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   const int64_t tile = warp / p.head_batches, batch = warp % p.head_batches;
@@ -225,9 +220,9 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, float* 
     plan_tiles<V>(p.in, tile_size(p.in.size, a.fwd.gate.ptr != nullptr, kMaxChunkFwd, 16));
     const int64_t blocks = ceil_div(p.in.items * p.in.head_batches, kThreads / 32);
     if (blocks == 0) return;
-    const char* name = "chunk_prepare_bwd";
-    launch_overlapped(chunk_prepare_bwd_kernel<typename V::T, V::W, V::kVector>, name, grid_x(blocks, name), kThreads,
-                      0, stream, p);
+    chunk_prepare_bwd_kernel<typename V::T, V::W, V::kVector>
+        <<<grid_x(blocks, "chunk_prepare_bwd"), kThreads, 0, stream>>>(p);
+    check_launch("chunk_prepare_bwd");
   });
 }
 
@@ -243,9 +238,9 @@ void launch_short(const AttentionBwdParams& a, const BwdScratch& scratch, cudaSt
       p.head_batches = ceil_div(s.heads, 32 / V::W);
       const int64_t blocks = ceil_div(s.batch * p.row_tiles * p.head_batches, kThreads / 32);
       if (blocks == 0) return;
-      const char* name = "chunk_prepare_short_bwd";
-      launch_overlapped(chunk_prepare_short_bwd_kernel<typename V::T, V::W>, name, grid_x(blocks, name), kThreads, 0,
-                        stream, p);
+      chunk_prepare_short_bwd_kernel<typename V::T, V::W>
+          <<<grid_x(blocks, "chunk_prepare_short_bwd"), kThreads, 0, stream>>>(p);
+      check_launch("chunk_prepare_short_bwd");
     }
   });
 }

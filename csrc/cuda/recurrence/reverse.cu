@@ -20,7 +20,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "../ptx/depend.cuh"
 #include "../ptx/opaque.cuh"
 #include "families.h"
 
@@ -423,8 +422,6 @@ constexpr int kScanBound = kVector && sizeof(T) == 2 ? 384 : 256;
 
 template <class T, int W, bool kVector, bool kAttention>
 __global__ void __launch_bounds__(kScanBound<T, kVector>) chunk_scan_bwd_kernel(const __grid_constant__ ScanBwd p) {
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const ScanInput& in = p.in;
   const Sizes& s = in.size;
@@ -512,8 +509,6 @@ __global__ void __launch_bounds__(kScanBound<T, kVector>) chunk_scan_bwd_kernel(
 // dgate_bias[c] = sum over rows of partial[row][c]: a block for 32 columns, 16 warps stride over the rows.
 __global__ void __launch_bounds__(512)
     gate_bias_reduce_kernel(const float* partial, int64_t rows, int64_t columns, float* out) {
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
   __shared__ float sums[16][33];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + lane;
@@ -627,8 +622,8 @@ void launch_scan_bwd(ScanBwd p, float* dgate_bias, const ReverseWorkspace& w, cu
     const int shared = static_cast<int>(scan_bwd_shared<T>(p, kAttention, d.threads));
     allow_shared_memory(kernel, shared, "chunk_scan_bwd shared memory");
     for (p.pass = 0; p.pass < p.passes; ++p.pass) {
-      const char* name = "chunk_scan_bwd";
-      launch_overlapped(kernel, name, grid_x(blocks, name), d.threads, shared, stream, p);
+      kernel<<<grid_x(blocks, "chunk_scan_bwd"), d.threads, shared, stream>>>(p);
+      check_launch("chunk_scan_bwd");
     }
   });
   if (dgate_bias) reduce_gate_bias(w.bias_partial, w.bias_rows, s.heads * s.head_dim, dgate_bias, stream);
@@ -663,9 +658,9 @@ ScanBwd scan_bwd(const RecurrenceBwdParams& r) {
 }  // namespace
 
 void reduce_gate_bias(const float* partial, int64_t rows, int64_t columns, float* dgate_bias, cudaStream_t stream) {
-  const char* name = "gate_bias_reduce";
-  launch_overlapped(gate_bias_reduce_kernel, name, grid_x(ceil_div(columns, 32), name), 512, 0, stream, partial, rows,
-                    columns, dgate_bias);
+  gate_bias_reduce_kernel<<<grid_x(ceil_div(columns, 32), "gate_bias_reduce"), 512, 0, stream>>>(partial, rows, columns,
+                                                                                                 dgate_bias);
+  check_launch("gate_bias_reduce");
 }
 
 const char* scan::refuses(const AttentionBwdParams&) { return nullptr; }

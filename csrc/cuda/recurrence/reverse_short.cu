@@ -23,7 +23,6 @@
 #include <type_traits>
 
 #include "../ptx/cp_async.cuh"
-#include "../ptx/depend.cuh"
 #include "../ptx/memory.cuh"
 #include "../ptx/opaque.cuh"
 #include "families.h"
@@ -498,8 +497,6 @@ constexpr bool kRoomy = false;
 template <class T, bool kWhole>
 __global__ void __launch_bounds__(kThreads, kRoomy && !kWhole ? 2 : kWarps / (kThreads / 32))
     chunk_scan_short_bwd_kernel(const __grid_constant__ ScanShort p) {
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const Sizes& s = p.in.size;
   const Place<kWhole> place(s, shared_memory);
@@ -639,8 +636,8 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, const D
     const auto launch = [&](auto* kernel) {
       const int shared = static_cast<int>(shared_bytes(threads / 32));
       allow_shared_memory(kernel, shared, "chunk_scan_short_bwd shared memory");
-      const char* name = "chunk_scan_short_bwd";
-      launch_overlapped(kernel, name, grid_x(blocks, name), threads, shared, stream, p);
+      kernel<<<grid_x(blocks, "chunk_scan_short_bwd"), threads, shared, stream>>>(p);
+      check_launch("chunk_scan_short_bwd");
     };
     if (s.dtype == DType::bf16) {
       launch(whole ? chunk_scan_short_bwd_kernel<bf16, true> : chunk_scan_short_bwd_kernel<bf16, false>);
