@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rat_ext
-from rat_ext.testing import DTYPES, LOW, STATE, Random, attention_case, check, cu_seqlens_of, evaluate, name
+from rat_ext.testing import DTYPES, LOW, STATE, Random, assert_same, attention_case, check, cu_seqlens_of, evaluate, name
 
 low = pytest.mark.parametrize("dtype", LOW, ids=name)
 
@@ -37,6 +37,18 @@ def test_chunk_size(device, dtype, chunk_size):
 @pytest.mark.parametrize("dim", [8, 64, 128, 256])
 def test_head_size(device, dtype, dim):
     check(attention_case(device, dtype, sequences=[10, 0, 35, 1], dim=dim, layout="projection"))
+
+
+@low
+@pytest.mark.parametrize("heads, groups", [(8, 1), (6, 2), (3, 3)])
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_long_ones_among_short_ones(device, dtype, heads, groups, chunk_size):
+    """Sequences of up to six tiles of keys between many of one: their gradients of q are sums over tiles and heads in an order
+    of their own, which each tile of queries sees a part of.
+    """
+    sequences = [300, 5, 700, 1, 0, *[3] * 20, 129, 40, 257, *[17] * 20]
+    case = attention_case(device, dtype, sequences=sequences, heads=heads, groups=groups, chunk_size=chunk_size)
+    assert_same(check(case), check(case))
 
 
 @low

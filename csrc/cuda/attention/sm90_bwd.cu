@@ -94,7 +94,10 @@ struct Item {
   int32_t keys;     // valid chunk states; 0: no more items
   int32_t key_row;  // of the first one in the tensor map
   int32_t key_outer;
-  int32_t rank;  // turn at which this item adds
+  // The turn at which this item adds to a query tile: rank + head_rank * (key tiles of the sequence in the item's window that the
+  // query tile sees: of `spread`, those before key tile `skip + spread`).
+  int32_t rank, head_rank, skip, spread;
+  int32_t start;  // position of the sequence's first token
 };
 constexpr int kItemSlots = 4;
 
@@ -134,12 +137,15 @@ enum NamedBarrier {
 };
 
 // Items in order: key tiles first to last, as early ones are seen by the most queries; in each the (sequence, head) pairs, and
-// of each the shares of the queries. Compact rows: key tiles as key_tile() numbers them, then heads, then shares.
+// of each the shares of the queries. Compact rows, and sequences of one key tile: windows of key tiles as key_tile() numbers them,
+// in each the heads, and of a head the tiles: heads of a group, which add to the same dQ, are a window apart.
 struct Schedule {
   uint32_t total = 0;
   uint32_t tiles = 1;  // of a sequence
   uint32_t pairs = 1;
   uint32_t shares = 1;
+  uint32_t window = 0;     // 0: none
+  uint32_t all_tiles = 0;  // key tiles of all sequences
 };
 
 struct Arguments {
@@ -182,15 +188,21 @@ template <class C>
 __device__ __forceinline__ bool describe_item(const Arguments& a, uint32_t index, Item& item) {
   const uint32_t heads = static_cast<uint32_t>(a.size.heads);
   const uint32_t share = index % a.schedule.shares, tile_pair = index / a.schedule.shares;
-  int64_t tile_index;
+  int64_t tile_index, window_begin, window_end;  // of key tiles
   uint32_t head;
-  if (a.chunks.compact) {
-    head = tile_pair % heads;
-    tile_index = tile_pair / heads;
+  if (const uint32_t window = a.schedule.window; window > 0) {
+    const uint32_t begin = tile_pair / (window * heads) * window, inside = tile_pair - begin * heads;
+    const uint32_t width = min(window, a.schedule.all_tiles - begin);
+    head = inside / width;
+    tile_index = begin + inside % width;
+    window_begin = begin;
+    window_end = begin + width;
   } else {
     const uint32_t pair = tile_pair % a.schedule.pairs;
     head = pair % heads;
     tile_index = static_cast<int64_t>(pair / heads) * a.schedule.tiles + tile_pair / a.schedule.pairs;
+    window_begin = tile_index;
+    window_end = tile_index + 1;
   }
   const KeyTile tile = key_tile(a.size, a.chunks, tile_index, C::kKeys);
   if (tile.first >= tile.closed) return false;
@@ -212,7 +224,14 @@ __device__ __forceinline__ bool describe_item(const Arguments& a, uint32_t index
   item.keys = static_cast<int>(min(static_cast<int64_t>(C::kKeys), tile.closed - tile.first));
   item.key_row = static_cast<int>(first_chunk_row(a.size, a.chunks, q.index) + tile.first);
   item.key_outer = static_cast<int>(a.chunks.compact ? head : q.index * heads + head);
-  item.rank = static_cast<int>(tile.first / C::kKeys * a.heads_per_part + head % a.heads_per_part);
+  const int64_t sequence_begin = tile_index - tile.first / C::kKeys;
+  const int64_t sequence_end = sequence_begin + (tile.closed + C::kKeys - 1) / C::kKeys;
+  const int64_t begin = max(window_begin, sequence_begin);
+  item.skip = static_cast<int>(begin - sequence_begin);
+  item.spread = static_cast<int>(min(window_end, sequence_end) - begin);
+  item.rank = static_cast<int>(item.skip * static_cast<int64_t>(a.heads_per_part) + (tile_index - begin));
+  item.head_rank = static_cast<int>(head % a.heads_per_part);
+  item.start = static_cast<int>(q.start);
   return true;
 }
 
@@ -295,7 +314,9 @@ __device__ __forceinline__ void feed(const Arguments& a, const CUtensorMap& k_ma
       feeder.load_rows(dout_map, shared_address(shared.dout[dout_tiles.slot()]), dout_tiles.full(), token, item.head,
                        item.batch);
       dout_tiles.next();
-      if (step == 0) feeder.describe(described);  // its counter and sequence are fetched while the tiles arrive
+      // Three tiles before the end its counter and sequence are fetched while tiles arrive. Not earlier: an item that is taken
+      // and not begun keeps those waiting whose turns come after its own.
+      if (step == max(0, steps - 3)) feeder.describe(described);
     }
     if (steps == 0) feeder.describe(described);
   }
@@ -353,12 +374,18 @@ __device__ __forceinline__ void drain(const Arguments& a, Shared<C>& shared, uin
     const Item& item = shared.item[items.slot()];
     if (item.keys == 0) break;
     const int steps = item.steps;
-    const uint32_t rank = static_cast<uint32_t>(item.rank);
+    const uint32_t every = static_cast<uint32_t>(min(a.size.key_every, INT64_C(0xffffffff)));
     const int64_t stride = a.size.q_groups * a.parts;
     int64_t tile = item.turns + item.last * stride;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step, dq_tiles.next(), tile -= stride) {
       if (dq_tiles.slot() != slot) continue;
+      uint32_t rank = item.rank + item.head_rank;
+      if (item.spread > 1) {  // of the sequence's key tiles in the window the query tile sees the first ones
+        const int row = min((item.last - step + 1) * C::kQueries, item.length) - 1;
+        const int seen = static_cast<int>((static_cast<uint32_t>(item.start + row) / every + C::kKeys - 1) / C::kKeys);
+        rank = item.rank + item.head_rank * min(item.spread, seen - item.skip);
+      }
       uint32_t* turn = a.turns + tile;
       float* target = a.dq_tiles + tile * C::kTileFloats;
       while (a.ordered && load_acquire(turn) != rank) {
@@ -790,7 +817,9 @@ struct Plan {
   int64_t query_tiles = 0;
   int64_t shares = 1;  // of the queries of a key tile
   int64_t items = 0;
-  int64_t parts = 1;  // of the heads of a group
+  int64_t parts = 1;   // of the heads of a group
+  int64_t tiles = 0;   // key tiles of all sequences
+  int64_t window = 0;  // of the schedule
   // The tiles of dQ are the memory of scratch.dq: no tile is partly empty, and shared memory holds all groups of one.
   bool in_place = false;
 };
@@ -801,7 +830,8 @@ Plan make_plan(const AttentionBwdParams& p) {
   using C = Traits<bf16, DIM>;
   Plan plan;
   plan.query_tiles = query_tiles<C::kQueries>(s);
-  const int64_t items = key_tiles(s, p.fwd.chunks, C::kKeys) * s.heads;
+  plan.tiles = key_tiles(s, p.fwd.chunks, C::kKeys);
+  const int64_t items = plan.tiles * s.heads;
   // One item for each multiprocessor, but no share under 1024 queries. More only lengthens the queues of dQ.
   plan.shares = count_shares(items, 1, s.tokens, 1024, 132);
   plan.items = items * plan.shares;
@@ -815,6 +845,8 @@ Plan make_plan(const AttentionBwdParams& p) {
       plan.parts *= 2;
     }
   }
+  // Of many short sequences. Long ones go by key tiles, first to last, which deals out the heaviest first.
+  if (p.fwd.chunks.compact || plan.tiles == s.sequences) plan.window = 32;
   plan.in_place = plan.parts == 1 && !s.cu_seqlens && s.tokens % C::kQueries == 0 && s.head_dim == DIM &&
                   s.q_groups * kFinishBytes<C> <= 200 * 1024;
   return plan;
@@ -889,6 +921,8 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
   a.schedule.tiles = static_cast<uint32_t>(std::max<int64_t>(1, ceil_div(p.fwd.chunks.rows, C::kKeys)));
   a.schedule.pairs = static_cast<uint32_t>(s.sequences * s.heads);
   a.schedule.shares = static_cast<uint32_t>(plan.shares);
+  a.schedule.window = static_cast<uint32_t>(plan.window);
+  a.schedule.all_tiles = static_cast<uint32_t>(plan.tiles);
 
   const CUtensorMapDataType type =
       std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
