@@ -3,8 +3,9 @@
 //
 // Bytes: the chunk states, 2 C D per (row, head), read once; the rest is small. Blocks stay and take (row, head) pairs in turn.
 // In each, one warp fetches: it reads slots and lengths, checks the row, and copies chunk states into a ring of shared memory,
-// as far ahead as the ring allows, into the next pairs too (fetch.cuh). One scans the new tokens (states.cuh). Eight attend:
-// their lane groups take keys in turn, a few at a time, each with a running softmax in registers (attend.cuh).
+// as far ahead as the ring allows, into the next pairs too (fetch.cuh). One scans the new tokens, or two (states.cuh). Eight
+// attend: by tensor cores, each 32 keys of a slice (matrix.cuh), or their lane groups take keys in turn, a few at a time, each with
+// a running softmax in registers (attend.cuh).
 //
 // Keys are cut into slices of a fixed number. A slice has its own softmax, and slices are joined in order. So a row's bits
 // depend on its own length alone: not on the batch, not on how many blocks share a pair, and not on the number of new tokens.
@@ -19,9 +20,11 @@
 // nothing else; one of +inf or NaN, or nothing but -inf, makes y NaN; and the weight of each key that the token sees
 // multiplies its value, 0 * inf = NaN, but no value that it does not see.
 #include <algorithm>
+#include <type_traits>
 
 #include "decode/attend.cuh"
 #include "decode/fetch.cuh"
+#include "decode/matrix.cuh"
 #include "recurrence/scan_launch.h"
 
 namespace rat::cuda {
@@ -43,8 +46,10 @@ struct Share {
   static constexpr int kTokens = (K::N + kStep - 1) / kStep;
   int first, d;
   bool live;
-  __device__ __forceinline__ explicit Share(const Decode& a)
-      : first(static_cast<int>(threadIdx.x) / K::kColumns), d(static_cast<int>(threadIdx.x) % K::kColumns) {
+  __device__ __forceinline__ explicit Share(const Decode& a) {
+    const int thread = K::kMatrix ? fresh_thread() : static_cast<int>(threadIdx.x);
+    first = thread / K::kColumns;
+    d = thread % K::kColumns;
     live = d < a.p.head_dim;
   }
 };
@@ -72,25 +77,40 @@ __device__ __forceinline__ void finish_ways(const Decode& a, SharedHead& head, c
   }
 }
 
+// Waits for the stages of keys [first, last) in turn, and gives each back. visit(first key, stage).
+template <class K, class Visit>
+__device__ __forceinline__ void walk_stages(const Decode& a, SharedHead& head, const char* ring, const Item& item,
+                                            uint32_t first, uint32_t last, RingPlace& place, const Visit& visit) {
+#pragma unroll 1
+  for (uint32_t base = first; base < last; base += K::kStageKeys) {
+    const bool fetched = base < item.keys;
+    if (fetched) mbarrier_wait(shared_address(&head.full[place.slot]), place.round);
+    visit(base, reinterpret_cast<const typename K::S*>(ring + place.slot * a.stage_bytes));
+    if (fetched) {
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&head.empty[place.slot]));
+      place.next(a.stages);
+    }
+  }
+}
+
 template <class K>
 __device__ __forceinline__ void consume_item(const Decode& a, char* memory, const SharedLayout& layout,
-                                             const Item& item, RingPlace& place, Ring<kPrepared>& prepared) {
+                                             const Item& item, RingPlace& place, Ring<kPrepared>& prepared, int& turn) {
   using S = typename K::S;
   constexpr int N = K::N, kTokens = Share<K>::kTokens;
   SharedHead& head = *reinterpret_cast<SharedHead*>(memory);
-  float* const values = reinterpret_cast<float*>(memory + layout.values);
   const int D = static_cast<int>(a.p.head_dim), at = static_cast<int>(prepared.slot());
   const float* const rows = reinterpret_cast<const float*>(memory + layout.prepared) + at * 3 * N * K::kColumns;
   const float *const out_gate = rows + N * K::kColumns, *const own_value = rows + 2 * N * K::kColumns;
   const S* const fresh = reinterpret_cast<const S*>(memory + layout.fresh) + at * 2 * N * D;
   const uint32_t scanned = shared_address(&head.scanned[at]), round = prepared.count / kPrepared % 2;
   const Lane lane = lane_of<K::W>(item.head, a.heads, D);
-  const Share<K> share(a);
 
-  Queries<N> queries;
+  Queries<K::kMatrix ? 1 : N> queries;
   prepared.wait_full();
-  load_queries<K>(a, item, lane, rows, queries);
-  const uint32_t all_keys = queries.keys[N - 1];
+  if constexpr (!K::kMatrix) load_queries<K>(a, item, lane, rows, queries);
+  const uint32_t all_keys = keys_of(a, item, a.tokens - 1);
   if (N > 1 && item.tail && all_keys > item.keys)
     mbarrier_wait(scanned, round);  // the chunk states that close are there
 
@@ -103,36 +123,44 @@ __device__ __forceinline__ void consume_item(const Decode& a, char* memory, cons
   for (int slice = item.way; slice < end_slice; slice += slice + 1 < item.slices ? item.ways : 1) {
     const uint32_t first = static_cast<uint32_t>(slice) * kSlice;
     const uint32_t last = min(first + kSlice, slice + 1 < item.slices ? item.keys : all_keys);
-    Running r[N];
+    float* values = reinterpret_cast<float*>(memory + layout.values);
+    if constexpr (K::kMatrix) {
+      const uint32_t mine = first + static_cast<uint32_t>(fresh_thread()) / 32 * kWarpKeys;
+      WarpPart<K> part;
+      clear(part);
+      walk_stages<K>(a, head, memory + layout.ring, item, first, last, place, [&](uint32_t base, const S* stage) {
+        if (mine - base < K::kStageKeys && mine < last) {
+          attend_matrix<K>(a, item, rows, head.query_unit[at], mine, base, all_keys, shared_address(stage),
+                           shared_address(fresh), part);
+        }
+      });
+      turn ^= 1;  // the last slice's may still be read; of those before it, all threads had read when it was shared
+      values += turn * K::N * kConsumerWarps * K::kColumns;
+      share_slice<K>(head, values, turn, part);
+    } else {
+      Running r[N];
 #pragma unroll
-    for (int i = 0; i < N; ++i) clear(r[i]);
-#pragma unroll 1
-    for (uint32_t base = first; base < last; base += K::kStageKeys) {
-      const S* const stage = reinterpret_cast<const S*>(memory + layout.ring + place.slot * a.stage_bytes);
-      const bool fetched = base < item.keys;
-      if (fetched) mbarrier_wait(shared_address(&head.full[place.slot]), place.round);
-      if (N > 1 && base + K::kStageKeys <= item.keys) {
-        attend<K, true>(queries, lane, D, base, item.keys, stage, fresh, head.fresh_scale[at], r);
-      } else {
-        attend<K, false>(queries, lane, D, base, item.keys, stage, fresh, head.fresh_scale[at], r);
-      }
-      if (fetched) {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&head.empty[place.slot]));
-        place.next(a.stages);
-      }
+      for (int i = 0; i < N; ++i) clear(r[i]);
+      walk_stages<K>(a, head, memory + layout.ring, item, first, last, place, [&](uint32_t base, const S* stage) {
+        if (N > 1 && base + K::kStageKeys <= item.keys) {
+          attend<K, true>(queries, lane, D, base, item.keys, stage, fresh, head.fresh_scale[at], r);
+        } else {
+          attend<K, false>(queries, lane, D, base, item.keys, stage, fresh, head.fresh_scale[at], r);
+        }
+      });
+      consumers_sync();  // the last slice's have been read
+      share_slice<K>(head, values, lane, r);
     }
-    consumers_sync();  // the last slice's have been read
-    share_slice<K>(head, values, lane, r);
     mbarrier_wait(scanned, round);
     consumers_sync();
+    const Share<K> share(a);
     if (!share.live) continue;
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
       const int i = share.first + j * Share<K>::kStep;
       // A token that comes before the slice's first key has the bits that it has without it.
       if (i >= a.tokens || (N > 1 && slice > 0 && keys_of(a, item, i) <= first)) continue;
-      const Joined part = join_warps<K>(head, values, i, share.d);
+      const Joined part = join_warps<K>(head, values, turn, i, share.d);
       if (item.ways == 1) {
         join<typename K::T>(joined[j], part);
       } else {
@@ -143,6 +171,7 @@ __device__ __forceinline__ void consume_item(const Decode& a, char* memory, cons
       }
     }
   }
+  const Share<K> share(a);
   if (item.ways > 1) {
     finish_ways<K>(a, head, item, share, out_gate);
   } else if (share.live) {
@@ -165,19 +194,25 @@ __device__ __forceinline__ void consume(const Decode& a, char* memory, const Sha
   Ring<kItems> items(head.items);
   Ring<kPrepared> prepared(head.prepared);
   RingPlace place;
+  int turn = 0;  // of the two places for a slice's softmaxes
 #pragma unroll 1
   for (;;) {
     items.wait_full();
-    const Item item = head.item[items.slot()];
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(items.empty());
-    items.next();
+    // Where registers are short, the item is read where it lies as often as it is needed, and given back last.
+    const std::conditional_t<K::kMatrix, const Item&, Item> item = head.item[items.slot()];
+    const auto give_back = [&] {
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) mbarrier_arrive(items.empty());
+      items.next();
+    };
+    if constexpr (!K::kMatrix) give_back();
     if (item.kind == ItemKind::end) return;
     if (item.kind == ItemKind::zeros) {
       store_zeros<typename K::T>(a, item);
     } else {
-      consume_item<K>(a, memory, layout, item, place, prepared);
+      consume_item<K>(a, memory, layout, item, place, prepared, turn);
     }
+    if constexpr (K::kMatrix) give_back();
   }
 }
 
@@ -186,12 +221,12 @@ template <class K>
 constexpr int kBlocks = K::N > 1 || sizeof(typename K::T) == 4 ? 1 : 2;
 
 template <class K>
-__global__ void __launch_bounds__(kDecodeThreads, kBlocks<K>) decode_step_kernel(const __grid_constant__ Decode a) {
+__global__ void __launch_bounds__(K::kThreads, kBlocks<K>) decode_step_kernel(const __grid_constant__ Decode a) {
   extern __shared__ __align__(128) char memory[];
   SharedHead& head = *reinterpret_cast<SharedHead*>(memory);
   const SharedLayout layout = shared_layout<K>(static_cast<int>(a.p.head_dim));
   if (threadIdx.x == 0) {
-    head.items.init(1, kConsumerWarps + 1);
+    head.items.init(1, kConsumerWarps + K::kScanners);
     head.prepared.init(1, kConsumerWarps);
     for (uint64_t& scanned : head.scanned) mbarrier_init(shared_address(&scanned), 1);
     for (int i = 0; i < a.stages; ++i) {
@@ -214,7 +249,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kBlocks<K>) decode_step_kernel
     fetch<K>(a, head, shared_address(memory) + layout.ring);
   } else {
     wait_for_earlier_kernels();
-    scan<K>(a, memory, layout);
+    scan<K>(a, memory, layout, static_cast<uint32_t>(warp) - kConsumerWarps - 1);
   }
 }
 
@@ -267,7 +302,7 @@ void launch(Decode a, cudaStream_t stream) {
   const int64_t resident = int64_t{device_attribute<cudaDevAttrMultiProcessorCount>()} * kBlocks<K>;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(a.candidates, resident)));
-  config.blockDim = dim3(kDecodeThreads);
+  config.blockDim = dim3(K::kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream;
   cudaLaunchAttribute overlap{};
@@ -281,15 +316,21 @@ void launch(Decode a, cudaStream_t stream) {
 
 // Calls f with the Kind that serves the call.
 template <class T, class S, int W, class F>
-void with_tokens(int64_t tokens, F&& f) {
+void with_tokens(const DecodeParams& p, int64_t tokens, F&& f) {
+  if constexpr (kHasMatrix<T, S, W>) {
+    if (p.head_dim == W * 8) {
+      if (tokens == 1) return f(MatrixKind<T, W, 1>());
+      return f(MatrixKind<T, W, kMostTokens>());
+    }
+  }
   if (tokens == 1) return f(Kind<T, S, W, 1>());
   f(Kind<T, S, W, kMostTokens>());
 }
 template <class T, class S, class F>
 void with_columns(const DecodeParams& p, int64_t tokens, F&& f) {
-  if (p.head_dim <= 64) return with_tokens<T, S, 8>(tokens, f);
-  if (p.head_dim <= 128) return with_tokens<T, S, 16>(tokens, f);
-  with_tokens<T, S, 32>(tokens, f);
+  if (p.head_dim <= 64) return with_tokens<T, S, 8>(p, tokens, f);
+  if (p.head_dim <= 128) return with_tokens<T, S, 16>(p, tokens, f);
+  with_tokens<T, S, 32>(p, tokens, f);
 }
 template <class T, class F>
 void with_states(const DecodeParams& p, int64_t tokens, F&& f) {
@@ -376,15 +417,20 @@ void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream
 
 namespace {
 
-template <class T, class S, int W, int N>
+template <class K>
 void add_kernel(KernelTable& t, const char* types) {
-  t.add("decode_step<" + std::string(types) + ", " + std::to_string(W) + ", " + std::to_string(N) + ">",
-        decode_step_kernel<Kind<T, S, W, N>>);
+  t.add("decode_step<" + std::string(types) + ", " + std::to_string(K::W) + ", " + std::to_string(K::N) +
+            (K::kMatrix ? ", matrix>" : ">"),
+        decode_step_kernel<K>);
 }
 template <class T, class S, int W>
 void add_counts(KernelTable& t, const char* types) {
-  add_kernel<T, S, W, 1>(t, types);
-  add_kernel<T, S, W, kMostTokens>(t, types);
+  add_kernel<Kind<T, S, W, 1>>(t, types);
+  add_kernel<Kind<T, S, W, kMostTokens>>(t, types);
+  if constexpr (kHasMatrix<T, S, W>) {
+    add_kernel<MatrixKind<T, W, 1>>(t, types);
+    add_kernel<MatrixKind<T, W, kMostTokens>>(t, types);
+  }
 }
 template <class T, class S>
 void add_widths(KernelTable& t, const char* types) {

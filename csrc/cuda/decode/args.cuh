@@ -4,17 +4,17 @@
 #include "../device/e4m3.cuh"
 #include "../device/rotary.cuh"
 #include "../ptx/mbarrier.cuh"
+#include "../ptx/opaque.cuh"
 
 namespace rat::cuda {
 
-constexpr int kConsumers = 256;  // threads that attend; behind them a warp that fetches and one that scans
+constexpr int kConsumers = 256;  // threads that attend; behind them a warp that fetches and one or two that scan
 constexpr int kConsumerWarps = kConsumers / 32;
-constexpr int kDecodeThreads = kConsumers + 64;
 // Keys of a slice. A slice has its own softmax, and slices are joined in order: which block took it does not show.
 constexpr int kSlice = 256;
 constexpr int kMostTokens = 4;  // of a launch
 constexpr int kItems = 4;       // that the fetching warp may be ahead
-constexpr int kPrepared = 2;    // that the scanning warp may be ahead
+constexpr int kPrepared = 2;    // that the scanning warps may be ahead
 
 // Instantiations: T of the tokens, S of the chunk states, W lanes for a row, room for N tokens.
 template <class T_, class S_, int W_, int N_>
@@ -27,8 +27,22 @@ struct Kind {
   static constexpr int kKeys = sizeof(S) == 4 ? 2 : 4;  // that a lane group takes at a time
   static constexpr int kStageKeys = kGroups * kKeys;    // of a stage of the ring
   static constexpr int kColumns = W * 8;                // D rounded up
+  static constexpr bool kMatrix = false;
+  // Warps that scan, in turn: one does not keep up with drafts.
+  static constexpr int kScanners = N > 1 && sizeof(T) == 2 ? kPrepared : 1;
+  static constexpr int kThreads = kConsumers + 32 + 32 * kScanners;
   static_assert(kSlice % kStageKeys == 0);
 };
+
+// The same on tensor cores, D of exactly W * 8: see matrix.cuh.
+template <class T_, int W_, int N_>
+struct MatrixKind : Kind<T_, T_, W_, N_> {
+  static constexpr bool kMatrix = true;
+  // A stage is what one warp takes, or two: 16 KB. The ring is short, and gives small ones back sooner.
+  static constexpr int kStageKeys = 512 / W_;
+};
+template <class T, class S, int W>
+constexpr bool kHasMatrix = sizeof(T) == 2 && sizeof(S) == 2 && W <= 16;
 
 // The tokens' inputs, in the order of Decode::input.
 enum Input : int { kQuery, kKey, kValue, kGate, kOutGate, kInputs };
@@ -81,17 +95,19 @@ struct SharedHead {
   uint64_t full[kMostStages], empty[kMostStages];
   Item item[kItems];
   float own_score[kPrepared][kMostTokens];
+  float query_unit[kPrepared][kMostTokens];  // on tensor cores: see prepare_query()
   float fresh_scale[kPrepared][2][kMostTokens];
-  float maximum[kMostTokens][kConsumerWarps], sum[kMostTokens][kConsumerWarps];
+  float maximum[2][kMostTokens][kConsumerWarps], sum[2][kMostTokens][kConsumerWarps];  // as SharedLayout::values
   int last;
 };
 
 // Behind it, in this order.
 struct SharedLayout {
-  int values;    // (N, warps, columns) floats: of a slice, warp by warp
-  int prepared;  // (kPrepared, 3, N, columns) floats: queries, scaled and rotated; output gates; own values v~
-  int tokens;    // (kInputs, N, columns) of T: the scanning warp's own
-  int angle;     // (2, columns / 2) floats: rows of the rotary tables, cosine and sine
+  int values;    // (1 or, on tensor cores, 2 in turn; N, warps, columns) floats: of a slice, warp by warp
+  int prepared;  // (kPrepared, 3, N, columns) floats: queries, scaled and rotated; output gates; own values v~. On tensor
+                 // cores, a query is twice as many numbers of T
+  int tokens;    // (kScanners, kInputs, N, columns) of T: each scanning warp's own
+  int angle;     // (kScanners, 2, columns / 2) floats: rows of the rotary tables, cosine and sine
   int fresh;     // (kPrepared, 2, N, D) of S: keys, then values of the chunks that the tokens close; N > 1 only
   int ring;      // stages: keys, values, and where scaled their scales
 };
@@ -100,10 +116,10 @@ template <class K>
 __host__ __device__ __forceinline__ SharedLayout shared_layout(int head_dim) {
   SharedLayout l;
   l.values = (static_cast<int>(sizeof(SharedHead)) + 127) / 128 * 128;
-  l.prepared = l.values + K::N * kConsumerWarps * K::kColumns * 4;
+  l.prepared = l.values + (K::kMatrix ? 2 : 1) * K::N * kConsumerWarps * K::kColumns * 4;
   l.tokens = l.prepared + kPrepared * 3 * K::N * K::kColumns * 4;
-  l.angle = l.tokens + kInputs * K::N * K::kColumns * static_cast<int>(sizeof(typename K::T));
-  l.fresh = l.angle + K::kColumns * 4;
+  l.angle = l.tokens + K::kScanners * kInputs * K::N * K::kColumns * static_cast<int>(sizeof(typename K::T));
+  l.fresh = l.angle + K::kScanners * K::kColumns * 4;
   const int fresh = K::N > 1 ? 2 * kPrepared * K::N * head_dim * static_cast<int>(sizeof(typename K::S)) : 0;
   l.ring = (l.fresh + fresh + 127) / 128 * 128;
   return l;
@@ -138,6 +154,9 @@ __device__ __forceinline__ uint32_t keys_of(const Decode& a, const Item& item, i
   }
   return keys;
 }
+
+// The thread's number, hidden: what follows from it would be kept in registers from item to item, and they are short.
+__device__ __forceinline__ int fresh_thread() { return opaque(static_cast<int>(threadIdx.x)); }
 
 // ---- arithmetic -------------------------------------------------------------------------------------------------------
 
