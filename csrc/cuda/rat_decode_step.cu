@@ -84,14 +84,33 @@ __device__ __forceinline__ void walk_stages(const Decode& a, SharedHead& head, c
 #pragma unroll 1
   for (uint32_t base = first; base < last; base += K::kStageKeys) {
     const bool fetched = base < item.keys;
-    if (fetched) mbarrier_wait(shared_address(&head.full[place.slot]), place.round);
+    if (fetched) mbarrier_wait(place.full(head), place.full_parity());
     visit(base, reinterpret_cast<const typename K::S*>(ring + place.slot * a.stage_bytes));
     if (fetched) {
       __syncwarp();
-      if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&head.empty[place.slot]));
-      place.next(a.stages);
+      if (threadIdx.x % 32 == 0) mbarrier_arrive(place.empty(head));
+      place.advance(1, a.stages);
     }
   }
+}
+
+// The same of slice [first, last) by a warp that has keys in one stage alone: it waits for no other. visit(first key, stage),
+// where the stage was not fetched too: there may be new keys behind those that were.
+template <class K, class Visit>
+__device__ __forceinline__ void visit_own_stage(const Decode& a, SharedHead& head, const char* ring, const Item& item,
+                                                uint32_t first, uint32_t last, RingPlace& place, const Visit& visit) {
+  static_assert(kSlice / K::kStageKeys <= kMostStages / 2);
+  const uint32_t own = static_cast<uint32_t>(fresh_thread()) / 32 / K::kReaders, end = min(last, item.keys);
+  const uint32_t fills = end > first ? (end - first + K::kStageKeys - 1) / K::kStageKeys : 0;
+  RingPlace mine = place;
+  mine.advance(static_cast<int>(own), a.stages);
+  if (own < fills) mbarrier_wait(mine.full(head), mine.full_parity());
+  visit(first + own * K::kStageKeys, reinterpret_cast<const typename K::S*>(ring + mine.slot * a.stage_bytes));
+  if (own < fills) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(mine.empty(head));
+  }
+  place.advance(static_cast<int>(fills), a.stages);
 }
 
 template <class K>
@@ -128,8 +147,8 @@ __device__ __forceinline__ void consume_item(const Decode& a, char* memory, cons
       const uint32_t mine = first + static_cast<uint32_t>(fresh_thread()) / 32 * kWarpKeys;
       WarpPart<K> part;
       clear(part);
-      walk_stages<K>(a, head, memory + layout.ring, item, first, last, place, [&](uint32_t base, const S* stage) {
-        if (mine - base < K::kStageKeys && mine < last) {
+      visit_own_stage<K>(a, head, memory + layout.ring, item, first, last, place, [&](uint32_t base, const S* stage) {
+        if (mine < last) {
           attend_matrix<K>(a, item, rows, head.query_unit[at], mine, base, all_keys, shared_address(stage),
                            shared_address(fresh), part);
         }
@@ -216,12 +235,8 @@ __device__ __forceinline__ void consume(const Decode& a, char* memory, const Sha
   }
 }
 
-// That a multiprocessor holds at once: registers and shared memory are planned for them.
 template <class K>
-constexpr int kBlocks = K::N > 1 || sizeof(typename K::T) == 4 ? 1 : 2;
-
-template <class K>
-__global__ void __launch_bounds__(K::kThreads, kBlocks<K>) decode_step_kernel(const __grid_constant__ Decode a) {
+__global__ void __launch_bounds__(K::kThreads, K::kBlocks) decode_step_kernel(const __grid_constant__ Decode a) {
   extern __shared__ __align__(128) char memory[];
   SharedHead& head = *reinterpret_cast<SharedHead*>(memory);
   const SharedLayout layout = shared_layout<K>(static_cast<int>(a.p.head_dim));
@@ -229,10 +244,11 @@ __global__ void __launch_bounds__(K::kThreads, kBlocks<K>) decode_step_kernel(co
     head.items.init(1, kConsumerWarps + K::kScanners);
     head.prepared.init(1, kConsumerWarps);
     for (uint64_t& scanned : head.scanned) mbarrier_init(shared_address(&scanned), 1);
-    for (int i = 0; i < a.stages; ++i) {
+    for (int i = 0; i < kMostStages; ++i) {
       mbarrier_init(shared_address(&head.full[i]), fills<K>(a));
-      mbarrier_init(shared_address(&head.empty[i]), kConsumerWarps);
+      mbarrier_init(shared_address(&head.empty[i]), K::kReaders);
     }
+    head.through = 0;
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -242,36 +258,46 @@ __global__ void __launch_bounds__(K::kThreads, kBlocks<K>) decode_step_kernel(co
   if (warp < kConsumerWarps) {
     warm_tokens<K>(a);
     wait_for_earlier_kernels();
+    if (threadIdx.x == kConsumers - 1) *static_cast<volatile int*>(&head.through) = 1;
     consume<K>(a, memory, layout);
   } else if (warp == kConsumerWarps) {
-    warm_states<K>(a);
+    warm_states<K>(a, head);
     wait_for_earlier_kernels();
     fetch<K>(a, head, shared_address(memory) + layout.ring);
   } else {
+    if (warp == kConsumerWarps + 1) warm_running<K>(a);
     wait_for_earlier_kernels();
     scan<K>(a, memory, layout, static_cast<uint32_t>(warp) - kConsumerWarps - 1);
   }
 }
 
-// The slots of rows that a draft in several launches takes, all or none: -1 for one that has an error. A warp for each row.
-__global__ void __launch_bounds__(128) decode_admit_kernel(const __grid_constant__ Decode a, int64_t* slots) {
-  const int row = static_cast<int>((blockIdx.x * blockDim.x + threadIdx.x) / 32),
-            lane = static_cast<int>(threadIdx.x) % 32;
-  if (row >= a.p.batch) return;
-  const int64_t firsts = a.p.slots && lane < a.p.batch ? a.p.slots[lane] : -1;
-  int64_t slot = a.p.slots ? a.p.slots[row] : row;
-  if (slot >= 0) {
-    const int64_t length = slot < a.p.pool.sequences ? a.p.pool.lengths[slot] : 0;
-    PoolError error = refusal(a, slot, length);
-    if (error == PoolError::none) {
-      error = refusal_among(a, row, static_cast<int>(slot), static_cast<uint32_t>(length), firsts);
-    }
-    if (error != PoolError::none) {
-      if (lane == 0) report(a, error, row, slot, length);
-      slot = -1;
-    }
-  }
-  if (lane == 0) slots[row] = slot;
+// The slots of the rows that are served, for calls of many rows or of several launches: -1 for a row that has an error, with which
+// it is skipped in all. A step of many rows would else compare each (row, head) with every row before it.
+constexpr int kAdmitThreads = 1024;
+constexpr int kAdmitEach = 4;  // rows of a warp, which goes through their pages one after another
+constexpr int kAdmitRows = kAdmitThreads / 32 * kAdmitEach;
+
+__global__ void __launch_bounds__(kAdmitThreads) decode_admit_kernel(const __grid_constant__ Decode a, int64_t* slots) {
+  __shared__ Claims claims;
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+  const Pool& pool = a.p.pool;
+  visit_rows<kAdmitThreads>(claims, a.p.slots, a.p.batch, pool.sequences, int64_t{blockIdx.x} * kAdmitRows,
+                            int64_t{gridDim.x} * kAdmitRows, kAdmitEach, [&](const ClaimedRow& row) {
+                              PoolError error = PoolError::none;
+                              int64_t length = 0;
+                              const bool named = row.mine && row.slot >= 0;
+                              if (named) {
+                                if (row.slot < pool.sequences) length = pool.lengths[row.slot];
+                                error = refusal(a, row.slot, length);
+                                if (error == PoolError::none && row.repeated) error = PoolError::duplicate;
+                              }
+                              const bool asks = named && error == PoolError::none;
+                              if (pool.page_table && lacks_page(a, row.slot, static_cast<uint32_t>(length), asks))
+                                error = PoolError::full;
+                              if (error != PoolError::none) report(a, error, static_cast<int>(row.n), row.slot, length);
+                              if (row.mine) slots[row.n] = error == PoolError::none ? row.slot : -1;
+                            });
 }
 
 struct Counters {
@@ -286,23 +312,13 @@ Counters take_counters(const DecodeParams& p, Arena& workspace) {
   return c;
 }
 
-template <class K>
-void launch(Decode a, cudaStream_t stream) {
-  auto* const kernel = decode_step_kernel<K>;
-  const int head_dim = static_cast<int>(a.p.head_dim);
-  const int fixed = shared_layout<K>(head_dim).ring;
-  a.stage_bytes = stage_bytes<K>(head_dim);
-  a.bulk = device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9 && head_dim * sizeof(typename K::S) % 16 == 0;
-  // The ring takes what shared memory is left to a block: 1 KB of each is the system's.
-  const int most = std::min(device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>() / kBlocks<K> - 1024,
-                            device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>());
-  a.stages = std::clamp((most - fixed) / a.stage_bytes, 2, kMostStages);
-  const int bytes = fixed + a.stages * a.stage_bytes;
-  allow_shared_memory(kernel, bytes, "decode_step");
-  const int64_t resident = int64_t{device_attribute<cudaDevAttrMultiProcessorCount>()} * kBlocks<K>;
+// Launches a kernel that may start before the kernels before it are through.
+template <class... Parameters, class... Arguments>
+void launch_overlapping(void (*kernel)(Parameters...), int64_t blocks, int threads, int bytes, cudaStream_t stream,
+                        const char* name, const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(a.candidates, resident)));
-  config.blockDim = dim3(K::kThreads);
+  config.gridDim = dim3(grid_x(blocks, name));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream;
   cudaLaunchAttribute overlap{};
@@ -310,8 +326,35 @@ void launch(Decode a, cudaStream_t stream) {
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
   config.numAttrs = device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, a), "decode_step");
-  check_launch("decode_step");
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+  check_launch(name);
+}
+
+// Stages of the ring: it takes what shared memory is left to a block, of which 1 KB is the system's. Where that is short, a block
+// takes the multiprocessor for itself; 0 where a block offers no room even so. How many there are does not show in the results.
+template <class K>
+int ring_stages(int head_dim) {
+  const int fixed = shared_layout<K>(head_dim).ring, bytes = stage_bytes<K>(head_dim);
+  const int most = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
+  const int shared =
+      std::min(device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>() / K::kBlocks - 1024, most);
+  const int stages = (shared - fixed) / bytes;
+  if (stages >= 2) return std::min(stages, kMostStages);
+  return std::clamp((most - fixed) / bytes, 0, 2);
+}
+
+template <class K>
+void launch(Decode a, cudaStream_t stream) {
+  auto* const kernel = decode_step_kernel<K>;
+  const int head_dim = static_cast<int>(a.p.head_dim);
+  const int fixed = shared_layout<K>(head_dim).ring;
+  a.stage_bytes = stage_bytes<K>(head_dim);
+  a.stages = ring_stages<K>(head_dim);
+  a.bulk = device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9 && head_dim * sizeof(typename K::S) % 16 == 0;
+  const int bytes = fixed + a.stages * a.stage_bytes;
+  allow_shared_memory(kernel, bytes, "decode_step");
+  const int64_t resident = int64_t{device_attribute<cudaDevAttrMultiProcessorCount>()} * K::kBlocks;
+  launch_overlapping(kernel, std::min<int64_t>(a.candidates, resident), K::kThreads, bytes, stream, "decode_step", a);
 }
 
 // Calls f with the Kind that serves the call.
@@ -374,7 +417,15 @@ void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream
   a.read = counters.read;
   a.arrived = counters.arrived;
   const int64_t most_slices = std::max<int64_t>(1, ceil_div(p.pool.rows, kSlice)), pairs = p.batch * p.heads;
-  const int64_t most_tokens = std::min<int64_t>(p.tokens, kMostTokens);
+  // Of a launch. Where shared memory is too small for the kernel of drafts, tokens go one by one, with the same bits.
+  int64_t most_tokens = 1;
+  if (p.tokens > 1) {
+    with_kind(p, kMostTokens, [&](auto kind) {
+      if (ring_stages<decltype(kind)>(static_cast<int>(p.head_dim)) > 0)
+        most_tokens = std::min<int64_t>(p.tokens, kMostTokens);
+    });
+  }
+  a.admitted = p.tokens > most_tokens || (p.slots && p.batch > kKnownRows);
   a.entries = 1 + most_slices;
   // Few pairs: a way for each block that the chip holds. More: enough that all blocks have about as much to do.
   const int64_t resident = 2 * int64_t{device_attribute<cudaDevAttrMultiProcessorCount>()};
@@ -383,7 +434,7 @@ void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream
   Piece<float> partial;
   Piece<int64_t> admitted;
   if (a.ways > 1) partial = scratch.take<float>(pairs * most_tokens * a.entries * (p.head_dim + 8));
-  if (p.tokens > kMostTokens) admitted = scratch.take<int64_t>(p.batch);
+  if (a.admitted) admitted = scratch.take<int64_t>(p.batch);
   scratch.commit(allocator);
   a.partial = partial;
   a.chunk_size = static_cast<uint32_t>(std::min<int64_t>(p.chunk_size, int64_t{1} << 31));
@@ -398,15 +449,17 @@ void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream
   for (int64_t rows = p.pool.page_rows; p.pool.page_table && rows > 1; rows /= 2) ++a.page_shift;
   a.vector = p.aligned16;
   a.scale = static_cast<float>(p.scale * 1.4426950408889634);
-  if (p.tokens > kMostTokens) {
+  a.named = p.slots;
+  if (a.admitted) {
     a.reserve = static_cast<int>(p.tokens);
-    decode_admit_kernel<<<grid_x(ceil_div(p.batch, 4), "decode_admit"), 128, 0, stream>>>(a, admitted);
-    check_launch("decode_admit");
+    const int64_t blocks =
+        std::min<int64_t>(ceil_div(p.batch, kAdmitRows), device_attribute<cudaDevAttrMultiProcessorCount>());
+    launch_overlapping(decode_admit_kernel, blocks, kAdmitThreads, 0, stream, "decode_admit", a, admitted.get());
     a.p.slots = admitted;
   }
   const int64_t element = p.dtype == DType::f32 ? 4 : 2;
   for (int64_t done = 0; done < p.tokens; done += a.tokens) {
-    a.tokens = static_cast<int>(std::min<int64_t>(p.tokens - done, kMostTokens));
+    a.tokens = static_cast<int>(std::min<int64_t>(p.tokens - done, most_tokens));
     a.reserve = a.tokens;
     const Rows* const inputs[kInputs] = {&p.q, &p.k, &p.v, &p.gate, &p.out_gate};
     for (int i = 0; i < kInputs; ++i) a.input[i] = from_token(*inputs[i], done, element);

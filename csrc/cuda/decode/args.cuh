@@ -12,9 +12,13 @@ constexpr int kConsumers = 256;  // threads that attend; behind them a warp that
 constexpr int kConsumerWarps = kConsumers / 32;
 // Keys of a slice. A slice has its own softmax, and slices are joined in order: which block took it does not show.
 constexpr int kSlice = 256;
+constexpr int kWarpKeys = 32;  // of a slice, that a warp takes on tensor cores
+static_assert(kConsumerWarps * kWarpKeys == kSlice);
 constexpr int kMostTokens = 4;  // of a launch
 constexpr int kItems = 4;       // that the fetching warp may be ahead
 constexpr int kPrepared = 2;    // that the scanning warps may be ahead
+constexpr int kKnownRows =
+    128;  // up to so many rows a warp knows all slots; more are admitted by a kernel of their own
 
 // Instantiations: T of the tokens, S of the chunk states, W lanes for a row, room for N tokens.
 template <class T_, class S_, int W_, int N_>
@@ -28,9 +32,12 @@ struct Kind {
   static constexpr int kStageKeys = kGroups * kKeys;    // of a stage of the ring
   static constexpr int kColumns = W * 8;                // D rounded up
   static constexpr bool kMatrix = false;
+  static constexpr int kReaders = kConsumerWarps;  // warps that read a stage
   // Warps that scan, in turn: one does not keep up with drafts.
   static constexpr int kScanners = N > 1 && sizeof(T) == 2 ? kPrepared : 1;
   static constexpr int kThreads = kConsumers + 32 + 32 * kScanners;
+  // That a multiprocessor holds at once: registers and shared memory are planned for them.
+  static constexpr int kBlocks = N > 1 || sizeof(T) == 4 ? 1 : 2;
   static_assert(kSlice % kStageKeys == 0);
 };
 
@@ -38,8 +45,9 @@ struct Kind {
 template <class T_, int W_, int N_>
 struct MatrixKind : Kind<T_, T_, W_, N_> {
   static constexpr bool kMatrix = true;
-  // A stage is what one warp takes, or two: 16 KB. The ring is short, and gives small ones back sooner.
+  // A stage is what one warp takes, or two: 16 KB. Nobody else waits for it, and it is given back soon.
   static constexpr int kStageKeys = 512 / W_;
+  static constexpr int kReaders = kStageKeys / kWarpKeys;
 };
 template <class T, class S, int W>
 constexpr bool kHasMatrix = sizeof(T) == 2 && sizeof(S) == 2 && W <= 16;
@@ -49,6 +57,7 @@ enum Input : int { kQuery, kKey, kValue, kGate, kOutGate, kInputs };
 
 struct Decode {
   DecodeParams p;
+  const int64_t* named;  // the caller's slots; p.slots may be those that were admitted
   Rows input[kInputs];
   uint32_t input_share[kInputs];  // heads that a row serves: one, or those of a group
   uint32_t chunk_size;            // at most 2^31: no length reaches more
@@ -61,6 +70,7 @@ struct Decode {
   int page_shift;       // log2(page_rows) where paged
   int stages;           // of the ring
   int stage_bytes;
+  bool admitted;    // p.slots are distinct, and have their pages
   bool vector;      // rows of tokens are read 16 bytes at a time
   bool bulk;        // stages are filled by bulk copies
   float scale;      // in units of log2
@@ -92,13 +102,16 @@ struct SharedHead {
   RingBarriers<kItems> items;
   RingBarriers<kPrepared> prepared;  // full: queries and output gates are there
   uint64_t scanned[kPrepared];       // completed where the new tokens are, too
-  uint64_t full[kMostStages], empty[kMostStages];
+  uint64_t full[kMostStages];        // of fills in turn, more than there are in a slice: see RingPlace
+  uint64_t empty[kMostStages];       // of places
   Item item[kItems];
+  int slot[kKnownRows];  // the fetching warp's own: of all rows, where it looks for earlier ones of the same slot
   float own_score[kPrepared][kMostTokens];
   float query_unit[kPrepared][kMostTokens];  // on tensor cores: see prepare_query()
   float fresh_scale[kPrepared][2][kMostTokens];
   float maximum[2][kMostTokens][kConsumerWarps], sum[2][kMostTokens][kConsumerWarps];  // as SharedLayout::values
   int last;
+  int through;  // 1 where the kernels before this one are through
 };
 
 // Behind it, in this order.

@@ -12,14 +12,11 @@
 // pieces in different order.
 #pragma once
 
-#include "../ptx/mma.cuh"
 #include "../ptx/memory.cuh"
+#include "../ptx/mma.cuh"
 #include "attend.cuh"
 
 namespace rat::cuda {
-
-constexpr int kWarpKeys = 32;
-static_assert(kConsumerWarps * kWarpKeys == kSlice);
 
 // A sum of both parts. An infinite one stands alone: the other part would be infinite with any sign.
 __device__ __forceinline__ float of_parts(float high, float low) {
@@ -39,7 +36,7 @@ __device__ __forceinline__ void matrix_scores(int lane, const float* queries, co
   float c[2][4];
 #pragma unroll
   for (int m = 0; m < 2; ++m) c[m][0] = c[m][1] = c[m][2] = c[m][3] = 0.0f;
-#pragma unroll(K::N == 1 ? 1 : 2)  // registers
+#pragma unroll(K::kBlocks == 2 ? 1 : 2)  // registers
   for (int both = 0; both < K::kColumns / 32; both += 2) {
     uint32_t b[2][2][2];
 #pragma unroll
@@ -129,15 +126,15 @@ __device__ __forceinline__ void matrix_weights(int lane, const float (&score)[2]
   }
 }
 
-// Weighted values. kMasked: keys from `limit` on, counted from the warp's first, are left out.
+// Weighted values. kMasked: keys from `limit` on, counted from the warp's first, are left out. A lane keeps them or does not.
 template <class K, bool kMasked, class Row>
 __device__ __forceinline__ void matrix_values(int lane, const uint32_t (&b)[2][2], const Row& row, int limit,
-                                              float (&value)[WarpPart<K>::kPieces][8]) {
+                                              bool keeps, float (&value)[WarpPart<K>::kPieces][8]) {
   constexpr int kPieces = WarpPart<K>::kPieces;
   static_assert(kPieces <= 2);
   const int g = lane / 4, t = lane % 4;
   const bool swapped = kPieces == 2 && t % 2 == 1;
-#pragma unroll(K::N == 1 ? 1 : 2)
+#pragma unroll(K::kBlocks == 2 ? 1 : 2)
   for (int half = 0; half < 2; ++half) {  // of 16 bytes: fewer registers at a time
     float c[kPieces][2][4];
 #pragma unroll
@@ -178,8 +175,8 @@ __device__ __forceinline__ void matrix_values(int lane, const uint32_t (&b)[2][2
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const float of_key = of_parts(c[i][f][2 * r], c[i][f][2 * r + 1]);
-          value[i][2 * f + r] = half == 0 ? of_key : value[i][2 * f + r];
-          value[i][4 + 2 * f + r] = of_key;
+          value[i][2 * f + r] = keeps && half == 0 ? of_key : value[i][2 * f + r];
+          value[i][4 + 2 * f + r] = keeps ? of_key : value[i][4 + 2 * f + r];
         }
       }
     }
@@ -200,7 +197,7 @@ __device__ __forceinline__ void attend_matrix(const Decode& a, const Item& item,
   if (at + kWarpKeys <= item.keys) {  // every token sees all, and none is new
     matrix_scores<K>(lane, queries, units, [&](int i) { return keys + i * kRow; }, score);
     matrix_weights<K>(lane, score, part, b);
-    matrix_values<K, false>(lane, b, [&](int i) { return values + i * kRow; }, kWarpKeys, part.value);
+    matrix_values<K, false>(lane, b, [&](int i) { return values + i * kRow; }, kWarpKeys, true, part.value);
     return;
   }
   // New ones lie elsewhere.
@@ -224,20 +221,12 @@ __device__ __forceinline__ void attend_matrix(const Decode& a, const Item& item,
   };
   // A key that the token does not see is left out: 0 times its value may be NaN. Tokens may see different ones.
   if constexpr (K::N == 1) {
-    matrix_values<K, true>(lane, b, value_row, old, part.value);
+    matrix_values<K, true>(lane, b, value_row, old, true, part.value);
   } else {
     const int count = all_keys == item.keys ? 1 : a.tokens;
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      float value[WarpPart<K>::kPieces][8];
-      matrix_values<K, true>(lane, b, value_row, limit(i), value);
-#pragma unroll
-      for (int piece = 0; piece < WarpPart<K>::kPieces; ++piece) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          part.value[piece][j] = count == 1 || t == i ? value[piece][j] : part.value[piece][j];
-        }
-      }
+      matrix_values<K, true>(lane, b, value_row, limit(i), count == 1 || t == i, part.value);
     }
   }
 }
