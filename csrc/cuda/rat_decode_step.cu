@@ -84,7 +84,7 @@ __device__ __forceinline__ void walk_stages(const Decode& a, SharedHead& head, c
 #pragma unroll 1
   for (uint32_t base = first; base < last; base += K::kStageKeys) {
     const bool fetched = base < item.keys;
-    if (fetched) mbarrier_wait(place.full(head), place.full_parity());
+    if (fetched) mbarrier_wait(place.template full<K>(head), place.template full_parity<K>());
     visit(base, reinterpret_cast<const typename K::S*>(ring + place.slot * a.stage_bytes));
     if (fetched) {
       __syncwarp();
@@ -104,7 +104,7 @@ __device__ __forceinline__ void visit_own_stage(const Decode& a, SharedHead& hea
   const uint32_t fills = end > first ? (end - first + K::kStageKeys - 1) / K::kStageKeys : 0;
   RingPlace mine = place;
   mine.advance(static_cast<int>(own), a.stages);
-  if (own < fills) mbarrier_wait(mine.full(head), mine.full_parity());
+  if (own < fills) mbarrier_wait(mine.template full<K>(head), mine.template full_parity<K>());
   visit(first + own * K::kStageKeys, reinterpret_cast<const typename K::S*>(ring + mine.slot * a.stage_bytes));
   if (own < fills) {
     __syncwarp();

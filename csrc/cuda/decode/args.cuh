@@ -100,10 +100,9 @@ constexpr int kMostStages = 16;
 // The fixed part, at the start of dynamic shared memory.
 struct SharedHead {
   RingBarriers<kItems> items;
-  RingBarriers<kPrepared> prepared;  // full: queries and output gates are there
-  uint64_t scanned[kPrepared];       // completed where the new tokens are, too
-  uint64_t full[kMostStages];        // of fills in turn, more than there are in a slice: see RingPlace
-  uint64_t empty[kMostStages];       // of places
+  RingBarriers<kPrepared> prepared;                // full: queries and output gates are there
+  uint64_t scanned[kPrepared];                     // completed where the new tokens are, too
+  uint64_t full[kMostStages], empty[kMostStages];  // see RingPlace
   Item item[kItems];
   int slot[kKnownRows];  // the fetching warp's own: of all rows, where it looks for earlier ones of the same slot
   float own_score[kPrepared][kMostTokens];

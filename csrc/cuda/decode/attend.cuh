@@ -232,7 +232,8 @@ __device__ __forceinline__ void join(Joined& a, const Joined& slice) {
 // Slices [0, count) of scratch memory, in order.
 template <class K>
 __device__ __forceinline__ Joined join_slices(const Decode& a, const Item& item, int token, int count, int d) {
-  constexpr int kAtATime = K::N == 1 ? 16 : 8;  // as many as there are registers for: a round takes as long as one load
+  // A round takes as long as one load, and as many registers as there are.
+  constexpr int kAtATime = K::kMatrix && K::N == 1 && K::W == 16 ? 16 : 8;
   const int64_t D = a.p.head_dim;
   Joined joined{kNoScore, 0.0f, 0.0f};
 #pragma unroll 1

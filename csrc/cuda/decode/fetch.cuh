@@ -56,8 +56,9 @@ __device__ __forceinline__ PoolError refusal_among(const Decode& a, int row, int
 }
 
 // Where a warp stands in the ring of stages: at a fill, and the place that it has. A place has a barrier that says when it may be
-// filled again. Fills have barriers of their own, in turn: a warp that does not wait for each must not confuse one with the one
-// before it, and that of kMostStages fills ago was in a slice that all warps are done with.
+// filled again, and one that says when it is full. On tensor cores a warp does not wait for each fill, and must not confuse one
+// with the one before it, of which only the parity differs: there fills have barriers of their own, in turn. The fill of
+// kMostStages before was in a slice that all warps are done with.
 struct RingPlace {
   int slot = 0;
   uint32_t round = 0, count = 0;
@@ -65,10 +66,14 @@ struct RingPlace {
     count += static_cast<uint32_t>(fills);
     for (slot += fills; slot >= stages; slot -= stages) round ^= 1;
   }
+  template <class K>
   __device__ __forceinline__ uint32_t full(SharedHead& head) const {
-    return shared_address(&head.full[count % kMostStages]);
+    return shared_address(&head.full[K::kMatrix ? count % kMostStages : slot]);
   }
-  __device__ __forceinline__ uint32_t full_parity() const { return count / kMostStages % 2; }
+  template <class K>
+  __device__ __forceinline__ uint32_t full_parity() const {
+    return K::kMatrix ? count / kMostStages % 2 : round;
+  }
   __device__ __forceinline__ uint32_t empty(SharedHead& head) const { return shared_address(&head.empty[slot]); }
 };
 
@@ -302,7 +307,7 @@ __device__ __forceinline__ void fetch(const Decode& a, SharedHead& head, uint32_
       for (uint32_t begin = way * kSlice; begin < keys;) {
         const uint32_t end = min(keys, begin + K::kStageKeys);
         mbarrier_wait(place.empty(head), place.round ^ 1);
-        fill_stage<K>(a, place.full(head), ring + place.slot * a.stage_bytes, entry, of_head, begin, end);
+        fill_stage<K>(a, place.template full<K>(head), ring + place.slot * a.stage_bytes, entry, of_head, begin, end);
         place.advance(1, a.stages);
         begin += K::kStageKeys;
         if (begin % kSlice == 0) begin += (ways - 1) * kSlice;
