@@ -282,22 +282,22 @@ __global__ void __launch_bounds__(kAdmitThreads) decode_admit_kernel(const __gri
   let_next_kernel_start();
   wait_for_earlier_kernels();
   const Pool& pool = a.p.pool;
+  const auto admit = [&](const ClaimedRow& row) {
+    PoolError error = PoolError::none;
+    int64_t length = 0;
+    const bool named = row.mine && row.slot >= 0;
+    if (named) {
+      if (row.slot < pool.sequences) length = __ldcg(pool.lengths + row.slot);
+      error = refusal(a, row.slot, length);
+      if (error == PoolError::none && row.repeated) error = PoolError::duplicate;
+    }
+    const bool asks = named && error == PoolError::none;
+    if (pool.page_table && lacks_page(a, row.slot, static_cast<uint32_t>(length), asks)) error = PoolError::full;
+    if (row.mine) slots[row.n] = error == PoolError::none ? row.slot : -1;
+    if (error != PoolError::none) report_inline(a, error, static_cast<int>(row.n), row.slot, length);
+  };
   visit_rows<kAdmitThreads>(claims, a.p.slots, a.p.batch, pool.sequences, int64_t{blockIdx.x} * kAdmitRows,
-                            int64_t{gridDim.x} * kAdmitRows, kAdmitEach, [&](const ClaimedRow& row) {
-                              PoolError error = PoolError::none;
-                              int64_t length = 0;
-                              const bool named = row.mine && row.slot >= 0;
-                              if (named) {
-                                if (row.slot < pool.sequences) length = pool.lengths[row.slot];
-                                error = refusal(a, row.slot, length);
-                                if (error == PoolError::none && row.repeated) error = PoolError::duplicate;
-                              }
-                              const bool asks = named && error == PoolError::none;
-                              if (pool.page_table && lacks_page(a, row.slot, static_cast<uint32_t>(length), asks))
-                                error = PoolError::full;
-                              if (error != PoolError::none) report(a, error, static_cast<int>(row.n), row.slot, length);
-                              if (row.mine) slots[row.n] = error == PoolError::none ? row.slot : -1;
-                            });
+                            int64_t{gridDim.x} * kAdmitRows, kAdmitEach, admit);
 }
 
 struct Counters {

@@ -233,7 +233,11 @@ __device__ __forceinline__ void join(Joined& a, const Joined& slice) {
 template <class K>
 __device__ __forceinline__ Joined join_slices(const Decode& a, const Item& item, int token, int count, int d) {
   // A round takes as long as one load, and as many registers as there are.
+#if __CUDA_ARCH__ >= 900
   constexpr int kAtATime = K::kMatrix && K::N == 1 && K::W == 16 ? 16 : 8;
+#else
+  constexpr int kAtATime = 8;
+#endif
   const int64_t D = a.p.head_dim;
   Joined joined{kNoScore, 0.0f, 0.0f};
 #pragma unroll 1

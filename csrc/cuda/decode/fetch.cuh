@@ -10,13 +10,18 @@
 namespace rat::cuda {
 
 // The first error wins; the host zeroes the word when it has seen it.
-static __device__ __noinline__ void report(const Decode& a, PoolError code, int row, int64_t slot, int64_t length) {
+__device__ __forceinline__ void report_inline(const Decode& a, PoolError code, int row, int64_t slot, int64_t length) {
   const int64_t detail = code == PoolError::rotary ? min(a.p.rotary.rows, int64_t{INT32_MAX}) : length;
   int32_t* const error = a.p.pool.error;
   if (atomicCAS(error, 0, static_cast<int32_t>(code)) != 0) return;
   error[1] = row;
   error[2] = static_cast<int32_t>(min(slot, static_cast<int64_t>(INT32_MAX)));
   error[3] = static_cast<int32_t>(detail);
+}
+
+// The same, out of the way of a kernel that is short of registers.
+static __device__ __noinline__ void report(const Decode& a, PoolError code, int row, int64_t slot, int64_t length) {
+  report_inline(a, code, row, slot, length);
 }
 
 // What stands against a row, by itself.

@@ -40,7 +40,7 @@ __device__ __forceinline__ void visit_rows(Claims& claims, const int64_t* slots,
       __syncthreads();
 #pragma unroll 4
       for (int64_t n = threadIdx.x; n < rows; n += THREADS) {
-        const int64_t slot = slots[n];
+        const int64_t slot = __ldcg(slots + n);
         if (slot >= low && slot < high) atomicMin(&claims.row[slot - low], static_cast<uint32_t>(n));
       }
       __syncthreads();
@@ -48,7 +48,7 @@ __device__ __forceinline__ void visit_rows(Claims& claims, const int64_t* slots,
     for (int64_t tile = begin; tile < rows; tile += stride) {
       ClaimedRow row{false, tile + warp * each + lane, -1, false};
       row.mine = lane < each && row.n < rows;
-      if (row.mine) row.slot = slots ? slots[row.n] : row.n;
+      if (row.mine) row.slot = slots ? __ldcg(slots + row.n) : row.n;
       if (slots) {
         const bool inside = row.slot >= 0 && row.slot < sequences;
         row.mine = row.mine && (inside ? row.slot >= low && row.slot < high : low == 0);
