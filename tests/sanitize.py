@@ -90,7 +90,8 @@ def decode(dtype: torch.dtype, dim: int, lengths: list[int], rows: int, slots: l
             y = rat_ext.rat_decode_step(q, k, v, gate, cache, out_gate=out_gate, slots=slot, **tables)
         assert y.isfinite().all()
 
-    return title("rat_decode_step", dtype, {"dim": dim, "lengths": lengths, "slots": slots}), run
+    shown = {"lengths": lengths, "slots": slots} if len(slots) < 10 else {"batch": len(slots)}
+    return title("rat_decode_step", dtype, {"dim": dim, **shown}), run
 
 
 def cached(
@@ -189,6 +190,7 @@ def cases() -> Iterator[Case]:
                 for tokens in (1, 4):
                     yield decode_pool(dtype, dim, [0, 3, 1022], tokens, 5, 16, fp8)
         yield decode(dtype, 64, [2000, 5], 502, [0, 1])
+        yield decode(dtype, 8, [3] * 150, 4, [*range(149, 0, -1), -1])  # more rows than a warp knows
         mixed = {"counts": [1, 30, 0, 7, 3, 2], "slots": [3, 0, 1, -1, 9, 2], "lengths": [3, 16, 0, 31]}
         for dim in PADDED_HEAD_SIZES:
             yield cached(dtype, dim, **mixed)

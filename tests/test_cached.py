@@ -453,6 +453,43 @@ def test_a_row_with_an_error(device, dtype, error):
     assert same_bits(y[1:], whole(part(x, 0, 6, slice(1, 2)), options, 4)[0]) and not y[0].any()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_rows", [None, 8])
+def test_entries_named_twice_in_many_rows(device, page_rows):
+    """Wherever the rows are, and where they bring no tokens too: the first is served alone. A graph may be replayed."""
+    random, dim, count, sequences = Random(24, device, torch.float32), 8, 1100, 9000
+    chance = torch.Generator().manual_seed(4)
+    order = torch.randperm(sequences, generator=chance)[:count]
+    assert (order >= 8192).sum() > 50
+    lengths = torch.randint(0, 4, (count,), generator=chance)
+    slots, firsts = order.clone(), order.clone()
+    pairs = ((1, 0), (33, 32), (40, 3), (700, 699), (1025, 1), (1099, 40))
+    for row, first in pairs:
+        slots[row], firsts[row] = slots[first], -1
+    slots[500], firsts[500], slots[501], firsts[501] = sequences, -1, -1, -1
+    lengths[0], lengths[40] = 0, 0
+    x, options = draw(random, 1, int(lengths.sum()), dim, 1, 1), extras(random, dim, 10, 1)
+    cu = cu_seqlens_of(lengths.tolist(), device)
+    pool = Pool(device, torch.float32, dim, 8, sequences=sequences, heads=1, page_rows=page_rows)
+    expected, static = pool.clone(), torch.full((count,), -1, device=device)
+    run(pool, x, options, 4, static, cu)  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(pool, x, options, 4, static, cu)
+    for named, served in ((slots, firsts), (slots, firsts), (firsts, firsts)):
+        static.copy_(named)
+        graph.replay()
+        assert same_bits(y, run(expected, x, options, 4, served, cu))
+        assert torch.equal(pool.lengths, expected.lengths)
+        code, row, slot, _ = pool.error.tolist()
+        if named is firsts:
+            assert code == 0
+        else:
+            assert (code, row) == (1, 500) or (code == 3 and row in dict(pairs) and slot == slots[row])
+        pool.error.zero_()
+    assert not expected.error.any() and pool.lengths.any()
+
+
 @low
 @pytest.mark.parametrize("offsets", [[0, 4, 3, 12], [1, 4, 8, 12], [0, 4, 8, 11], [0, -1, 8, 12]], ids=str)
 def test_bad_offsets(device, dtype, offsets):

@@ -271,6 +271,89 @@ def test_one_entry_named_twice_in_many_rows(device, row, offset):
         assert same_bits(cache.lengths, expected.lengths)
 
 
+def many_rows(device, rows: int = 700, sequences: int = 9000, seed: int = 15) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots of a pool of which two are named twice, far apart, and one three times; and the same without the later rows."""
+    order = torch.randperm(sequences, generator=torch.Generator().manual_seed(seed)).tolist()
+    high, low = ([slot for slot in order if (slot >= 8192) == late] for late in (True, False))
+    firsts = [slot for pair in zip(high, low[: len(high)], strict=True) for slot in pair][:rows]
+    firsts[7], firsts[300] = -1, -1
+    slots = list(firsts)
+    for row, first in ((650, 3), (rows - 1, 130), (131, 130), (513, 512)):
+        firsts[row], slots[row] = -1, slots[first]
+    return torch.tensor(slots, device=device), torch.tensor(firsts, device=device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 3, 6])
+def test_many_rows_of_a_large_pool(device, tokens):
+    """Entries named twice by rows that are far apart, one outside the pool, rows that are skipped: the others are served."""
+    random = Random(16, device, torch.float32)
+    pool = make_state(random, [5] * 9000, 1, 8, 4, rows=4)
+    x = inputs(random, 700, tokens, 1, 1, 8)
+    slots, firsts = many_rows(device)
+    for outside in (9000, 1 << 40):
+        cache, expected = pool.clone(), pool.clone()
+        slots[400], firsts[400] = outside, -1
+        y = rat_ext.rat_decode_step(**x, cache=cache, slots=slots)
+        assert same_bits(y, rat_ext.rat_decode_step(**x, cache=expected, slots=firsts))
+        assert not y[[650, 699, 131, 513, 400, 7]].any() and y[[3, 130, 512]].abs().amax(dim=(1, 2, 3)).all()
+        code, row, slot, _ = cache.error.tolist()
+        assert (code, row) == (1, 400) or (code == 3 and row in (650, 699, 131, 513) and slot == slots[row])
+        assert not expected.error.any() and not cache.workspace.any()
+        for key, value in contents(expected).items():
+            assert same_bits(contents(cache)[key], value), key
+
+
+@pytest.mark.gpu
+def test_a_graph_of_many_rows(device):
+    """Replayed for slots that change: a replay knows nothing of the one before."""
+    random = Random(17, device, torch.float32)
+    pool = make_state(random, [5] * 9000, 1, 8, 4, rows=8)
+    expected, x = pool.clone(), token(inputs(random, 700, 1, 1, 1, 8), 0)
+    static = torch.full((700,), -1, device=device)
+    rat_ext.rat_decode_step(**x, cache=pool, slots=static)  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = rat_ext.rat_decode_step(**x, cache=pool, slots=static)
+    slots, firsts = many_rows(device)
+    other = many_rows(device, seed=16)
+    # Twice the same; rows in another order, where other rows are the first; then none twice.
+    for named, served in ((slots, firsts), (slots, firsts), (slots.flip(0), None), other, (firsts, firsts)):
+        static.copy_(named)
+        graph.replay()
+        if served is None:
+            seen, rows = set(), named.tolist()
+            served = torch.tensor([-1 if s in seen or seen.add(s) else s for s in rows], device=device)
+        assert same_bits(y, rat_ext.rat_decode_step(**x, cache=expected, slots=served))
+        assert (pool.error[0] == 3) == (named is not firsts)
+        pool.error.zero_()
+    assert same_bits(pool.lengths, expected.lengths) and not pool.workspace.any()
+
+
+@pytest.mark.gpu
+def test_two_streams_of_many_rows(device):
+    """Two streams step disjoint entries of one pool at once, each with entries named twice."""
+    random = Random(18, device, torch.float32)
+    pool = make_state(random, [5] * 9000, 1, 8, 4, rows=16)
+    expected, x = pool.clone(), token(inputs(random, 350, 1, 1, 1, 8), 0)
+    halves = []
+    for half in torch.randperm(9000, generator=torch.Generator().manual_seed(2))[:700].split(350):
+        slots, firsts = half.to(device), half.to(device)
+        slots[[349, 200, 33]], firsts[[349, 200, 33]] = slots[[0, 199, 32]], -1
+        halves.append((slots, firsts))
+    wanted = [[rat_ext.rat_decode_step(**x, cache=expected, slots=firsts) for _ in range(40)] for _, firsts in halves]
+    streams, got = [torch.cuda.Stream() for _ in halves], [[], []]
+    torch.cuda.synchronize()
+    for _ in range(40):
+        for stream, (slots, _), ys in zip(streams, halves, got, strict=True):
+            with torch.cuda.stream(stream):
+                ys.append(rat_ext.rat_decode_step(**x, cache=pool, slots=slots))
+    torch.cuda.synchronize()
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert all(same_bits(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert pool.error[0] == 3 and same_bits(pool.lengths, expected.lengths) and not pool.workspace.any()
+
+
 @pytest.mark.gpu
 def test_two_streams(device):
     """Steps over disjoint entries of one cache, on two streams at once: the bits of one after the other."""

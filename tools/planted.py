@@ -1241,6 +1241,27 @@ CUDA = [
         "tests/test_decode_pool.py::test_errors",
     ),
     Mutant(
+        "gpu: of many rows, one whose entry is named twice is served",
+        "csrc/cuda/device/claims.cuh",
+        r"row\.repeated = row\.mine && inside && ",
+        "row.repeated = row.mine && !inside && ",
+        "tests/test_decode.py::test_many_rows_of_a_large_pool",
+    ),
+    Mutant(
+        "gpu: of an entry that is named twice, the last row is served",
+        "csrc/cuda/device/claims.cuh",
+        r"atomicMin\(&claims\.row\[slot - low\], static_cast<uint32_t>\(n\)\);",
+        "claims.row[slot - low] = static_cast<uint32_t>(n);",
+        "tests/test_cached.py::test_entries_named_twice_in_many_rows",
+    ),
+    Mutant(
+        "gpu: entries behind the first range of claims are not looked at",
+        "csrc/cuda/device/claims.cuh",
+        r"low == 0 \|\| \(slots && low < sequences\)",
+        "low == 0",
+        "tests/test_decode.py::test_many_rows_of_a_large_pool",
+    ),
+    Mutant(
         "gpu decode: values not scaled",
         "csrc/cuda/decode/attend.cuh",
         r"weight\[i\] = __fmul_rn\(weight\[i\], scale_v\);",

@@ -7,6 +7,7 @@
 //                      bytes for each element of a closed state, and takes scratch for all chunks that the rows have room for
 #include <algorithm>
 
+#include "device/claims.cuh"
 #include "device/e4m3.cuh"
 #include "device/sequence.cuh"
 #include "host/kernel_table.h"
@@ -43,46 +44,43 @@ __device__ __forceinline__ void raise(const Pool& pool, PoolError code, int64_t 
   pool.error[3] = word(detail);
 }
 
-// By a whole warp: the sequence of the pool that row n goes on with, and its length; -1 where the row is skipped.
-__device__ __forceinline__ int64_t take_row(const RowPlan& p, int64_t n, int64_t length, int lane, int64_t& start) {
+// By a whole warp: the sequence of the pool that each lane's row goes on with, and its length; -1 where the row is skipped.
+__device__ __forceinline__ int64_t take_row(const RowPlan& p, const ClaimedRow& row, int64_t length, int64_t& start) {
   const Pool& pool = p.pool;
+  const int64_t slot = row.slot, size = p.size.chunk_size;
   start = 0;
-  const int64_t slot = p.slots ? p.slots[n] : n;
-  if (slot < 0) return -1;
   PoolError error = PoolError::none;
-  int64_t detail = 0;
-  bool named = false, missing = false;
   if (slot >= pool.sequences) {
     error = PoolError::slot;
-  } else {
-    for (int64_t m = lane; p.slots && m < n; m += 32) named |= p.slots[m] == slot;
-    if (__any_sync(kFullWarp, named)) error = PoolError::duplicate;
+  } else if (row.repeated) {
+    error = PoolError::duplicate;
   }
-  if (error == PoolError::none && length > 0) {
-    const int64_t size = p.size.chunk_size, before = pool.lengths[slot], after = before + length;
-    const int64_t closed = before < 0 ? 0 : after / size;
-    for (int64_t page = lane; pool.page_table && page * pool.page_rows < min(closed, pool.rows); page += 32) {
-      const int32_t at = pool.page_table[slot * (pool.rows / pool.page_rows) + page];
-      missing |= at < 0 || at >= pool.pages;
-    }
+  const bool grows = row.mine && slot >= 0 && error == PoolError::none && length > 0;
+  const int64_t before = grows ? pool.lengths[slot] : 0, after = before + length;
+  const int64_t closed = before < 0 ? 0 : after / size;
+  bool missing = false;
+  if (pool.page_table) {
+    const int64_t pages = (min(closed, pool.rows) + pool.page_rows - 1) / pool.page_rows;
+    missing = page_missing(pool, pool.rows / pool.page_rows, slot, grows ? pages : 0);
+  }
+  if (!row.mine || slot < 0) return -1;
+  int64_t detail = 0;
+  if (grows) {
+    detail = before;
     if (before < 0 || before / size > pool.rows) {
       error = PoolError::length;
-      detail = before;
-    } else if (__any_sync(kFullWarp, missing) || closed > pool.rows || after > INT32_MAX) {
+    } else if (missing || closed > pool.rows || after > INT32_MAX) {
       error = PoolError::full;
-      detail = before;
     } else if (p.rotary_rows >= 0 && (after - 1) / size >= p.rotary_rows) {
       error = PoolError::rotary;
       detail = p.rotary_rows;
-    }
-    __syncwarp();  // all have read the length
-    if (error == PoolError::none) {
+    } else {
       start = before;
-      if (lane == 0) pool.lengths[slot] = static_cast<int32_t>(after);
+      pool.lengths[slot] = static_cast<int32_t>(after);
     }
   }
   if (error == PoolError::none) return slot;
-  if (lane == 0) raise(pool, error, n, slot, detail);
+  raise(pool, error, row.n, slot, detail);
   return -1;
 }
 
@@ -151,16 +149,19 @@ __device__ __forceinline__ void stage(const RowPlan& p) {
 __global__ void __launch_bounds__(kThreads) plan_rows_kernel(const __grid_constant__ RowPlan p) {
   const Sizes& s = p.size;
   if (s.cu_seqlens && !check_offsets(p)) return;
-  const int lane = threadIdx.x % 32;
-  for (int64_t n = threadIdx.x / 32; n < s.sequences; n += kWarps) {
-    const int64_t length = s.cu_seqlens ? s.cu_seqlens[n + 1] - s.cu_seqlens[n] : s.tokens;
-    int64_t start;
-    const int64_t entry = take_row(p, n, length, lane, start);
-    if (lane == 0) {
-      p.entry[n] = static_cast<int32_t>(entry);
-      p.start[n] = static_cast<int32_t>(start);
-    }
-  }
+  __shared__ Claims claims;
+  // A lane for each row, of all warps: a warp goes through the pages of its rows one after another.
+  const int each = static_cast<int>(min((s.sequences + kWarps - 1) / kWarps, int64_t{32}));
+  visit_rows<kThreads>(claims, p.slots, s.sequences, p.pool.sequences, 0, kWarps * each, each,
+                       [&](const ClaimedRow& row) {
+                         int64_t length = 0, start;
+                         if (row.mine) length = s.cu_seqlens ? s.cu_seqlens[row.n + 1] - s.cu_seqlens[row.n] : s.tokens;
+                         const int64_t entry = take_row(p, row, length, start);
+                         if (row.mine) {
+                           p.entry[row.n] = static_cast<int32_t>(entry);
+                           p.start[row.n] = static_cast<int32_t>(start);
+                         }
+                       });
   if (p.staged_k == nullptr) return;
   __syncthreads();  // entry and start are whole
   stage(p);

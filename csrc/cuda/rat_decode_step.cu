@@ -3,8 +3,9 @@
 //
 // Bytes: the chunk states, 2 C D per (row, head), read once; the rest is small. Blocks stay and take (row, head) pairs in turn.
 // In each, one warp fetches: it reads slots and lengths, checks the row, and copies chunk states into a ring of shared memory,
-// as far ahead as the ring allows, into the next pairs too (fetch.cuh). One scans the new tokens (states.cuh). Eight attend:
-// their lane groups take keys in turn, a few at a time, each with a running softmax in registers (attend.cuh).
+// as far ahead as the ring allows, into the next pairs too (fetch.cuh). One scans the new tokens, or two (states.cuh). Eight
+// attend: by tensor cores, each 32 keys of a slice (matrix.cuh), or their lane groups take keys in turn, a few at a time, each with
+// a running softmax in registers (attend.cuh).
 //
 // Keys are cut into slices of a fixed number. A slice has its own softmax, and slices are joined in order. So a row's bits
 // depend on its own length alone: not on the batch, not on how many blocks share a pair, and not on the number of new tokens.
@@ -19,9 +20,11 @@
 // nothing else; one of +inf or NaN, or nothing but -inf, makes y NaN; and the weight of each key that the token sees
 // multiplies its value, 0 * inf = NaN, but no value that it does not see.
 #include <algorithm>
+#include <type_traits>
 
 #include "decode/attend.cuh"
 #include "decode/fetch.cuh"
+#include "decode/matrix.cuh"
 #include "recurrence/scan_launch.h"
 
 namespace rat::cuda {
@@ -43,8 +46,10 @@ struct Share {
   static constexpr int kTokens = (K::N + kStep - 1) / kStep;
   int first, d;
   bool live;
-  __device__ __forceinline__ explicit Share(const Decode& a)
-      : first(static_cast<int>(threadIdx.x) / K::kColumns), d(static_cast<int>(threadIdx.x) % K::kColumns) {
+  __device__ __forceinline__ explicit Share(const Decode& a) {
+    const int thread = K::kMatrix ? fresh_thread() : static_cast<int>(threadIdx.x);
+    first = thread / K::kColumns;
+    d = thread % K::kColumns;
     live = d < a.p.head_dim;
   }
 };
@@ -72,25 +77,59 @@ __device__ __forceinline__ void finish_ways(const Decode& a, SharedHead& head, c
   }
 }
 
+// Waits for the stages of keys [first, last) in turn, and gives each back. visit(first key, stage).
+template <class K, class Visit>
+__device__ __forceinline__ void walk_stages(const Decode& a, SharedHead& head, const char* ring, const Item& item,
+                                            uint32_t first, uint32_t last, RingPlace& place, const Visit& visit) {
+#pragma unroll 1
+  for (uint32_t base = first; base < last; base += K::kStageKeys) {
+    const bool fetched = base < item.keys;
+    if (fetched) mbarrier_wait(place.template full<K>(head), place.template full_parity<K>());
+    visit(base, reinterpret_cast<const typename K::S*>(ring + place.slot * a.stage_bytes));
+    if (fetched) {
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) mbarrier_arrive(place.empty(head));
+      place.advance(1, a.stages);
+    }
+  }
+}
+
+// The same of slice [first, last) by a warp that has keys in one stage alone: it waits for no other. visit(first key, stage),
+// where the stage was not fetched too: there may be new keys behind those that were.
+template <class K, class Visit>
+__device__ __forceinline__ void visit_own_stage(const Decode& a, SharedHead& head, const char* ring, const Item& item,
+                                                uint32_t first, uint32_t last, RingPlace& place, const Visit& visit) {
+  static_assert(kSlice / K::kStageKeys <= kMostStages / 2);
+  const uint32_t own = static_cast<uint32_t>(fresh_thread()) / 32 / K::kReaders, end = min(last, item.keys);
+  const uint32_t fills = end > first ? (end - first + K::kStageKeys - 1) / K::kStageKeys : 0;
+  RingPlace mine = place;
+  mine.advance(static_cast<int>(own), a.stages);
+  if (own < fills) mbarrier_wait(mine.template full<K>(head), mine.template full_parity<K>());
+  visit(first + own * K::kStageKeys, reinterpret_cast<const typename K::S*>(ring + mine.slot * a.stage_bytes));
+  if (own < fills) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(mine.empty(head));
+  }
+  place.advance(static_cast<int>(fills), a.stages);
+}
+
 template <class K>
 __device__ __forceinline__ void consume_item(const Decode& a, char* memory, const SharedLayout& layout,
-                                             const Item& item, RingPlace& place, Ring<kPrepared>& prepared) {
+                                             const Item& item, RingPlace& place, Ring<kPrepared>& prepared, int& turn) {
   using S = typename K::S;
   constexpr int N = K::N, kTokens = Share<K>::kTokens;
   SharedHead& head = *reinterpret_cast<SharedHead*>(memory);
-  float* const values = reinterpret_cast<float*>(memory + layout.values);
   const int D = static_cast<int>(a.p.head_dim), at = static_cast<int>(prepared.slot());
   const float* const rows = reinterpret_cast<const float*>(memory + layout.prepared) + at * 3 * N * K::kColumns;
   const float *const out_gate = rows + N * K::kColumns, *const own_value = rows + 2 * N * K::kColumns;
   const S* const fresh = reinterpret_cast<const S*>(memory + layout.fresh) + at * 2 * N * D;
   const uint32_t scanned = shared_address(&head.scanned[at]), round = prepared.count / kPrepared % 2;
   const Lane lane = lane_of<K::W>(item.head, a.heads, D);
-  const Share<K> share(a);
 
-  Queries<N> queries;
+  Queries<K::kMatrix ? 1 : N> queries;
   prepared.wait_full();
-  load_queries<K>(a, item, lane, rows, queries);
-  const uint32_t all_keys = queries.keys[N - 1];
+  if constexpr (!K::kMatrix) load_queries<K>(a, item, lane, rows, queries);
+  const uint32_t all_keys = keys_of(a, item, a.tokens - 1);
   if (N > 1 && item.tail && all_keys > item.keys)
     mbarrier_wait(scanned, round);  // the chunk states that close are there
 
@@ -103,36 +142,44 @@ __device__ __forceinline__ void consume_item(const Decode& a, char* memory, cons
   for (int slice = item.way; slice < end_slice; slice += slice + 1 < item.slices ? item.ways : 1) {
     const uint32_t first = static_cast<uint32_t>(slice) * kSlice;
     const uint32_t last = min(first + kSlice, slice + 1 < item.slices ? item.keys : all_keys);
-    Running r[N];
+    float* values = reinterpret_cast<float*>(memory + layout.values);
+    if constexpr (K::kMatrix) {
+      const uint32_t mine = first + static_cast<uint32_t>(fresh_thread()) / 32 * kWarpKeys;
+      WarpPart<K> part;
+      clear(part);
+      visit_own_stage<K>(a, head, memory + layout.ring, item, first, last, place, [&](uint32_t base, const S* stage) {
+        if (mine < last) {
+          attend_matrix<K>(a, item, rows, head.query_unit[at], mine, base, all_keys, shared_address(stage),
+                           shared_address(fresh), part);
+        }
+      });
+      turn ^= 1;  // the last slice's may still be read; of those before it, all threads had read when it was shared
+      values += turn * K::N * kConsumerWarps * K::kColumns;
+      share_slice<K>(head, values, turn, part);
+    } else {
+      Running r[N];
 #pragma unroll
-    for (int i = 0; i < N; ++i) clear(r[i]);
-#pragma unroll 1
-    for (uint32_t base = first; base < last; base += K::kStageKeys) {
-      const S* const stage = reinterpret_cast<const S*>(memory + layout.ring + place.slot * a.stage_bytes);
-      const bool fetched = base < item.keys;
-      if (fetched) mbarrier_wait(shared_address(&head.full[place.slot]), place.round);
-      if (N > 1 && base + K::kStageKeys <= item.keys) {
-        attend<K, true>(queries, lane, D, base, item.keys, stage, fresh, head.fresh_scale[at], r);
-      } else {
-        attend<K, false>(queries, lane, D, base, item.keys, stage, fresh, head.fresh_scale[at], r);
-      }
-      if (fetched) {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&head.empty[place.slot]));
-        place.next(a.stages);
-      }
+      for (int i = 0; i < N; ++i) clear(r[i]);
+      walk_stages<K>(a, head, memory + layout.ring, item, first, last, place, [&](uint32_t base, const S* stage) {
+        if (N > 1 && base + K::kStageKeys <= item.keys) {
+          attend<K, true>(queries, lane, D, base, item.keys, stage, fresh, head.fresh_scale[at], r);
+        } else {
+          attend<K, false>(queries, lane, D, base, item.keys, stage, fresh, head.fresh_scale[at], r);
+        }
+      });
+      consumers_sync();  // the last slice's have been read
+      share_slice<K>(head, values, lane, r);
     }
-    consumers_sync();  // the last slice's have been read
-    share_slice<K>(head, values, lane, r);
     mbarrier_wait(scanned, round);
     consumers_sync();
+    const Share<K> share(a);
     if (!share.live) continue;
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
       const int i = share.first + j * Share<K>::kStep;
       // A token that comes before the slice's first key has the bits that it has without it.
       if (i >= a.tokens || (N > 1 && slice > 0 && keys_of(a, item, i) <= first)) continue;
-      const Joined part = join_warps<K>(head, values, i, share.d);
+      const Joined part = join_warps<K>(head, values, turn, i, share.d);
       if (item.ways == 1) {
         join<typename K::T>(joined[j], part);
       } else {
@@ -143,6 +190,7 @@ __device__ __forceinline__ void consume_item(const Decode& a, char* memory, cons
       }
     }
   }
+  const Share<K> share(a);
   if (item.ways > 1) {
     finish_ways<K>(a, head, item, share, out_gate);
   } else if (share.live) {
@@ -165,39 +213,42 @@ __device__ __forceinline__ void consume(const Decode& a, char* memory, const Sha
   Ring<kItems> items(head.items);
   Ring<kPrepared> prepared(head.prepared);
   RingPlace place;
+  int turn = 0;  // of the two places for a slice's softmaxes
 #pragma unroll 1
   for (;;) {
     items.wait_full();
-    const Item item = head.item[items.slot()];
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(items.empty());
-    items.next();
+    // Where registers are short, the item is read where it lies as often as it is needed, and given back last.
+    const std::conditional_t<K::kMatrix, const Item&, Item> item = head.item[items.slot()];
+    const auto give_back = [&] {
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) mbarrier_arrive(items.empty());
+      items.next();
+    };
+    if constexpr (!K::kMatrix) give_back();
     if (item.kind == ItemKind::end) return;
     if (item.kind == ItemKind::zeros) {
       store_zeros<typename K::T>(a, item);
     } else {
-      consume_item<K>(a, memory, layout, item, place, prepared);
+      consume_item<K>(a, memory, layout, item, place, prepared, turn);
     }
+    if constexpr (K::kMatrix) give_back();
   }
 }
 
-// That a multiprocessor holds at once: registers and shared memory are planned for them.
 template <class K>
-constexpr int kBlocks = K::N > 1 || sizeof(typename K::T) == 4 ? 1 : 2;
-
-template <class K>
-__global__ void __launch_bounds__(kDecodeThreads, kBlocks<K>) decode_step_kernel(const __grid_constant__ Decode a) {
+__global__ void __launch_bounds__(K::kThreads, K::kBlocks) decode_step_kernel(const __grid_constant__ Decode a) {
   extern __shared__ __align__(128) char memory[];
   SharedHead& head = *reinterpret_cast<SharedHead*>(memory);
   const SharedLayout layout = shared_layout<K>(static_cast<int>(a.p.head_dim));
   if (threadIdx.x == 0) {
-    head.items.init(1, kConsumerWarps + 1);
+    head.items.init(1, kConsumerWarps + K::kScanners);
     head.prepared.init(1, kConsumerWarps);
     for (uint64_t& scanned : head.scanned) mbarrier_init(shared_address(&scanned), 1);
-    for (int i = 0; i < a.stages; ++i) {
+    for (int i = 0; i < kMostStages; ++i) {
       mbarrier_init(shared_address(&head.full[i]), fills<K>(a));
-      mbarrier_init(shared_address(&head.empty[i]), kConsumerWarps);
+      mbarrier_init(shared_address(&head.empty[i]), K::kReaders);
     }
+    head.through = 0;
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -207,36 +258,46 @@ __global__ void __launch_bounds__(kDecodeThreads, kBlocks<K>) decode_step_kernel
   if (warp < kConsumerWarps) {
     warm_tokens<K>(a);
     wait_for_earlier_kernels();
+    if (threadIdx.x == kConsumers - 1) *static_cast<volatile int*>(&head.through) = 1;
     consume<K>(a, memory, layout);
   } else if (warp == kConsumerWarps) {
-    warm_states<K>(a);
+    warm_states<K>(a, head);
     wait_for_earlier_kernels();
     fetch<K>(a, head, shared_address(memory) + layout.ring);
   } else {
+    if (warp == kConsumerWarps + 1) warm_running<K>(a);
     wait_for_earlier_kernels();
-    scan<K>(a, memory, layout);
+    scan<K>(a, memory, layout, static_cast<uint32_t>(warp) - kConsumerWarps - 1);
   }
 }
 
-// The slots of rows that a draft in several launches takes, all or none: -1 for one that has an error. A warp for each row.
-__global__ void __launch_bounds__(128) decode_admit_kernel(const __grid_constant__ Decode a, int64_t* slots) {
-  const int row = static_cast<int>((blockIdx.x * blockDim.x + threadIdx.x) / 32),
-            lane = static_cast<int>(threadIdx.x) % 32;
-  if (row >= a.p.batch) return;
-  const int64_t firsts = a.p.slots && lane < a.p.batch ? a.p.slots[lane] : -1;
-  int64_t slot = a.p.slots ? a.p.slots[row] : row;
-  if (slot >= 0) {
-    const int64_t length = slot < a.p.pool.sequences ? a.p.pool.lengths[slot] : 0;
-    PoolError error = refusal(a, slot, length);
-    if (error == PoolError::none) {
-      error = refusal_among(a, row, static_cast<int>(slot), static_cast<uint32_t>(length), firsts);
+// The slots of the rows that are served, for calls of many rows or of several launches: -1 for a row that has an error, with which
+// it is skipped in all. A step of many rows would else compare each (row, head) with every row before it.
+constexpr int kAdmitThreads = 1024;
+constexpr int kAdmitEach = 4;  // rows of a warp, which goes through their pages one after another
+constexpr int kAdmitRows = kAdmitThreads / 32 * kAdmitEach;
+
+__global__ void __launch_bounds__(kAdmitThreads) decode_admit_kernel(const __grid_constant__ Decode a, int64_t* slots) {
+  __shared__ Claims claims;
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+  const Pool& pool = a.p.pool;
+  const auto admit = [&](const ClaimedRow& row) {
+    PoolError error = PoolError::none;
+    int64_t length = 0;
+    const bool named = row.mine && row.slot >= 0;
+    if (named) {
+      if (row.slot < pool.sequences) length = __ldcg(pool.lengths + row.slot);
+      error = refusal(a, row.slot, length);
+      if (error == PoolError::none && row.repeated) error = PoolError::duplicate;
     }
-    if (error != PoolError::none) {
-      if (lane == 0) report(a, error, row, slot, length);
-      slot = -1;
-    }
-  }
-  if (lane == 0) slots[row] = slot;
+    const bool asks = named && error == PoolError::none;
+    if (pool.page_table && lacks_page(a, row.slot, static_cast<uint32_t>(length), asks)) error = PoolError::full;
+    if (row.mine) slots[row.n] = error == PoolError::none ? row.slot : -1;
+    if (error != PoolError::none) report_inline(a, error, static_cast<int>(row.n), row.slot, length);
+  };
+  visit_rows<kAdmitThreads>(claims, a.p.slots, a.p.batch, pool.sequences, int64_t{blockIdx.x} * kAdmitRows,
+                            int64_t{gridDim.x} * kAdmitRows, kAdmitEach, admit);
 }
 
 struct Counters {
@@ -251,23 +312,13 @@ Counters take_counters(const DecodeParams& p, Arena& workspace) {
   return c;
 }
 
-template <class K>
-void launch(Decode a, cudaStream_t stream) {
-  auto* const kernel = decode_step_kernel<K>;
-  const int head_dim = static_cast<int>(a.p.head_dim);
-  const int fixed = shared_layout<K>(head_dim).ring;
-  a.stage_bytes = stage_bytes<K>(head_dim);
-  a.bulk = device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9 && head_dim * sizeof(typename K::S) % 16 == 0;
-  // The ring takes what shared memory is left to a block: 1 KB of each is the system's.
-  const int most = std::min(device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>() / kBlocks<K> - 1024,
-                            device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>());
-  a.stages = std::clamp((most - fixed) / a.stage_bytes, 2, kMostStages);
-  const int bytes = fixed + a.stages * a.stage_bytes;
-  allow_shared_memory(kernel, bytes, "decode_step");
-  const int64_t resident = int64_t{device_attribute<cudaDevAttrMultiProcessorCount>()} * kBlocks<K>;
+// Launches a kernel that may start before the kernels before it are through.
+template <class... Parameters, class... Arguments>
+void launch_overlapping(void (*kernel)(Parameters...), int64_t blocks, int threads, int bytes, cudaStream_t stream,
+                        const char* name, const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(a.candidates, resident)));
-  config.blockDim = dim3(kDecodeThreads);
+  config.gridDim = dim3(grid_x(blocks, name));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream;
   cudaLaunchAttribute overlap{};
@@ -275,21 +326,54 @@ void launch(Decode a, cudaStream_t stream) {
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
   config.numAttrs = device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, a), "decode_step");
-  check_launch("decode_step");
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+  check_launch(name);
+}
+
+// Stages of the ring: it takes what shared memory is left to a block, of which 1 KB is the system's. Where that is short, a block
+// takes the multiprocessor for itself; 0 where a block offers no room even so. How many there are does not show in the results.
+template <class K>
+int ring_stages(int head_dim) {
+  const int fixed = shared_layout<K>(head_dim).ring, bytes = stage_bytes<K>(head_dim);
+  const int most = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
+  const int shared =
+      std::min(device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>() / K::kBlocks - 1024, most);
+  const int stages = (shared - fixed) / bytes;
+  if (stages >= 2) return std::min(stages, kMostStages);
+  return std::clamp((most - fixed) / bytes, 0, 2);
+}
+
+template <class K>
+void launch(Decode a, cudaStream_t stream) {
+  auto* const kernel = decode_step_kernel<K>;
+  const int head_dim = static_cast<int>(a.p.head_dim);
+  const int fixed = shared_layout<K>(head_dim).ring;
+  a.stage_bytes = stage_bytes<K>(head_dim);
+  a.stages = ring_stages<K>(head_dim);
+  a.bulk = device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9 && head_dim * sizeof(typename K::S) % 16 == 0;
+  const int bytes = fixed + a.stages * a.stage_bytes;
+  allow_shared_memory(kernel, bytes, "decode_step");
+  const int64_t resident = int64_t{device_attribute<cudaDevAttrMultiProcessorCount>()} * K::kBlocks;
+  launch_overlapping(kernel, std::min<int64_t>(a.candidates, resident), K::kThreads, bytes, stream, "decode_step", a);
 }
 
 // Calls f with the Kind that serves the call.
 template <class T, class S, int W, class F>
-void with_tokens(int64_t tokens, F&& f) {
+void with_tokens(const DecodeParams& p, int64_t tokens, F&& f) {
+  if constexpr (kHasMatrix<T, S, W>) {
+    if (p.head_dim == W * 8) {
+      if (tokens == 1) return f(MatrixKind<T, W, 1>());
+      return f(MatrixKind<T, W, kMostTokens>());
+    }
+  }
   if (tokens == 1) return f(Kind<T, S, W, 1>());
   f(Kind<T, S, W, kMostTokens>());
 }
 template <class T, class S, class F>
 void with_columns(const DecodeParams& p, int64_t tokens, F&& f) {
-  if (p.head_dim <= 64) return with_tokens<T, S, 8>(tokens, f);
-  if (p.head_dim <= 128) return with_tokens<T, S, 16>(tokens, f);
-  with_tokens<T, S, 32>(tokens, f);
+  if (p.head_dim <= 64) return with_tokens<T, S, 8>(p, tokens, f);
+  if (p.head_dim <= 128) return with_tokens<T, S, 16>(p, tokens, f);
+  with_tokens<T, S, 32>(p, tokens, f);
 }
 template <class T, class F>
 void with_states(const DecodeParams& p, int64_t tokens, F&& f) {
@@ -333,7 +417,15 @@ void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream
   a.read = counters.read;
   a.arrived = counters.arrived;
   const int64_t most_slices = std::max<int64_t>(1, ceil_div(p.pool.rows, kSlice)), pairs = p.batch * p.heads;
-  const int64_t most_tokens = std::min<int64_t>(p.tokens, kMostTokens);
+  // Of a launch. Where shared memory is too small for the kernel of drafts, tokens go one by one, with the same bits.
+  int64_t most_tokens = 1;
+  if (p.tokens > 1) {
+    with_kind(p, kMostTokens, [&](auto kind) {
+      if (ring_stages<decltype(kind)>(static_cast<int>(p.head_dim)) > 0)
+        most_tokens = std::min<int64_t>(p.tokens, kMostTokens);
+    });
+  }
+  a.admitted = p.tokens > most_tokens || (p.slots && p.batch > kKnownRows);
   a.entries = 1 + most_slices;
   // Few pairs: a way for each block that the chip holds. More: enough that all blocks have about as much to do.
   const int64_t resident = 2 * int64_t{device_attribute<cudaDevAttrMultiProcessorCount>()};
@@ -342,7 +434,7 @@ void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream
   Piece<float> partial;
   Piece<int64_t> admitted;
   if (a.ways > 1) partial = scratch.take<float>(pairs * most_tokens * a.entries * (p.head_dim + 8));
-  if (p.tokens > kMostTokens) admitted = scratch.take<int64_t>(p.batch);
+  if (a.admitted) admitted = scratch.take<int64_t>(p.batch);
   scratch.commit(allocator);
   a.partial = partial;
   a.chunk_size = static_cast<uint32_t>(std::min<int64_t>(p.chunk_size, int64_t{1} << 31));
@@ -357,15 +449,17 @@ void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream
   for (int64_t rows = p.pool.page_rows; p.pool.page_table && rows > 1; rows /= 2) ++a.page_shift;
   a.vector = p.aligned16;
   a.scale = static_cast<float>(p.scale * 1.4426950408889634);
-  if (p.tokens > kMostTokens) {
+  a.named = p.slots;
+  if (a.admitted) {
     a.reserve = static_cast<int>(p.tokens);
-    decode_admit_kernel<<<grid_x(ceil_div(p.batch, 4), "decode_admit"), 128, 0, stream>>>(a, admitted);
-    check_launch("decode_admit");
+    const int64_t blocks =
+        std::min<int64_t>(ceil_div(p.batch, kAdmitRows), device_attribute<cudaDevAttrMultiProcessorCount>());
+    launch_overlapping(decode_admit_kernel, blocks, kAdmitThreads, 0, stream, "decode_admit", a, admitted.get());
     a.p.slots = admitted;
   }
   const int64_t element = p.dtype == DType::f32 ? 4 : 2;
   for (int64_t done = 0; done < p.tokens; done += a.tokens) {
-    a.tokens = static_cast<int>(std::min<int64_t>(p.tokens - done, kMostTokens));
+    a.tokens = static_cast<int>(std::min<int64_t>(p.tokens - done, most_tokens));
     a.reserve = a.tokens;
     const Rows* const inputs[kInputs] = {&p.q, &p.k, &p.v, &p.gate, &p.out_gate};
     for (int i = 0; i < kInputs; ++i) a.input[i] = from_token(*inputs[i], done, element);
@@ -376,15 +470,20 @@ void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream
 
 namespace {
 
-template <class T, class S, int W, int N>
+template <class K>
 void add_kernel(KernelTable& t, const char* types) {
-  t.add("decode_step<" + std::string(types) + ", " + std::to_string(W) + ", " + std::to_string(N) + ">",
-        decode_step_kernel<Kind<T, S, W, N>>);
+  t.add("decode_step<" + std::string(types) + ", " + std::to_string(K::W) + ", " + std::to_string(K::N) +
+            (K::kMatrix ? ", matrix>" : ">"),
+        decode_step_kernel<K>);
 }
 template <class T, class S, int W>
 void add_counts(KernelTable& t, const char* types) {
-  add_kernel<T, S, W, 1>(t, types);
-  add_kernel<T, S, W, kMostTokens>(t, types);
+  add_kernel<Kind<T, S, W, 1>>(t, types);
+  add_kernel<Kind<T, S, W, kMostTokens>>(t, types);
+  if constexpr (kHasMatrix<T, S, W>) {
+    add_kernel<MatrixKind<T, W, 1>>(t, types);
+    add_kernel<MatrixKind<T, W, kMostTokens>>(t, types);
+  }
 }
 template <class T, class S>
 void add_widths(KernelTable& t, const char* types) {

@@ -4,17 +4,21 @@
 #include "../device/e4m3.cuh"
 #include "../device/rotary.cuh"
 #include "../ptx/mbarrier.cuh"
+#include "../ptx/opaque.cuh"
 
 namespace rat::cuda {
 
-constexpr int kConsumers = 256;  // threads that attend; behind them a warp that fetches and one that scans
+constexpr int kConsumers = 256;  // threads that attend; behind them a warp that fetches and one or two that scan
 constexpr int kConsumerWarps = kConsumers / 32;
-constexpr int kDecodeThreads = kConsumers + 64;
 // Keys of a slice. A slice has its own softmax, and slices are joined in order: which block took it does not show.
 constexpr int kSlice = 256;
+constexpr int kWarpKeys = 32;  // of a slice, that a warp takes on tensor cores
+static_assert(kConsumerWarps * kWarpKeys == kSlice);
 constexpr int kMostTokens = 4;  // of a launch
 constexpr int kItems = 4;       // that the fetching warp may be ahead
-constexpr int kPrepared = 2;    // that the scanning warp may be ahead
+constexpr int kPrepared = 2;    // that the scanning warps may be ahead
+constexpr int kKnownRows =
+    128;  // up to so many rows a warp knows all slots; more are admitted by a kernel of their own
 
 // Instantiations: T of the tokens, S of the chunk states, W lanes for a row, room for N tokens.
 template <class T_, class S_, int W_, int N_>
@@ -27,14 +31,33 @@ struct Kind {
   static constexpr int kKeys = sizeof(S) == 4 ? 2 : 4;  // that a lane group takes at a time
   static constexpr int kStageKeys = kGroups * kKeys;    // of a stage of the ring
   static constexpr int kColumns = W * 8;                // D rounded up
+  static constexpr bool kMatrix = false;
+  static constexpr int kReaders = kConsumerWarps;  // warps that read a stage
+  // Warps that scan, in turn: one does not keep up with drafts.
+  static constexpr int kScanners = N > 1 && sizeof(T) == 2 ? kPrepared : 1;
+  static constexpr int kThreads = kConsumers + 32 + 32 * kScanners;
+  // That a multiprocessor holds at once: registers and shared memory are planned for them.
+  static constexpr int kBlocks = N > 1 || sizeof(T) == 4 ? 1 : 2;
   static_assert(kSlice % kStageKeys == 0);
 };
+
+// The same on tensor cores, D of exactly W * 8: see matrix.cuh.
+template <class T_, int W_, int N_>
+struct MatrixKind : Kind<T_, T_, W_, N_> {
+  static constexpr bool kMatrix = true;
+  // A stage is what one warp takes, or two: 16 KB. Nobody else waits for it, and it is given back soon.
+  static constexpr int kStageKeys = 512 / W_;
+  static constexpr int kReaders = kStageKeys / kWarpKeys;
+};
+template <class T, class S, int W>
+constexpr bool kHasMatrix = sizeof(T) == 2 && sizeof(S) == 2 && W <= 16;
 
 // The tokens' inputs, in the order of Decode::input.
 enum Input : int { kQuery, kKey, kValue, kGate, kOutGate, kInputs };
 
 struct Decode {
   DecodeParams p;
+  const int64_t* named;  // the caller's slots; p.slots may be those that were admitted
   Rows input[kInputs];
   uint32_t input_share[kInputs];  // heads that a row serves: one, or those of a group
   uint32_t chunk_size;            // at most 2^31: no length reaches more
@@ -47,6 +70,7 @@ struct Decode {
   int page_shift;       // log2(page_rows) where paged
   int stages;           // of the ring
   int stage_bytes;
+  bool admitted;    // p.slots are distinct, and have their pages
   bool vector;      // rows of tokens are read 16 bytes at a time
   bool bulk;        // stages are filled by bulk copies
   float scale;      // in units of log2
@@ -76,22 +100,26 @@ constexpr int kMostStages = 16;
 // The fixed part, at the start of dynamic shared memory.
 struct SharedHead {
   RingBarriers<kItems> items;
-  RingBarriers<kPrepared> prepared;  // full: queries and output gates are there
-  uint64_t scanned[kPrepared];       // completed where the new tokens are, too
-  uint64_t full[kMostStages], empty[kMostStages];
+  RingBarriers<kPrepared> prepared;                // full: queries and output gates are there
+  uint64_t scanned[kPrepared];                     // completed where the new tokens are, too
+  uint64_t full[kMostStages], empty[kMostStages];  // see RingPlace
   Item item[kItems];
+  int slot[kKnownRows];  // the fetching warp's own: of all rows, where it looks for earlier ones of the same slot
   float own_score[kPrepared][kMostTokens];
+  float query_unit[kPrepared][kMostTokens];  // on tensor cores: see prepare_query()
   float fresh_scale[kPrepared][2][kMostTokens];
-  float maximum[kMostTokens][kConsumerWarps], sum[kMostTokens][kConsumerWarps];
+  float maximum[2][kMostTokens][kConsumerWarps], sum[2][kMostTokens][kConsumerWarps];  // as SharedLayout::values
   int last;
+  int through;  // 1 where the kernels before this one are through
 };
 
 // Behind it, in this order.
 struct SharedLayout {
-  int values;    // (N, warps, columns) floats: of a slice, warp by warp
-  int prepared;  // (kPrepared, 3, N, columns) floats: queries, scaled and rotated; output gates; own values v~
-  int tokens;    // (kInputs, N, columns) of T: the scanning warp's own
-  int angle;     // (2, columns / 2) floats: rows of the rotary tables, cosine and sine
+  int values;    // (1 or, on tensor cores, 2 in turn; N, warps, columns) floats: of a slice, warp by warp
+  int prepared;  // (kPrepared, 3, N, columns) floats: queries, scaled and rotated; output gates; own values v~. On tensor
+                 // cores, a query is twice as many numbers of T
+  int tokens;    // (kScanners, kInputs, N, columns) of T: each scanning warp's own
+  int angle;     // (kScanners, 2, columns / 2) floats: rows of the rotary tables, cosine and sine
   int fresh;     // (kPrepared, 2, N, D) of S: keys, then values of the chunks that the tokens close; N > 1 only
   int ring;      // stages: keys, values, and where scaled their scales
 };
@@ -100,10 +128,10 @@ template <class K>
 __host__ __device__ __forceinline__ SharedLayout shared_layout(int head_dim) {
   SharedLayout l;
   l.values = (static_cast<int>(sizeof(SharedHead)) + 127) / 128 * 128;
-  l.prepared = l.values + K::N * kConsumerWarps * K::kColumns * 4;
+  l.prepared = l.values + (K::kMatrix ? 2 : 1) * K::N * kConsumerWarps * K::kColumns * 4;
   l.tokens = l.prepared + kPrepared * 3 * K::N * K::kColumns * 4;
-  l.angle = l.tokens + kInputs * K::N * K::kColumns * static_cast<int>(sizeof(typename K::T));
-  l.fresh = l.angle + K::kColumns * 4;
+  l.angle = l.tokens + K::kScanners * kInputs * K::N * K::kColumns * static_cast<int>(sizeof(typename K::T));
+  l.fresh = l.angle + K::kScanners * K::kColumns * 4;
   const int fresh = K::N > 1 ? 2 * kPrepared * K::N * head_dim * static_cast<int>(sizeof(typename K::S)) : 0;
   l.ring = (l.fresh + fresh + 127) / 128 * 128;
   return l;
@@ -138,6 +166,9 @@ __device__ __forceinline__ uint32_t keys_of(const Decode& a, const Item& item, i
   }
   return keys;
 }
+
+// The thread's number, hidden: what follows from it would be kept in registers from item to item, and they are short.
+__device__ __forceinline__ int fresh_thread() { return opaque(static_cast<int>(threadIdx.x)); }
 
 // ---- arithmetic -------------------------------------------------------------------------------------------------------
 

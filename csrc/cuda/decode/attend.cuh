@@ -182,8 +182,8 @@ __device__ __forceinline__ void share_slice(SharedHead& head, float* values, con
     if (threadIdx.x % 32 < W) {
       if (lane.live) store_scratch(values + (i * kConsumerWarps + warp) * K::kColumns + lane.d, r[i].value);
       if (lane.index == 0) {
-        head.maximum[i][warp] = top;
-        head.sum[i][warp] = r[i].sum;
+        head.maximum[0][i][warp] = top;
+        head.sum[0][i][warp] = r[i].sum;
       }
     }
   }
@@ -191,14 +191,14 @@ __device__ __forceinline__ void share_slice(SharedHead& head, float* values, con
 
 // Element d of the values of token i, of all warps.
 template <class K>
-__device__ __forceinline__ Joined join_warps(const SharedHead& head, const float* values, int i, int d) {
+__device__ __forceinline__ Joined join_warps(const SharedHead& head, const float* values, int turn, int i, int d) {
   Joined joined{kNoScore, 0.0f, 0.0f};
 #pragma unroll
-  for (int w = 0; w < kConsumerWarps; ++w) joined.maximum = fmaxf(joined.maximum, head.maximum[i][w]);
+  for (int w = 0; w < kConsumerWarps; ++w) joined.maximum = fmaxf(joined.maximum, head.maximum[turn][i][w]);
 #pragma unroll
   for (int w = 0; w < kConsumerWarps; ++w) {
-    const float weight = weight_of<typename K::T>(head.maximum[i][w] - joined.maximum);
-    joined.sum = fmaf(weight, head.sum[i][w], joined.sum);
+    const float weight = weight_of<typename K::T>(head.maximum[turn][i][w] - joined.maximum);
+    joined.sum = fmaf(weight, head.sum[turn][i][w], joined.sum);
     joined.value = fmaf(weight, values[(i * kConsumerWarps + w) * K::kColumns + d], joined.value);
   }
   return joined;
@@ -232,7 +232,12 @@ __device__ __forceinline__ void join(Joined& a, const Joined& slice) {
 // Slices [0, count) of scratch memory, in order.
 template <class K>
 __device__ __forceinline__ Joined join_slices(const Decode& a, const Item& item, int token, int count, int d) {
+  // A round takes as long as one load. Registers are enough for 16 on Hopper, as its compiler has them.
+#if __CUDA_ARCH__ == 900
+  constexpr int kAtATime = K::kMatrix && K::N == 1 && K::W == 16 ? 16 : 8;
+#else
   constexpr int kAtATime = 8;
+#endif
   const int64_t D = a.p.head_dim;
   Joined joined{kNoScore, 0.0f, 0.0f};
 #pragma unroll 1

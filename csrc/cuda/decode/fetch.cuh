@@ -1,6 +1,7 @@
 // The fetching warp: finds a block's items, checks them, and fills the ring with their chunk states, ahead of the others.
 #pragma once
 
+#include "../device/claims.cuh"
 #include "../ptx/bulk.cuh"
 #include "../ptx/cp_async.cuh"
 #include "../ptx/depend.cuh"
@@ -9,13 +10,18 @@
 namespace rat::cuda {
 
 // The first error wins; the host zeroes the word when it has seen it.
-static __device__ __noinline__ void report(const Decode& a, PoolError code, int row, int64_t slot, int64_t length) {
+__device__ __forceinline__ void report_inline(const Decode& a, PoolError code, int row, int64_t slot, int64_t length) {
   const int64_t detail = code == PoolError::rotary ? min(a.p.rotary.rows, int64_t{INT32_MAX}) : length;
   int32_t* const error = a.p.pool.error;
   if (atomicCAS(error, 0, static_cast<int32_t>(code)) != 0) return;
   error[1] = row;
   error[2] = static_cast<int32_t>(min(slot, static_cast<int64_t>(INT32_MAX)));
   error[3] = static_cast<int32_t>(detail);
+}
+
+// The same, out of the way of a kernel that is short of registers.
+static __device__ __noinline__ void report(const Decode& a, PoolError code, int row, int64_t slot, int64_t length) {
+  report_inline(a, code, row, slot, length);
 }
 
 // What stands against a row, by itself.
@@ -31,62 +37,49 @@ __device__ __forceinline__ PoolError refusal(const Decode& a, int64_t slot, int6
   return PoolError::none;
 }
 
-// Whether one of rows [first, last) has this slot, by a whole warp: each lane's part of the answer. There may be thousands of
-// rows, and no load waits for another: else the ring would run dry meanwhile.
-__device__ __forceinline__ bool slot_among(const int64_t* slots, int64_t first, int64_t last, int64_t slot) {
-  constexpr int kAtATime = 8;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  // Two at a time, in the 16 bytes where they lie: one that is outside the rows is no concern.
-  const int64_t odd = static_cast<int64_t>(reinterpret_cast<uintptr_t>(slots + first) / sizeof(int64_t) % 2);
-  bool same = false;
-#pragma unroll 1
-  for (int64_t from = first - odd + 2 * lane; from - 2 * lane < last; from += 64 * kAtATime) {
-    longlong2 x[kAtATime];
-#pragma unroll
-    for (int i = 0; i < kAtATime; ++i) {
-      x[i] = make_longlong2(-1, -1);
-      if (from + 64 * i < last) x[i] = *reinterpret_cast<const longlong2*>(slots + from + 64 * i);
-    }
-#pragma unroll
-    for (int i = 0; i < kAtATime; ++i) {
-      const int64_t at = from + 64 * i;
-      same |= (x[i].x == slot && at >= first) | (x[i].y == slot && at + 1 < last);
-    }
-  }
-  return same;
+// Whether a page is missing for the new tokens of a sequence that is right by itself: each lane for its own, by the whole warp.
+__device__ __forceinline__ bool lacks_page(const Decode& a, int64_t slot, uint32_t length, bool asks) {
+  const Pool& pool = a.p.pool;
+  const uint32_t closed = (length + static_cast<uint32_t>(a.reserve)) / a.chunk_size;
+  const uint32_t pages = (closed + static_cast<uint32_t>(pool.page_rows) - 1) >> a.page_shift;
+  return page_missing(pool, pool.rows >> a.page_shift, slot, asks ? pages : 0);
 }
 
-// And among others, by the whole warp, of a row that is right by itself. `firsts`: slots[lane], of the first 32 rows.
+// What stands against a row that is right by itself: an earlier row of the same slot, a page that is missing. By the whole warp.
 __device__ __forceinline__ PoolError refusal_among(const Decode& a, int row, int slot, uint32_t length,
-                                                   int64_t firsts) {
-  const DecodeParams& p = a.p;
+                                                   const SharedHead& head) {
+  const Pool& pool = a.p.pool;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  if (p.slots) {
-    const bool same = (lane < row && firsts == slot) | slot_among(p.slots, 32, row, slot);
+  if (a.p.slots) {
+    bool same = false;
+#pragma unroll
+    for (int i = 0; i < kKnownRows / 32; ++i) same |= 32 * i + lane < row && head.slot[32 * i + lane] == slot;
     if (__any_sync(kFullWarp, same)) return PoolError::duplicate;
   }
-  if (p.pool.page_table) {
-    const int32_t* const table = p.pool.page_table + slot * (p.pool.rows >> a.page_shift);
-    const uint32_t closed = (length + static_cast<uint32_t>(a.reserve)) / a.chunk_size;
-    const uint32_t pages = (closed + static_cast<uint32_t>(p.pool.page_rows) - 1) >> a.page_shift;
-    bool none = false;
-#pragma unroll 1
-    for (uint32_t j = lane; j < pages; j += 32) none = none || table[j] < 0 || table[j] >= p.pool.pages;
-    if (__any_sync(kFullWarp, none)) return PoolError::full;
-  }
+  if (pool.page_table && __any_sync(kFullWarp, lacks_page(a, slot, length, lane == 0))) return PoolError::full;
   return PoolError::none;
 }
 
-// Where the warp stands in the ring of stages.
+// Where a warp stands in the ring of stages: at a fill, and the place that it has. A place has a barrier that says when it may be
+// filled again, and one that says when it is full. On tensor cores a warp does not wait for each fill, and must not confuse one
+// with the one before it, of which only the parity differs: there fills have barriers of their own, in turn. The fill of
+// kMostStages before was in a slice that all warps are done with.
 struct RingPlace {
   int slot = 0;
-  uint32_t round = 0;
-  __device__ __forceinline__ void next(int stages) {
-    if (++slot == stages) {
-      slot = 0;
-      round ^= 1;
-    }
+  uint32_t round = 0, count = 0;
+  __device__ __forceinline__ void advance(int fills, int stages) {
+    count += static_cast<uint32_t>(fills);
+    for (slot += fills; slot >= stages; slot -= stages) round ^= 1;
   }
+  template <class K>
+  __device__ __forceinline__ uint32_t full(SharedHead& head) const {
+    return shared_address(&head.full[K::kMatrix ? count % kMostStages : slot]);
+  }
+  template <class K>
+  __device__ __forceinline__ uint32_t full_parity() const {
+    return K::kMatrix ? count / kMostStages % 2 : round;
+  }
+  __device__ __forceinline__ uint32_t empty(SharedHead& head) const { return shared_address(&head.empty[slot]); }
 };
 
 #if __CUDA_ARCH__ >= 900
@@ -181,11 +174,11 @@ struct Candidate {
 };
 
 // Reads past L1: it may be done before the kernel that wrote them is through, and again afterwards.
-__device__ __forceinline__ Candidate read_candidate(const Decode& a, uint32_t index) {
+__device__ __forceinline__ Candidate read_candidate(const Decode& a, const int64_t* slots, uint32_t index) {
   Candidate c{-1, 0};
   if (index < a.candidates) {
     const uint32_t row = index % a.pairs / a.heads;
-    c.slot = a.p.slots ? __ldcg(a.p.slots + row) : row;
+    c.slot = slots ? __ldcg(slots + row) : row;
     if (c.slot >= 0 && c.slot < a.p.pool.sequences) c.length = __ldcg(a.p.pool.lengths + c.slot);
   }
   return c;
@@ -206,12 +199,18 @@ __device__ __forceinline__ void warm_tokens(const Decode& a) {
 #endif
 }
 
-// By the fetching warp: states of the block's first pair.
+// By the fetching warp: states of the block's first pair. If the kernels before are through, as it mostly learns within a few
+// glances, they are not asked for twice.
 template <class K>
-__device__ __forceinline__ void warm_states(const Decode& a) {
+__device__ __forceinline__ void warm_states(const Decode& a, const SharedHead& head_of_block) {
 #if __CUDA_ARCH__ >= 900
+  constexpr int kGlances = 8;
+#pragma unroll 1
+  for (int i = 0; i < kGlances; ++i) {
+    if (*static_cast<const volatile int*>(&head_of_block.through)) return;
+  }
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const Candidate c = read_candidate(a, blockIdx.x);
+  const Candidate c = read_candidate(a, a.named, blockIdx.x);
   if (c.slot < 0 || c.slot >= a.p.pool.sequences || c.length <= 0) return;
   const uint32_t head = blockIdx.x % a.pairs % a.heads, chunk = static_cast<uint32_t>(c.length) / a.chunk_size;
   const uint32_t first = blockIdx.x / a.pairs * kSlice;
@@ -225,18 +224,45 @@ __device__ __forceinline__ void warm_states(const Decode& a) {
 #endif
 }
 
+// By a scanning warp: running states of the block's first pair, and its row of the rotary tables.
+template <class K>
+__device__ __forceinline__ void warm_running(const Decode& a) {
+#if __CUDA_ARCH__ >= 900
+  const Pool& pool = a.p.pool;
+  const Candidate c = read_candidate(a, a.named, blockIdx.x);
+  if (c.slot < 0 || c.slot >= pool.sequences || c.length <= 0) return;
+  constexpr uint32_t kLine = 128 / sizeof(float);
+  const uint32_t what = threadIdx.x % 32 / 8, d = threadIdx.x % 8 * kLine, D = static_cast<uint32_t>(a.p.head_dim);
+  const uint32_t head = blockIdx.x % a.pairs % a.heads, chunk = static_cast<uint32_t>(c.length) / a.chunk_size;
+  if (what < 2) {
+    const int64_t place = c.slot * pool.ring + (c.length - 1) % pool.ring;
+    const void* const states = what == 0 ? pool.running_k : pool.running_v;
+    if (d < D) prefetch_l2(static_cast<const float*>(states) + (place * a.heads + head) * D + d);
+  } else if (a.p.rotary.cos && d < D / 2 && chunk < a.p.rotary.rows) {
+    const void* const table = what == 2 ? a.p.rotary.cos : a.p.rotary.sin;
+    prefetch_l2(static_cast<const float*>(table) + static_cast<int64_t>(chunk) * (D / 2) + d);
+  }
+#endif
+}
+
 template <class K>
 __device__ __forceinline__ void fetch(const Decode& a, SharedHead& head, uint32_t ring) {
-  const DecodeParams& p = a.p;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   Ring<kItems> items(head.items);
   RingPlace place;
+  if (a.p.slots && !a.admitted) {
+#pragma unroll
+    for (int row = lane; row < kKnownRows; row += 32) {
+      const int64_t slot = row < a.p.batch ? __ldcg(a.p.slots + row) : -1;
+      head.slot[row] = slot < a.p.pool.sequences ? static_cast<int>(slot) : -1;
+    }
+    __syncwarp();
+  }
 #pragma unroll 1
   for (uint32_t base = blockIdx.x; base < a.candidates; base += 32 * gridDim.x) {
     // Each lane looks at a candidate; then they are gone through in turn.
     const uint32_t mine = base + lane * gridDim.x;
-    const int64_t firsts = p.slots && lane < p.batch ? __ldcg(p.slots + lane) : -1;
-    const Candidate c = read_candidate(a, mine);
+    const Candidate c = read_candidate(a, a.p.slots, mine);
     Item item;
     item.row = static_cast<int>(mine % a.pairs / a.heads);
     item.head = static_cast<int>(mine % a.pairs % a.heads);
@@ -259,8 +285,8 @@ __device__ __forceinline__ void fetch(const Decode& a, SharedHead& head, uint32_
     for (int i = 0; i < 32 && base + i * gridDim.x < a.candidates; ++i) {
       const int entry = __shfl_sync(kFullWarp, item.entry, i), row = __shfl_sync(kFullWarp, item.row, i);
       bool runs = __shfl_sync(kFullWarp, static_cast<int>(item.kind), i) == static_cast<int>(ItemKind::run);
-      if (runs && (p.slots || p.pool.page_table)) {
-        const PoolError found = refusal_among(a, row, entry, __shfl_sync(kFullWarp, item.length, i), firsts);
+      if (runs && !a.admitted && (a.p.slots || a.p.pool.page_table)) {
+        const PoolError found = refusal_among(a, row, entry, __shfl_sync(kFullWarp, item.length, i), head);
         if (found != PoolError::none) {
           runs = false;
           if (lane == i) {
@@ -285,10 +311,9 @@ __device__ __forceinline__ void fetch(const Decode& a, SharedHead& head, uint32_
 #pragma unroll 1
       for (uint32_t begin = way * kSlice; begin < keys;) {
         const uint32_t end = min(keys, begin + K::kStageKeys);
-        mbarrier_wait(shared_address(&head.empty[place.slot]), place.round ^ 1);
-        fill_stage<K>(a, shared_address(&head.full[place.slot]), ring + place.slot * a.stage_bytes, entry, of_head,
-                      begin, end);
-        place.next(a.stages);
+        mbarrier_wait(place.empty(head), place.round ^ 1);
+        fill_stage<K>(a, place.template full<K>(head), ring + place.slot * a.stage_bytes, entry, of_head, begin, end);
+        place.advance(1, a.stages);
         begin += K::kStageKeys;
         if (begin % kSlice == 0) begin += (ways - 1) * kSlice;
       }

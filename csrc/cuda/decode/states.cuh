@@ -1,6 +1,8 @@
 // The new tokens themselves: their running states, the chunk states that they close.
 #pragma once
 
+#include <type_traits>
+
 #include "../device/e4m3.cuh"
 #include "../ptx/cp_async.cuh"
 #include "args.cuh"
@@ -81,20 +83,23 @@ __device__ __forceinline__ void fetch_tokens(const Decode& a, const Item& item, 
   using T = typename K::T;
   const int group = static_cast<int>(threadIdx.x) % 32 / K::W;
 #pragma unroll 1
-  for (int i = group; i < kInputs * a.tokens; i += 32 / K::W) {
-    const int input = i % kInputs, token = i / kInputs;
-    const Rows& rows = a.input[input];
-    if (!rows.ptr || !lane.live) continue;
-    const T* const from =
-        row_of<T>(rows, item.row, token, static_cast<uint32_t>(item.head) / a.input_share[input], lane.d);
-    T* const to = tokens.row(input, token);
-    if (a.vector) {
+  for (int token = group; token < a.tokens; token += 32 / K::W) {
 #pragma unroll
-      for (int part = 0; part < static_cast<int>(sizeof(T)) / 2; ++part) {
-        cp_async16(shared_address(to) + 16 * part, reinterpret_cast<const char*>(from) + 16 * part, true);
+    for (int input = 0; input < kInputs; ++input) {
+      const Rows& rows = a.input[input];
+      if (!rows.ptr || !lane.live) continue;
+      const uint32_t of = static_cast<uint32_t>(item.head);
+      const uint32_t head = input == kQuery || input == kKey ? of / a.input_share[input] : of;
+      const T* const from = row_of<T>(rows, item.row, token, head, lane.d);
+      T* const to = tokens.row(input, token);
+      if (a.vector) {
+#pragma unroll
+        for (int part = 0; part < static_cast<int>(sizeof(T)) / 2; ++part) {
+          cp_async16(shared_address(to) + 16 * part, reinterpret_cast<const char*>(from) + 16 * part, true);
+        }
+      } else {
+        store_raw<true>(to, load_raw<false>(from));
       }
-    } else {
-      store_raw<true>(to, load_raw<false>(from));
     }
   }
   if (!a.p.rotary.cos) return;
@@ -109,10 +114,49 @@ __device__ __forceinline__ void fetch_tokens(const Decode& a, const Item& item, 
   }
 }
 
+// Two numbers as two words of pairs, high and low parts.
+template <class T>
+__device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t& low) {
+  high = pack2<T>(x, y);
+  const float2 rounded = unpack2<T>(high);
+  low = pack2<T>(__fadd_rn(x, -rounded.x), __fadd_rn(y, -rounded.y));
+}
+
+__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
+
+// A query for tensor cores: high parts of its elements, and behind them low parts. Half-precision ones are taken in units of a
+// power of two that brings the largest element to 2^12: none overflows, and low parts count. By all lanes of the warp.
+template <class K>
+__device__ __forceinline__ void prepare_query(const Lane& lane, bool stores, const float (&x)[8], float* query,
+                                              float* unit) {
+  using T = typename K::T;
+  float inverse = 1.0f;
+  if constexpr (std::is_same_v<T, f16>) {
+    float top = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) top = fmaxf(top, fabsf(x[j]));
+#pragma unroll
+    for (int step = 1; step < K::W; step *= 2) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, step));
+    const int exponent = min(max((__float_as_int(top) >> 23) - 127, -100), 100) - 12;
+    inverse = power_of_two(-exponent);
+    if (stores && lane.index == 0) *unit = power_of_two(exponent);
+  }
+  if (!stores) return;
+  uint4 high, low;
+  split<T>(__fmul_rn(x[0], inverse), __fmul_rn(x[1], inverse), high.x, low.x);
+  split<T>(__fmul_rn(x[2], inverse), __fmul_rn(x[3], inverse), high.y, low.y);
+  split<T>(__fmul_rn(x[4], inverse), __fmul_rn(x[5], inverse), high.z, low.z);
+  split<T>(__fmul_rn(x[6], inverse), __fmul_rn(x[7], inverse), high.w, low.w);
+  T* const to = reinterpret_cast<T*>(query) + lane.d;
+  *reinterpret_cast<uint4*>(to) = high;
+  *reinterpret_cast<uint4*>(to + K::kColumns) = low;
+}
+
 // What the consumers want of the tokens: queries, scaled and rotated, and output gates.
 template <class K>
 __device__ __forceinline__ void prepare_tokens(const Decode& a, const Item& item, const Lane& lane,
-                                               const Tokens<K>& tokens, bool stores, float* query, float* out_gate) {
+                                               const Tokens<K>& tokens, bool stores, float* query, float* query_unit,
+                                               float* out_gate) {
   using T = typename K::T;
   const int D = static_cast<int>(a.p.head_dim);
   uint32_t keys = item.keys, offset = item.offset;
@@ -140,8 +184,9 @@ __device__ __forceinline__ void prepare_tokens(const Decode& a, const Item& item
 #pragma unroll
       for (int j = 0; j < 8; ++j) y[j] = 1.0f;
     }
+    if constexpr (K::kMatrix) prepare_query<K>(lane, stores, x, query + i * K::kColumns, query_unit + i);
     if (stores) {
-      store_scratch(query + i * K::kColumns + lane.d, x);
+      if constexpr (!K::kMatrix) store_scratch(query + i * K::kColumns + lane.d, x);
       store_scratch(out_gate + i * K::kColumns + lane.d, y);
     }
     if (++offset == a.chunk_size) {
@@ -258,9 +303,9 @@ __device__ __forceinline__ void scan_tokens(const Decode& a, const Item& item, c
   }
 }
 
-// The scanning warp.
+// A scanning warp: every kScanners-th item is its own.
 template <class K>
-__device__ __forceinline__ void scan(const Decode& a, char* memory, const SharedLayout& layout) {
+__device__ __forceinline__ void scan(const Decode& a, char* memory, const SharedLayout& layout, uint32_t scanner) {
   using S = typename K::S;
   SharedHead& head = *reinterpret_cast<SharedHead*>(memory);
   const int D = static_cast<int>(a.p.head_dim), thread = static_cast<int>(threadIdx.x) % 32;
@@ -276,12 +321,17 @@ __device__ __forceinline__ void scan(const Decode& a, char* memory, const Shared
     items.next();
     if (item.kind == ItemKind::end) return;
     if (item.kind == ItemKind::zeros) continue;
+    if (K::kScanners > 1 && prepared.count % K::kScanners != scanner) {
+      prepared.next();
+      continue;
+    }
     const Lane lane = lane_of<K::W>(item.head, a.heads, D);
     const int place = static_cast<int>(prepared.slot());
     float* const rows = reinterpret_cast<float*>(memory + layout.prepared) + place * 3 * K::N * K::kColumns;
     S* const fresh = reinterpret_cast<S*>(memory + layout.fresh) + place * 2 * K::N * D;
-    const Tokens<K> tokens{reinterpret_cast<typename K::T*>(memory + layout.tokens) + lane.d,
-                           reinterpret_cast<float*>(memory + layout.angle)};
+    const Tokens<K> tokens{
+        reinterpret_cast<typename K::T*>(memory + layout.tokens) + scanner * kInputs * K::N * K::kColumns + lane.d,
+        reinterpret_cast<float*>(memory + layout.angle) + scanner * K::kColumns};
     __syncwarp();  // the last item's have been read
     fetch_tokens<K>(a, item, lane, tokens);
     cp_async_commit();
@@ -289,7 +339,8 @@ __device__ __forceinline__ void scan(const Decode& a, char* memory, const Shared
     prepared.wait_empty();
     cp_async_wait<0>();
     __syncwarp();
-    prepare_tokens<K>(a, item, lane, tokens, group == 0 && lane.live, rows, rows + K::N * K::kColumns);
+    prepare_tokens<K>(a, item, lane, tokens, group == 0 && lane.live, rows, head.query_unit[place],
+                      rows + K::N * K::kColumns);
     __syncwarp();
     if (thread == 0) mbarrier_arrive(prepared.full());
     if (item.tail) {
