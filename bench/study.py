@@ -82,6 +82,7 @@ class Sizes:
     recall_tokens: int = 1 << 14  # of a step
     recall_processes: int = 3  # per GPU: models so small leave room for others
     recall_hidden: int = 256
+    recall_heads: int = 8  # many and small: with few, attention stays long where it only guesses among the values
     recall_pairs: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256)
     long: int = 32768
     steps: int = 12
@@ -92,8 +93,8 @@ class Sizes:
 
 QUICK = Sizes(
     hidden=32, layers=2, heads=4, length=128, window=32, tokens=4096, tokens_per_step=1024, micro_batch=4, megabytes=1,
-    vocab=512, recall_steps=12, recall_tokens=64, recall_processes=1, recall_hidden=32, recall_pairs=(2, 4), long=256, steps=4,
-    held_out=0.3, trainer_tokens=512, trainer_steps=4,
+    vocab=512, recall_steps=12, recall_tokens=64, recall_processes=1, recall_hidden=32, recall_heads=4, recall_pairs=(2, 4),
+    long=256, steps=4, held_out=0.3, trainer_tokens=512, trainer_steps=4,
 )  # fmt: skip
 
 
@@ -337,9 +338,9 @@ def recall(name: str, sizes: Sizes, limit: float, device: torch.device) -> dict:
     most, turn = max(sizes.recall_pairs), len(sizes.recall_pairs)
     pattern, chunk = MODELS[name]
     config = RATConfig(
-        vocab_size=4 * most + 2, hidden_size=sizes.recall_hidden, num_hidden_layers=2, num_attention_heads=4,
-        layer_types=pattern, chunk_size=chunk, sliding_window=max(1, most // 4), max_position_embeddings=4 * most,
-        initializer_range=sizes.recall_hidden**-0.5,
+        vocab_size=4 * most + 2, hidden_size=sizes.recall_hidden, num_hidden_layers=2,
+        num_attention_heads=sizes.recall_heads, layer_types=pattern, chunk_size=chunk, sliding_window=max(1, most // 4),
+        max_position_embeddings=4 * most, initializer_range=sizes.recall_hidden**-0.5,
     )  # fmt: skip
 
     def train(steps: int, graphs: bool) -> tuple[RecallSteps, float, list[dict]]:
@@ -802,8 +803,9 @@ def report(result: dict, page: Path) -> None:
     if "recall" in result["origin"]:
         sizes = begin("recall", "Associative recall")
         words = (
-            f"Two layers of width {sizes['recall_hidden']}, learning rate {sizes['recall_rate']:g}; windows of "
-            f"{max(sizes['recall_pairs']) // 4} tokens. Share of values that the model finds. "
+            f"Two layers of width {sizes['recall_hidden']}, {sizes.get('recall_heads', 4)} heads, learning rate "
+            f"{sizes['recall_rate']:g}; windows of {max(sizes['recall_pairs']) // 4} tokens. Share of values that the model "
+            f"finds. "
         )
         if "recall_tokens" in sizes:
             words += (
