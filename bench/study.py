@@ -33,7 +33,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -314,11 +314,11 @@ class RecallSteps:
         return loss
 
     @torch.no_grad()
-    def accuracy(self) -> dict[str, float]:
+    def accuracy(self, numbers: Sequence[int]) -> dict[str, float]:
         """Share of values that are the likeliest, by number of pairs, on sequences that are none of the training."""
         draw, found = torch.Generator(self.device).manual_seed(1), {}
         self.model.eval()
-        for pairs in self.sizes.recall_pairs:
+        for pairs in numbers:
             tokens, labels = self.batch(draw, pairs)
             with self.autocast:
                 best = self.model(input_ids=tokens, use_cache=False).logits.argmax(-1)
@@ -329,7 +329,8 @@ class RecallSteps:
 
 
 def recall(name: str, sizes: Sizes, limit: float, device: torch.device) -> dict:
-    """One model for all numbers of pairs: few at first, and any of them, drawn at random, in the second half of the steps.
+    """One model for all numbers of pairs, each step with one of them, drawn at random. Few at first: the next one comes when
+    nine values of ten are found of the last one, and all are there in the second half of the steps.
 
     All steps have as many tokens, so as many values to find. They are those of ``sizes``, or as many as fit into ``limit``
     seconds by what the first ones take.
@@ -346,14 +347,16 @@ def recall(name: str, sizes: Sizes, limit: float, device: torch.device) -> dict:
     def train(steps: int, graphs: bool) -> tuple[RecallSteps, float, list[dict]]:
         runner = RecallSteps(config, sizes, device, graphs)
         draw, choice = torch.Generator(device).manual_seed(0), np.random.default_rng(0)
-        loss, curve = torch.zeros(()), []
+        numbers, loss, curve, known = sizes.recall_pairs, torch.zeros(()), [], 1
         for step in range(steps):
-            known = min(turn, 1 + int(step * 2 * turn / steps))
             # Up to full speed in a fiftieth of the steps, down to nothing over the last two fifths.
             rate = sizes.recall_rate * min(1.0, 50 * (step + 1) / steps, 2.5 * (1 - step / steps))
-            loss = runner.step(draw, sizes.recall_pairs[int(choice.integers(known))], rate)
+            loss = runner.step(draw, numbers[int(choice.integers(known))], rate)
+            if known < turn and (step + 1) % max(1, steps // 200) == 0:
+                last = numbers[known - 1]
+                known = turn if step + 1 >= steps // 2 else known + (runner.accuracy([last])[str(last)] > 0.9)
             if (step + 1) % max(1, steps // 10) == 0 and step + 1 < steps:
-                curve.append({"step": step + 1, "accuracy": runner.accuracy()})
+                curve.append({"step": step + 1, "known": known, "accuracy": runner.accuracy(numbers)})
         return runner, float(loss), curve
 
     def per_step(graphs: bool) -> float:
@@ -379,7 +382,7 @@ def recall(name: str, sizes: Sizes, limit: float, device: torch.device) -> dict:
     left = limit - (time.perf_counter() - begin)
     steps = max(turn, min(sizes.recall_steps, int(0.85 * left / each)))
     runner, loss, curve = train(steps, graphs)
-    found = runner.accuracy()
+    found = runner.accuracy(sizes.recall_pairs)
     print(f"recall {name}: {steps:,} steps;", " ".join(f"{pairs}: {value:.2f}" for pairs, value in found.items()), flush=True)
     result = {"accuracy": found, "steps": steps, "seconds": time.perf_counter() - begin, "loss": loss, "curve": curve}
     return result | ({"no_graph": why} if why else {})
@@ -809,9 +812,9 @@ def report(result: dict, page: Path) -> None:
         )
         if "recall_tokens" in sizes:
             words += (
-                f"Each step has {sizes['recall_tokens']:,} tokens, in sequences of one number of pairs: few at first, any of "
-                f"them in the second half. Each model has the same time, {sizes['recall_processes']} of them on a GPU at once, "
-                f"and takes as many steps as it can."
+                f"Each step has {sizes['recall_tokens']:,} tokens, in sequences of one number of pairs: few at first, more as "
+                f"soon as nine values of ten are found, any of them in the second half of the steps. Each model has the same "
+                f"time, {sizes['recall_processes']} of them on a GPU at once, and takes as many steps as it can."
             )
         else:
             words += f"Steps of {sizes['recall_batch']} sequences, of all numbers of pairs in turn."
