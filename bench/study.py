@@ -332,8 +332,8 @@ def recall(name: str, sizes: Sizes, limit: float, device: torch.device) -> dict:
     """One model for all numbers of pairs, each step with one of them, drawn at random. Few at first: the next one comes when
     nine values of ten are found of the last one, and all are there in the second half of the steps.
 
-    All steps have as many tokens, so as many values to find. They are those of ``sizes``, or as many as fit into ``limit``
-    seconds by what the first ones take.
+    All steps have as many tokens, so as many values to find. There are ``sizes.recall_steps`` of them, or as many as fit into
+    ``limit`` seconds; what is called half of the steps may then be half of the time.
     """
     begin = time.perf_counter()
     most, turn = max(sizes.recall_pairs), len(sizes.recall_pairs)
@@ -344,48 +344,44 @@ def recall(name: str, sizes: Sizes, limit: float, device: torch.device) -> dict:
         max_position_embeddings=4 * most, initializer_range=sizes.recall_hidden**-0.5,
     )  # fmt: skip
 
-    def train(steps: int, graphs: bool) -> tuple[RecallSteps, float, list[dict]]:
-        runner = RecallSteps(config, sizes, device, graphs)
+    def train(graphs: bool) -> dict:
+        runner, start = RecallSteps(config, sizes, device, graphs), time.perf_counter()
         draw, choice = torch.Generator(device).manual_seed(0), np.random.default_rng(0)
-        numbers, loss, curve, known = sizes.recall_pairs, torch.zeros(()), [], 1
-        for step in range(steps):
-            # Up to full speed in a fiftieth of the steps, down to nothing over the last two fifths.
-            rate = sizes.recall_rate * min(1.0, 50 * (step + 1) / steps, 2.5 * (1 - step / steps))
+        numbers, every = sizes.recall_pairs, min(50, max(1, sizes.recall_steps // 200))
+        budget = max(0.9 * limit - (start - begin), 0.1)
+        step, known, progress, checked, curve = 0, 1, 0.0, 0.0, []
+        while progress < 1:
+            # Up to full speed in a fiftieth of the run, down to nothing over the last two fifths.
+            rate = sizes.recall_rate * min(1.0, 0.02 + 50 * progress, 2.5 * (1 - progress))
             loss = runner.step(draw, numbers[int(choice.integers(known))], rate)
-            if known < turn and (step + 1) % max(1, steps // 200) == 0:
-                last = numbers[known - 1]
-                known = turn if step + 1 >= steps // 2 else known + (runner.accuracy([last])[str(last)] > 0.9)
-            if (step + 1) % max(1, steps // 10) == 0 and step + 1 < steps:
-                curve.append({"step": step + 1, "known": known, "accuracy": runner.accuracy(numbers)})
-        return runner, float(loss), curve
-
-    def per_step(graphs: bool) -> float:
-        """Seconds: of steps of the longest sequences, after what is done once."""
-        runner, draw = RecallSteps(config, sizes, device, graphs), torch.Generator(device).manual_seed(0)
-        for count in (10, 40):
-            common.sync(device)
-            start = time.perf_counter()
-            for i in range(min(count, sizes.recall_steps)):
-                runner.step(draw, sizes.recall_pairs[-1 - i % min(2, turn)], 0.0)
-            common.sync(device)
-        return (time.perf_counter() - start) / min(count, sizes.recall_steps)
+            step += 1
+            if step % every:
+                continue
+            common.sync(device)  # others share the GPU: only what is done tells how far it is
+            before = progress
+            progress = max(step / sizes.recall_steps, (time.perf_counter() - start) / budget)
+            if progress >= 0.5:
+                known = turn
+            elif known < turn and progress - checked >= 0.005:
+                checked, last = progress, numbers[known - 1]
+                known += runner.accuracy([last])[str(last)] > 0.9
+            if int(10 * before) < int(10 * progress) < 10:
+                curve.append({"step": step, "known": known, "accuracy": runner.accuracy(numbers)})
+        return {"accuracy": runner.accuracy(numbers), "steps": step, "loss": float(loss), "curve": curve}
 
     graphs, why = device.type == "cuda", ""
     try:
-        each = per_step(graphs)
+        result = train(graphs)
     except RuntimeError as error:
         if not graphs:
             raise
-        graphs, why = False, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         print(f"recall {name}: no CUDA graph ({why})", flush=True)
-        each = per_step(graphs)
-    left = limit - (time.perf_counter() - begin)
-    steps = max(turn, min(sizes.recall_steps, int(0.85 * left / each)))
-    runner, loss, curve = train(steps, graphs)
-    found = runner.accuracy(sizes.recall_pairs)
+        result = train(False)
+    result |= {"seconds": time.perf_counter() - begin} | ({"no_graph": why} if why else {})
+    found, steps = result["accuracy"], result["steps"]
     print(f"recall {name}: {steps:,} steps;", " ".join(f"{pairs}: {value:.2f}" for pairs, value in found.items()), flush=True)
-    result = {"accuracy": found, "steps": steps, "seconds": time.perf_counter() - begin, "loss": loss, "curve": curve}
-    return result | ({"no_graph": why} if why else {})
+    return result
 
 
 # ---- long texts, the trainer's own cost ---------------------------------------------------------------------------------
