@@ -9,7 +9,7 @@
     python bench/study.py --report FILE --merge OLD    # the same; parts that FILE has not are those of OLD
 
 Parts: language (about 30 M parameters, T = 4096: validation bits per byte against tokens and against time, tokens/s, memory),
-long (T = 32,768: tokens/s, memory), step (Trainer's step beside the bare model's), recall (4 to 256 pairs). The models stand in
+long (T = 32,768: tokens/s, memory), step (Trainer's step beside the bare model's), recall (2 to 256 pairs). The models stand in
 an order that keeps the most telling where time runs out.
 
 A process per GPU takes one model after the other. Each has a limit of its own: past it the process is ended, what its log says
@@ -33,7 +33,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,16 +71,19 @@ class Sizes:
     window: int = 1024
     tokens: int = 60_000_000  # at most: as many as the slowest model takes in its time
     tokens_per_step: int = 1 << 15  # so few tokens need steps more than they need large ones
+    learning_rate: float = 1.5e-3  # the paper's is 8e-4, of models and steps far larger
     micro_batch: int = 8
     points: int = 5  # evaluations, the end included
     held_out_windows: int = 64  # that every evaluation takes
-    megabytes: int = 200  # of text, of which the tokens are drawn
+    megabytes: float = 200  # of text, of which the tokens are drawn
     vocab: int = 8192
-    recall_steps: int = 4000
+    recall_steps: int = 60_000  # at most
     recall_rate: float = 2e-3
-    recall_batch: int = 64
+    recall_tokens: int = 1 << 14  # of a step
+    recall_processes: int = 3  # per GPU: models so small leave room for others
     recall_hidden: int = 256
-    recall_pairs: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
+    recall_heads: int = 8  # many and small: with few, attention stays long where it only guesses among the values
+    recall_pairs: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256)
     long: int = 32768
     steps: int = 12
     trainer_tokens: int = 1 << 16  # of a step that is timed under Trainer and without, in one micro-batch
@@ -90,8 +93,8 @@ class Sizes:
 
 QUICK = Sizes(
     hidden=32, layers=2, heads=4, length=128, window=32, tokens=4096, tokens_per_step=1024, micro_batch=4, megabytes=1,
-    vocab=512, recall_steps=4, recall_batch=4, recall_hidden=32, recall_pairs=(2, 4), long=256, steps=4, held_out=0.3,
-    trainer_tokens=512, trainer_steps=4,
+    vocab=512, recall_steps=12, recall_tokens=64, recall_processes=1, recall_hidden=32, recall_heads=4, recall_pairs=(2, 4),
+    long=256, steps=4, held_out=0.3, trainer_tokens=512, trainer_steps=4,
 )  # fmt: skip
 
 
@@ -186,7 +189,7 @@ def run_of(name: str, data: Path, folder: Path, sizes: Sizes, tokens: int) -> co
     recipe = {
         "steps": every * points if steps >= points else steps, "length": sizes.length, "tokens_per_step": sizes.tokens_per_step,
         "micro_batch": sizes.micro_batch, "log_every": every, "eval_every": 4 * every if steps >= points else every,
-        "eval_windows": sizes.held_out_windows,
+        "eval_windows": sizes.held_out_windows, "learning_rate": sizes.learning_rate,
     }  # fmt: skip
     output = name.replace(" ", "-").replace("=", "")
     found = {"output": output, "data": str(data), "model": config_of(name, sizes), "train": recipe}
@@ -231,83 +234,154 @@ def trained(name: str, data: Path, folder: Path, sizes: Sizes, tokens: int) -> d
 # ---- recall -------------------------------------------------------------------------------------------------------------
 
 
-def recall_batch(
-    draw: np.random.Generator, batch: int, pairs: int, length: int, vocab: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs of a key and a value, then every key again in another order, each with its value; 0 fills up.
+def recall_batch(draw: torch.Generator, batch: int, pairs: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs of a key and a value, then every key again in another order, each with its value.
 
     Returns:
-        tokens and the labels after each, ``(batch, length)`` int64: the values of the second half, -100 elsewhere.
+        tokens and the labels after each, ``(batch, 4 pairs)`` int64, where ``draw`` is: the values of the second half, -100
+        elsewhere.
     """
-    tokens = np.zeros((batch, length), dtype=np.int64)
-    labels = np.full((batch, length), -100)
-    half = vocab // 2
-    keys = 1 + draw.random((batch, half - 1)).argsort(1)[:, :pairs]
-    values = half + draw.integers(half, size=(batch, pairs))
-    order = draw.random((batch, pairs)).argsort(1)
-    asked, answers = (np.take_along_axis(x, order, 1) for x in (keys, values))
-    tokens[:, : 4 * pairs : 2] = np.concatenate((keys, asked), axis=1)
-    tokens[:, 1 : 4 * pairs : 2] = np.concatenate((values, answers), axis=1)
-    labels[:, 2 * pairs : 4 * pairs : 2] = answers
-    return torch.from_numpy(tokens), torch.from_numpy(labels)
+    half, options = vocab // 2, {"generator": draw, "device": draw.device}
+    keys = 1 + torch.rand(batch, half - 1, **options).topk(pairs).indices
+    values = torch.randint(half, 2 * half, (batch, pairs), **options)
+    order = torch.rand(batch, pairs, **options).argsort(1)
+    asked, answers = keys.gather(1, order), values.gather(1, order)
+    tokens = torch.stack((torch.cat((keys, asked), 1), torch.cat((values, answers), 1)), 2).flatten(1)
+    labels = torch.full_like(tokens, -100)
+    labels[:, 2 * pairs :: 2] = answers
+    return tokens, labels
+
+
+class RecallSteps:
+    """Steps of a model on associative recall. On a GPU a step is a CUDA graph, one for each number of pairs: the model is so
+    small that the host would be what takes the time.
+    """
+
+    def __init__(self, config: RATConfig, sizes: Sizes, device: torch.device, graphs: bool):
+        torch.manual_seed(0)
+        self.model, self.device, self.sizes = RATForCausalLM(config).to(device).train(), device, sizes
+        self.parameters, self.graphs = list(self.model.parameters()), graphs
+        rate = torch.tensor(0.0, device=device) if graphs else 0.0
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=graphs
+        )
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=not graphs)
+        self.captured: dict[int, tuple] = {}
+
+    def batch(self, draw: torch.Generator, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return recall_batch(draw, max(1, self.sizes.recall_tokens // (4 * pairs)), pairs, self.model.config.vocab_size)
+
+    def eager(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with self.autocast:
+            loss = self.model(input_ids=tokens, labels=labels, shift_labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        return loss.detach()
+
+    def capture(self, pairs: int, tokens: torch.Tensor, labels: torch.Tensor) -> None:
+        """The step's graph. The steps before it, which set up what is set up once, are steps of the training too."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.optimizer.zero_grad()
+                self.eager(tokens, labels)
+        torch.cuda.current_stream().wait_stream(side)
+        self.optimizer.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = self.eager(tokens, labels)
+        self.captured[pairs] = (graph, tokens, labels, loss)
+
+    def step(self, draw: torch.Generator, pairs: int, rate: float) -> torch.Tensor:
+        """One step, or the few that a capture is made of. Returns the loss."""
+        tokens, labels = self.batch(draw, pairs)
+        for group in self.optimizer.param_groups:
+            if self.graphs:
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        if not self.graphs:
+            self.optimizer.zero_grad()
+            return self.eager(tokens, labels)
+        if pairs not in self.captured:
+            self.capture(pairs, tokens, labels)
+        graph, static_tokens, static_labels, loss = self.captured[pairs]
+        static_tokens.copy_(tokens)
+        static_labels.copy_(labels)
+        graph.replay()
+        return loss
+
+    @torch.no_grad()
+    def accuracy(self, numbers: Sequence[int]) -> dict[str, float]:
+        """Share of values that are the likeliest, by number of pairs, on sequences that are none of the training."""
+        draw, found = torch.Generator(self.device).manual_seed(1), {}
+        self.model.eval()
+        for pairs in numbers:
+            tokens, labels = self.batch(draw, pairs)
+            with self.autocast:
+                best = self.model(input_ids=tokens, use_cache=False).logits.argmax(-1)
+            asked = labels != -100
+            found[str(pairs)] = float((best[asked] == labels[asked]).float().mean())
+        self.model.train()
+        return found
 
 
 def recall(name: str, sizes: Sizes, limit: float, device: torch.device) -> dict:
-    """Share of values that are the likeliest, by number of pairs: one model for all, trained on all numbers in turn.
+    """One model for all numbers of pairs, each step with one of them, drawn at random. Few at first: the next one comes when
+    nine values of ten are found of the last one, and all are there in the second half of the steps.
 
-    Steps are those of ``sizes``, or as many as fit into ``limit`` seconds by what the first ones take.
+    All steps have as many tokens, so as many values to find. There are ``sizes.recall_steps`` of them, or as many as fit into
+    ``limit`` seconds; what is called half of the steps may then be half of the time.
     """
     begin = time.perf_counter()
-    length, vocab = 4 * max(sizes.recall_pairs), 4 * max(sizes.recall_pairs) + 2
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    most, turn = max(sizes.recall_pairs), len(sizes.recall_pairs)
     pattern, chunk = MODELS[name]
     config = RATConfig(
-        vocab_size=vocab, hidden_size=sizes.recall_hidden, num_hidden_layers=2, num_attention_heads=4, layer_types=pattern,
-        chunk_size=chunk, sliding_window=length // 16, max_position_embeddings=length,
+        vocab_size=4 * most + 2, hidden_size=sizes.recall_hidden, num_hidden_layers=2,
+        num_attention_heads=sizes.recall_heads, layer_types=pattern, chunk_size=chunk, sliding_window=max(1, most // 4),
+        max_position_embeddings=4 * most, initializer_range=sizes.recall_hidden**-0.5,
     )  # fmt: skip
 
-    def batches(seed: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        draw = np.random.default_rng(seed)
-        for pairs in itertools.cycle(sizes.recall_pairs):
-            tokens, labels = recall_batch(draw, sizes.recall_batch, pairs, 4 * pairs, vocab)
-            yield pairs, tokens.to(device), labels.to(device)
+    def train(graphs: bool) -> dict:
+        runner, start = RecallSteps(config, sizes, device, graphs), time.perf_counter()
+        draw, choice = torch.Generator(device).manual_seed(0), np.random.default_rng(0)
+        numbers, every = sizes.recall_pairs, min(50, max(1, sizes.recall_steps // 200))
+        budget = max(0.9 * limit - (start - begin), 0.1)
+        step, known, progress, checked, curve = 0, 1, 0.0, 0.0, []
+        while progress < 1:
+            # Up to full speed in a fiftieth of the run, down to nothing over the last two fifths.
+            rate = sizes.recall_rate * min(1.0, 0.02 + 50 * progress, 2.5 * (1 - progress))
+            loss = runner.step(draw, numbers[int(choice.integers(known))], rate)
+            step += 1
+            if step % every:
+                continue
+            common.sync(device)  # others share the GPU: only what is done tells how far it is
+            before = progress
+            progress = max(step / sizes.recall_steps, (time.perf_counter() - start) / budget)
+            if progress >= 0.5:
+                known = turn
+            elif known < turn and progress - checked >= 0.005:
+                checked, last = progress, numbers[known - 1]
+                known += runner.accuracy([last])[str(last)] > 0.9
+            if int(10 * before) < int(10 * progress) < 10:
+                curve.append({"step": step, "known": known, "accuracy": runner.accuracy(numbers)})
+        return {"accuracy": runner.accuracy(numbers), "steps": step, "loss": float(loss), "curve": curve}
 
-    def train(steps: int, warm: int = 0) -> tuple[Any, float, float]:
-        """The model, its last loss, and seconds of a step; the first ``warm`` are not counted."""
-        torch.manual_seed(0)
-        model = RATForCausalLM(config).to(device).train()
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=sizes.recall_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=device.type == "cuda"
-        )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, sizes.recall_rate, steps, pct_start=0.1)
-        start = time.perf_counter()
-        for step, (_, tokens, labels) in enumerate(itertools.islice(batches(0), steps)):
-            if step == warm:
-                common.sync(device)
-                start = time.perf_counter()
-            with autocast:
-                loss = model(input_ids=tokens, labels=labels, shift_labels=labels).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        return model, float(loss.detach()), (time.perf_counter() - start) / (steps - warm)
-
-    turn = len(sizes.recall_pairs)
-    per_step = train(3 * turn, turn)[2]
-    left = limit - (time.perf_counter() - begin)
-    steps = max(turn, min(sizes.recall_steps, int(0.85 * left / per_step)))
-    model, loss, _ = train(steps)
-    model.eval()
-    accuracy = {}
-    for pairs, tokens, labels in itertools.islice(batches(1), turn):
-        with torch.no_grad(), autocast:
-            best = model(input_ids=tokens, use_cache=False).logits.argmax(-1)
-        asked = labels != -100
-        accuracy[str(pairs)] = float((best[asked] == labels[asked]).float().mean())
-    print(f"recall {name}:", " ".join(f"{pairs}: {value:.2f}" for pairs, value in accuracy.items()), flush=True)
-    return {"accuracy": accuracy, "steps": steps, "seconds": time.perf_counter() - begin, "loss": loss}
+    graphs, why = device.type == "cuda", ""
+    try:
+        result = train(graphs)
+    except RuntimeError as error:
+        if not graphs:
+            raise
+        why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        print(f"recall {name}: no CUDA graph ({why})", flush=True)
+        result = train(False)
+    result |= {"seconds": time.perf_counter() - begin} | ({"no_graph": why} if why else {})
+    found, steps = result["accuracy"], result["steps"]
+    print(f"recall {name}: {steps:,} steps;", " ".join(f"{pairs}: {value:.2f}" for pairs, value in found.items()), flush=True)
+    return result
 
 
 # ---- long texts, the trainer's own cost ---------------------------------------------------------------------------------
@@ -373,11 +447,16 @@ def long(name: str, sizes: Sizes, device: torch.device) -> dict:
 
 def step(data: Path, folder: Path, sizes: Sizes, device: torch.device) -> dict:
     """rat L = 16, a step of one micro-batch: of the bare model on a batch that is there, of the bare model on the windows of
-    the text, and of Trainer, from its log. Trainer's has no evaluation in it. It is timed as ``run`` sets it up, and with two
-    processes that read the windows ahead and no look at every step's loss, which makes the host wait.
+    the text, and of Trainer, from its log. Trainer's has no evaluation in it. It is timed as ``run`` sets it up, with two
+    processes that read the windows ahead, and with transformers' own defaults: a look at each loss, copies that wait. The bare
+    model is timed before and after; the shorter counts.
     """
     config, windows = model_of("rat L=16", sizes, sizes.length), sizes.trainer_tokens // sizes.length
-    alone = bare(config, same(config, windows, sizes.length, device), 1, sizes.trainer_steps, device)
+
+    def alone() -> float:
+        return bare(config, same(config, windows, sizes.length, device), 1, sizes.trainer_steps, device)["seconds"]
+
+    first = alone()
     text = Windows(Tokens(data), sizes.length, 1 << 30, 0)
 
     def batches() -> Iterator[torch.Tensor]:
@@ -389,14 +468,16 @@ def step(data: Path, folder: Path, sizes: Sizes, device: torch.device) -> dict:
         "steps": 4 * sizes.trainer_steps, "length": sizes.length, "tokens_per_step": sizes.trainer_tokens,
         "micro_batch": windows, "log_every": sizes.trainer_steps, "eval_every": 0,
     }  # fmt: skip
-    found = {"bare_seconds": alone["seconds"], "read_seconds": read["seconds"], "tokens": sizes.trainer_tokens}
-    ahead = {"dataloader_num_workers": 2, "logging_nan_inf_filter": False}
-    for key, more in (("trainer_seconds", {}), ("ahead_seconds", ahead)):
+    found = {"read_seconds": read["seconds"], "tokens": sizes.trainer_tokens}
+    waits = {"logging_nan_inf_filter": True, "accelerator_config": {"non_blocking": False}}
+    variants = {"trainer_seconds": {}, "readers_seconds": {"dataloader_num_workers": 2}, "waits_seconds": waits}
+    for key, more in variants.items():
         words = {"output": key, "data": str(data), "model": config_of("rat L=16", sizes), "train": recipe}
         run = configs.parse(words | {"trainer": {"save_strategy": "no"} | more}, folder)
         runs.pretrain(run, save=False)
         rates = [line["tokens_per_second"] for line in read_log(run.output / "log.jsonl") if "loss" in line][1:]
         found[key] = sizes.trainer_tokens / statistics.median(rates)
+    found["bare_seconds"] = min(first, alone())
     print("step, ms:", "  ".join(f"{k} {1e3 * v:.1f}" for k, v in found.items() if k != "tokens"), flush=True)
     return found | {"ratio": found["trainer_seconds"] / found["bare_seconds"]}
 
@@ -508,10 +589,13 @@ def study(sizes: Sizes, parts: list[str], roots: list[Path], device: torch.devic
         kept = options.data or folder
         data = (kept / "data").resolve()
         workers = [Worker(gpu, data, folder, sizes) for gpu in gpus]
+        # Recall has more of them, whose models are too small to fill a GPU. All other parts have a GPU for themselves.
+        more = [Worker(gpu, data, folder, sizes) for _ in range(sizes.recall_processes - 1) for gpu in gpus]
+        more = more if "recall" in parts else []
         try:
-            with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
+            with concurrent.futures.ThreadPoolExecutor(len(workers) + len(more)) as pool:
                 # Processes begin while the text is prepared. The measurement waits for it: it needs the host.
-                first = [pool.submit(worker.begin) for worker in workers]
+                first = [pool.submit(worker.begin) for worker in (*workers, *more)]
                 if {"language", "step"} & set(parts):
                     result["data"] = splits_of(kept) if options.data else tokens_of(roots, folder, sizes)
                 for future in first:
@@ -532,14 +616,15 @@ def study(sizes: Sizes, parts: list[str], roots: list[Path], device: torch.devic
                     end = ready + (seconds - ready) * PARTS[part] / last
                     names: list[tuple] = [(name,) for name in MODELS]
                     names = {"long": [("rat L=16",), ("attention",)], "step": [()]}.get(part, names)
-                    rounds = math.ceil(len(names) / len(workers))
+                    crew = [*workers, *more] if part == "recall" else workers
+                    rounds = math.ceil(len(names) / len(crew))
                     share = max((end - passed()) / rounds, 5.0)
                     limit = 1.3 * share
                     if part == "language":
                         if options.tokens:
                             tokens, limit = sizes.tokens, seconds
                         else:  # Trainer and evaluations take a part of the time
-                            tokens = int(min(sizes.tokens, rate * 0.7 * (share - 3)))
+                            tokens = int(min(sizes.tokens, rate * 0.7 * (share - 3), result["data"]["train"]["tokens"]))
                         train = run_of("attention", data, folder, sizes, tokens).train
                         result["tokens"] = train.steps * sizes.tokens_per_step
                         names = [(*n, tokens) for n in names]
@@ -574,10 +659,10 @@ def study(sizes: Sizes, parts: list[str], roots: list[Path], device: torch.devic
                             why = "" if done else f": {found['failed']}"
                             print(f"{part} {' '.join(map(str, task[:1]))}: {passed() - start:.0f} s{why}", flush=True)
 
-                    list(pool.map(serve, workers))
+                    list(pool.map(serve, crew))
                     print(f"-- {part}: {passed():.0f} s", flush=True)
         finally:
-            for worker in workers:
+            for worker in (*workers, *more):
                 worker.end()
     for part in ("language", "recall"):
         if part in result:
@@ -678,9 +763,10 @@ def report(result: dict, page: Path) -> None:
             f"T = {sizes['length']}, {o['tokens']:,} tokens of source code and prose that the machine had on its disk, "
             f"drawn from {o['data']['train']['tokens']:,}; {o['tokens'] // sizes['tokens_per_step']:,} steps of "
             f"{sizes['tokens_per_step']:,}. Vocabulary {sizes['vocab']:,}, width {sizes['hidden']}, {sizes['layers']} layers, "
-            f"window {sizes['window']}. The paper's recipe (AdamW, 8e-4 to 1e-6 by a cosine over these steps, 5 % warm-up, "
-            f"decay 0.1, clip 1) with far smaller steps, and one learning rate for all, tuned for none. The same tokens in the "
-            f"same order, one seed. Held out are windows of documents that training never saw.\n"
+            f"window {sizes['window']}. The paper's recipe (AdamW, a cosine down to 1e-6 over these steps, 5 % warm-up, decay "
+            f"0.1, clip 1) with far smaller steps, and one learning rate for all, {sizes.get('learning_rate', 8e-4):g}, tuned "
+            f"for none. The same tokens in the same order, one seed. Held out are windows of documents that training never "
+            f"saw.\n"
         )
         found = done("language")
         near = found.get("attention", {}).get("bits_per_byte")
@@ -715,11 +801,20 @@ def report(result: dict, page: Path) -> None:
             draw(f"study-{key}.png", curves, xlabel=f"{key} of training", ylabel="bits per byte, held out")
     if "recall" in result["origin"]:
         sizes = begin("recall", "Associative recall")
-        text.append(
-            f"Two layers of width {sizes['recall_hidden']}, steps of {sizes['recall_batch']} sequences of all numbers of pairs "
-            f"in turn, learning rate {sizes['recall_rate']:g}; windows of {4 * max(sizes['recall_pairs']) // 16} tokens. Share "
-            f"of values that the model finds.\n"
+        words = (
+            f"Two layers of width {sizes['recall_hidden']}, {sizes.get('recall_heads', 4)} heads, learning rate "
+            f"{sizes['recall_rate']:g}; windows of {max(sizes['recall_pairs']) // 4} tokens. Share of values that the model "
+            f"finds. "
         )
+        if "recall_tokens" in sizes:
+            words += (
+                f"Each step has {sizes['recall_tokens']:,} tokens, in sequences of one number of pairs: few at first, more as "
+                f"soon as nine values of ten are found, any of them in the second half of the steps. Each model has the same "
+                f"time, {sizes['recall_processes']} of them on a GPU at once, and takes as many steps as it can."
+            )
+        else:
+            words += f"Steps of {sizes['recall_batch']} sequences, of all numbers of pairs in turn."
+        text.append(words + "\n")
         found = done("recall")
         pairs = [str(n) for n in sizes["recall_pairs"]]
         body = [[name, *(f"{m['accuracy'][n]:.2f}" for n in pairs), f"{m['steps']:,}"] for name, m in found.items()]
@@ -732,6 +827,14 @@ def report(result: dict, page: Path) -> None:
             )
         curves = {name: (pairs, [m["accuracy"][n] for n in pairs]) for name, m in found.items()}
         draw("study-recall.png", curves, xlabel="pairs", ylabel="share recalled")
+        curves = {
+            name: ([p["step"] for p in m["curve"]], [statistics.mean(p["accuracy"].values()) for p in m["curve"]])
+            for name, m in found.items()
+            if m.get("curve")
+        }
+        draw(
+            "study-recall-steps.png", curves, xlabel="steps of training", ylabel="share recalled, mean of all numbers of pairs"
+        )
     if "long" in result["origin"]:
         sizes = begin("long", "Long texts")
         text.append(f"One sequence of T = {sizes['long']:,}, forward and backward and optimizer. No longer one was run.\n")
@@ -744,14 +847,15 @@ def report(result: dict, page: Path) -> None:
         m, sizes = result["step"], begin("step", "Trainer")
         size, kinds = m.get("tokens", sizes["tokens_per_step"]), [("bare model, one batch that is on the GPU", "bare_seconds")]
         kinds += [("bare model, windows of the text", "read_seconds"), ("Trainer, as `run` sets it up", "trainer_seconds")]
-        kinds += [("Trainer, two readers ahead, no look at every step's loss", "ahead_seconds")]
+        kinds += [("the same, two processes read ahead", "readers_seconds")]
+        kinds += [("the same, a look at each loss, copies that wait", "waits_seconds")]
         text.append(f"rat L = 16, a step of {size:,} tokens in one micro-batch; no evaluation is timed.\n")
         body = [[why, f"{1e3 * m[key]:.1f}", f"{m[key] / m['bare_seconds']:.3f}x"] for why, key in kinds if key in m]
         text.append(rows(["", "ms", "beside bare"], body))
         if "tokens" not in m:
             text.append(
-                "The bare step has the same batch each time. Trainer reads and copies its windows between steps, while the GPU "
-                "waits, and looks at each loss. Few steps were timed.\n"
+                "The bare step has the same batch each time. Trainer looked at each loss, and read and copied its windows "
+                "between steps, while the GPU waited; `run` no longer does so. Few steps were timed.\n"
             )
     missing += [f"{part}: not run" for part in PARTS if part not in result["origin"]]
     if missing:
@@ -770,6 +874,7 @@ def main() -> int:
         help=f"of each model's training, so many (default: what fits into --seconds, at most {Sizes.tokens:,})",
     )  # fmt: skip
     p.add_argument("--prepare", type=Path, metavar="DIR", help="prepare the text in a new folder, and stop")
+    p.add_argument("--megabytes", type=float, help=f"of text, of which the tokens are drawn (default: {Sizes.megabytes})")
     p.add_argument("--processes", type=int, help="of --prepare, that encode at a time (default: one per core)")
     p.add_argument("--data", type=Path, metavar="DIR", help="what --prepare made")
     p.add_argument("--merge", type=Path, metavar="OLD", help="a result whose parts are kept where this one has none")
@@ -793,6 +898,8 @@ def main() -> int:
     device, sizes = torch.device(options.device), QUICK if options.quick else Sizes()
     if options.tokens:
         sizes.tokens = options.tokens
+    if options.megabytes:
+        sizes.megabytes = options.megabytes
     if options.prepare:
         if (options.prepare / "data").exists():
             p.error(f"--prepare: {options.prepare} holds data already")
@@ -800,6 +907,8 @@ def main() -> int:
         return 0
     if options.data and not (options.data / "data" / "index.json").exists():
         p.error(f"--data: {options.data} is no folder that --prepare completed")
+    if options.data:
+        sizes.vocab = int(json.loads((options.data / "data" / "index.json").read_text())["vocab"])
     result = study(sizes, parts, options.text or folders(), device, options.seconds, options)
     if options.quick:
         with tempfile.TemporaryDirectory() as name:

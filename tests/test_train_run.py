@@ -214,6 +214,46 @@ def test_the_optimizer_is_the_papers(base, monkeypatch):
     assert rates[20] == pytest.approx(1e-6 + (8e-4 - 1e-6) * 0.5 * (1 + math.cos(math.pi * 19 / 38)), rel=0.1)
 
 
+def test_no_step_waits_for_the_device(base, monkeypatch):
+    """Between two lines of the log nothing is read from the device, and no copy to it waits."""
+    from rat_ext.train.trainer import Pretrainer
+
+    cuda, seen = torch.cuda.is_available(), []
+
+    def watch(mode):
+        if cuda:
+            torch.cuda.set_sync_debug_mode(mode)
+
+    step, log = Pretrainer.training_step, Pretrainer._maybe_log_save_evaluate
+
+    def training_step(self, model, inputs, *rest):
+        assert self.accelerator.dataloader_config.non_blocking == self.args.dataloader_pin_memory == cuda
+        assert not self.args.logging_nan_inf_filter
+        seen.append(self.state.global_step)
+        if len(seen) > 2:  # whatever is done once is done
+            watch("error")
+        return step(self, model, inputs, *rest)
+
+    def maybe_log(self, *rest, **options):
+        watch("default")
+        try:
+            return log(self, *rest, **options)
+        finally:
+            watch("error" if len(seen) > 2 and self.state.global_step < self.state.max_steps else "default")
+
+    monkeypatch.setattr(Pretrainer, "training_step", training_step)
+    monkeypatch.setattr(Pretrainer, "_maybe_log_save_evaluate", maybe_log)
+    try:
+        run = load(base, "ahead", steps=8, log_every=4, save_every=100, eval_every=0)
+        runs.pretrain(run, save=False)
+    finally:
+        watch("default")
+    assert seen == [step for step in range(8) for _ in range(4)]
+    # What Trainer adds up is the same formula that MFU is of.
+    lines = [line for line in read_log(run.output / "log.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == [4, 8] and all(math.isfinite(line["loss"]) for line in lines)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

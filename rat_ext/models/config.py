@@ -141,7 +141,7 @@ class RATConfig(PreTrainedConfig):
 
     @classmethod
     def preset(cls, size: str, pattern: str = "rat", **changes: Any) -> RATConfig:
-        """One of the paper's sizes: "200m", "1.3b", "7b"; ``pattern`` as of ``layer_types``, ``changes`` by argument.
+        """One of three sizes: "200m", "1.3b" (the paper's), "7b"; ``pattern`` as of ``layer_types``, ``changes`` by argument.
 
         Example:
             >>> from rat_ext.models import RATConfig

@@ -306,11 +306,11 @@ class ContextParallel:
         early, late = (layout.pieces[p].tokens for p in self._mine())
         return [(0, early), (early, late)]
 
-    def _fetch(self, layout: Layout, mine: list[Tensor], wanted: dict, order: Any = ()) -> dict[int, Tensor]:
+    def _fetch(self, layout: Layout, mine: list[Tensor], wanted: dict) -> dict[int, Tensor]:
         """Rows of other pieces, by piece, in one transfer. ``mine``: the rows of both pieces of this rank."""
         route = Route(self.rank, self.world, [piece.owner for piece in layout.pieces], wanted)
         exchange = Exchange(self.group, route, mine[0].shape[1:], mine[0].dtype)
-        return finish(exchange, start(exchange, mine, order))[0]
+        return finish(exchange, start(exchange, mine, ()))[0]
 
     # ---- what is sent ----
 

@@ -60,6 +60,9 @@ def arguments(run: Run, section: Any, **own: Any) -> dict[str, Any]:
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.clip,
         "logging_steps": section.log_every,
+        # Nothing makes the host wait for a GPU between two lines of the log: no look at each loss, no copy that waits.
+        "logging_nan_inf_filter": False,
+        "accelerator_config": {"non_blocking": torch.cuda.is_available()},
         "save_strategy": "steps",
         "save_steps": section.save_every,
         "bf16": bf16,

@@ -168,6 +168,10 @@ class Pretrainer(WholeCheckpoints, Trainer):
         """All: the paper decays norms and gate biases as well."""
         return [name for name, _ in model.named_parameters()]
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """Of a micro-batch: the formula that MFU is of. Trainer's own counts the parameters anew each time."""
+        return inputs["input_ids"].numel() * self.flops
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._mark is None:
             self._mark, self._away = (time.perf_counter(), self.state.global_step), 0.0
