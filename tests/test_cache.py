@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
@@ -398,10 +398,16 @@ CALLS = st.lists(
         st.tuples(st.just("reset"), st.lists(st.integers(0, 2), unique=True, min_size=1, max_size=2)),
         st.tuples(st.just("copy"), st.lists(st.integers(0, 2), min_size=2, max_size=2)),
     ),
+    min_size=6,
     max_size=12,
 )
 
 
+@example(
+    calls=[("all", [0, 1, 2]), ("back", [1, 2]), ("step", [0]), ("reset", [2]), ("copy", [0, 1]), ("back", [1])],
+    counts=[3, 2, 1, 1, 1, 2],
+    branch=2,
+)
 @given(calls=CALLS, counts=st.lists(st.integers(1, 3), min_size=12, max_size=12), branch=st.integers(0, 11))
 def test_bounds_are_the_lengths_where_the_host_knows_all(calls, counts, branch):
     """Not only above them: bounds that creep up allocate more with each call. A copy has bounds of its own."""

@@ -798,7 +798,9 @@ def test_odd_arguments(words):
 
 
 def test_numbers_of_numpy_make_tables():
-    for a, b in zip(rat_ext.rotary_tables(np.int64(3), 8, base=np.float32(100)), rat_ext.rotary_tables(3, 8, base=100)):
+    for a, b in zip(
+        rat_ext.rotary_tables(np.int64(3), 8, base=np.float32(100)), rat_ext.rotary_tables(3, 8, base=100), strict=True
+    ):
         assert torch.equal(a, b)
 
 

@@ -398,13 +398,6 @@ PYTHON = [
         "tests/test_cache.py::test_bounds_are_the_lengths_where_the_host_knows_all",
     ),
     Mutant(
-        "autocast leaves a projection beside a cache",
-        "rat_ext/_arguments.py",
-        r'        _cast\(\("projection",\), given, device\)\n',
-        "        pass\n",
-        "tests/test_layers.py::test_autocast_beside_a_cache",
-    ),
-    Mutant(
         "tables for the new tokens alone",
         "rat_ext/layers.py",
         r"past = 0 if initial_state is None else initial_state\.length_bound",
@@ -459,6 +452,27 @@ PYTHON = [
         r"\*rows\.options\(\), rows\.length\)",
         "*rows.options(), rows.length - 1)",
         "tests/test_generator.py::test_a_draw_depends_on_the_seed_and_the_tokens_so_far",
+    ),
+    Mutant(
+        "a window that lacks its last label",
+        "rat_ext/train/data.py",
+        r"\(len\(tokens\) - 1\) // length if items",
+        "len(tokens) // length if items",
+        "tests/test_train_run.py::test_a_window_of_a_round_is_full",
+    ),
+    Mutant(
+        "warmup rounded down",
+        "rat_ext/train/run.py",
+        r"math\.ceil\(recipe\.warmup \* recipe\.steps\)",
+        "int(recipe.warmup * recipe.steps)",
+        "tests/test_train_run.py::test_the_optimizer_is_the_papers",
+    ),
+    Mutant(
+        "bytes of composed states",
+        "rat_ext/parallel/context.py",
+        r"wide = wide // 2 \* 3",
+        "pass",
+        "tests/test_parallel_context.py::test_a_model_on_ranks",
     ),
     Mutant(
         "a cache of sampling is sampling's alone",
@@ -589,6 +603,20 @@ OPS = [
         r'b\.dchunk_v = copied<"dchunk_v_out">',
         'b.dchunk_v = copied<"dchunk_k_out">',
         "tests/test_state.py",
+    ),
+    Mutant(
+        "tables without rows pass for none",
+        "csrc/ops/rat_attention.cpp",
+        r"  if \(s\.tokens > 0\) check_rotary_rows\(call, 1\);\n",
+        "",
+        "tests/test_serving.py::test_tables_that_end_before_the_new_tokens",
+    ),
+    Mutant(
+        "tables of a draft without rows pass for none",
+        "csrc/ops/rat_decode_step.cpp",
+        r"  if \(p\.tokens > 0\) check_rotary_rows\(call, 1\);\n",
+        "",
+        "tests/test_serving.py::test_tables_that_end_before_the_new_tokens",
     ),
     Mutant(
         "a full batch is one too many",
@@ -815,6 +843,13 @@ CPU = [
         r"size\.lengths && total > std::numeric_limits<int32_t>::max\(\)",
         "size.lengths && total > std::numeric_limits<int64_t>::max() - 1",
         "tests/test_state.py::test_no_more_than_2_31_tokens_in_all",
+    ),
+    Mutant(
+        "decode's slices of a draft's first token",
+        "csrc/cpu/plan.cpp",
+        r"\(p\.pool\.lengths\[slot\] \+ p\.tokens - 1\) / p\.chunk_size",
+        "p.pool.lengths[slot] / p.chunk_size",
+        "tests/test_decode.py::test_a_draft_across_a_slice_of_keys",
     ),
     Mutant(
         "decode past 2^31",
