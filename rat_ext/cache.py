@@ -175,6 +175,8 @@ class RATCache:
     ) -> RATCache:
         """A cache for ``batch`` sequences of up to ``max_length`` tokens, all of length 0.
 
+        Made in inference mode, it may be written outside of it too.
+
         Args:
             batch, num_heads, head_dim, chunk_size, max_length: N, H, D, L, tokens.
             draft_tokens: how many tokens :meth:`rollback` can take back. Each costs ``2 * H * D * 4`` bytes per sequence.

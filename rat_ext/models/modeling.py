@@ -501,7 +501,8 @@ class RATForCausalLM(RATPreTrainedModel, GenerationMixin):
 
         Args:
             labels: ``(B, T)`` int64, shifted here: the label of column t is predicted from column t - 1. -100 is left out, and
-                so is what is padding, is predicted from padding or from another packed sequence.
+                so is what is padding, is predicted from padding or from another packed sequence. Any other that is no token is
+                an error on the CPU, and makes the loss NaN on a GPU.
             logits_to_keep: how many of the last columns get logits, or which columns; 0: all.
             kwargs: ``num_items_in_batch`` divides the sum of the losses in place of the number of labels; ``shift_labels``
                 are labels that are shifted already. The rest, and the other arguments: as of :class:`RATModel`.
