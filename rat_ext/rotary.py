@@ -32,20 +32,28 @@ def rotary_tables(
         ``(cos, sin)``, each ``(num_chunks, head_dim // 2)``.
     """
     for name, value in (("num_chunks", num_chunks), ("head_dim", head_dim)):
-        if not isinstance(value, torch.SymInt) and (isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__")):
+        if isinstance(value, bool) or not (isinstance(value, (int, torch.SymInt)) or _counts(value)):
             raise ValueError(f"rotary_tables: {name}: expected an int, got {_shown(value)}")
     if num_chunks < 0:
         raise ValueError(f"rotary_tables: num_chunks: expected at least 0, got {num_chunks}")
     if head_dim % 2 or head_dim < 0:
         raise ValueError(f"rotary_tables: head_dim: expected an even number, got {head_dim}")
-    if isinstance(base, (bool, str, Tensor)) or not hasattr(base, "__float__") or not 0 < float(base) < math.inf:
+    if not isinstance(base, (int, float)) and not isinstance(base, (str, Tensor)) and hasattr(base, "__float__"):
+        base = float(base)  # NumPy's
+    if isinstance(base, bool) or not isinstance(base, (int, float)) or not 0 < base < math.inf:
         raise ValueError(f"rotary_tables: base: expected a finite number above 0, got {_shown(base)}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"rotary_tables: dtype: expected a floating one, got {_shown(dtype).removeprefix('torch.')}")
-    base, device = float(base), _device("rotary_tables", device)
+    if isinstance(device, (str, int, float)):
+        device = _device("rotary_tables", device)
     exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim
     angle = torch.arange(num_chunks, device=device, dtype=torch.float64)[:, None] * base**-exponent
     return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _counts(x: object) -> bool:
+    """NumPy's ints. (A tracer knows no attributes of its numbers.)"""
+    return not isinstance(x, Tensor) and hasattr(x, "__index__")
 
 
 def _shown(x: object) -> str:
