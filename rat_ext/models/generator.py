@@ -518,9 +518,9 @@ class Generator:
         if isinstance(prompt, Tensor) and (prompt.dim() != 1 or prompt.is_meta):
             got = "one on the meta device" if prompt.is_meta else f"shape {tuple(prompt.shape)}"
             raise wrong("submit", "prompt", "one row of tokens", got)
-        for name, value in (("prompt", prompt), ("stop", (stop,) if isinstance(stop, int) else stop)):
-            if not isinstance(value, Iterable):
-                raise wrong("submit", name, "a sequence of ints", type(value).__name__)
+        for what, numbers in (("prompt", prompt), ("stop", (stop,) if isinstance(stop, int) else stop)):
+            if not isinstance(numbers, Iterable):
+                raise wrong("submit", what, "a sequence of ints", type(numbers).__name__)
         prompt = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
         stops = (stop,) if isinstance(stop, int) else tuple(stop)
         vocab = self.config.vocab_size
