@@ -330,7 +330,7 @@ PYTHON = [
     Mutant(
         "packed rows by all tokens",
         "rat_ext/_arguments.py",
-        r"return min\(limit, tokens\)",
+        r"return longest if limit is None else min\(limit, tokens\)",
         "return tokens",
         "tests/test_serving.py::test_max_seqlen",
     ),
@@ -1327,7 +1327,7 @@ CUDA = [
     Mutant(
         "sm90: keys past the end",
         "csrc/cuda/attention/sm90_bwd.cu",
-        r"if \(item\.keys < C::kKeys\) \{",
+        r"if \(keys < C::kKeys\) \{",
         "if (false) {",
         "tests/test_many_chunks_options.py::test_continued",
     ),
