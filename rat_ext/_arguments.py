@@ -36,7 +36,7 @@ POOL = ("page_table", "chunk_k", "chunk_v", "scale_k", "scale_v", "running_k", "
 
 def wrong(op: str, argument: str, expected: str, got: object) -> NoReturn:
     """``op``: an op of the package, or a class, which is known by its name alone."""
-    subject = op if op[0].isupper() else f"rat_ext.{op}"
+    subject = op if op[0].isupper() or op.startswith("rat_ext.") else f"rat_ext.{op}"
     raise ValueError(f"{subject}: {argument}: expected {expected}, got {got}")
 
 
@@ -188,11 +188,15 @@ def _longest(op: str, given: Given, tokens: int) -> int:
             wrong(op, "max_seqlen", "None without cu_seqlens", limit)
         if limit < 0:
             wrong(op, "max_seqlen", "at least 0", limit)
-        return min(limit, tokens)
-    known = cu_seqlens is not None and readable(cu_seqlens) and cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1
+    known = (
+        isinstance(cu_seqlens, Tensor) and readable(cu_seqlens) and cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1
+    )
     if known and cu_seqlens.numel() > 1:
-        return min(max(int(cu_seqlens.diff().max()), 0), tokens)
-    return tokens
+        longest = min(max(int(cu_seqlens.diff().max()), 0), tokens)
+        if limit is not None and limit < longest:
+            wrong(op, "max_seqlen", f"at least the longest sequence's {longest} tokens", limit)
+        return longest if limit is None else min(limit, tokens)
+    return tokens if limit is None else min(limit, tokens)
 
 
 def _take_state(op: str, given: Given, compiling: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import reprlib
 from collections.abc import Callable, Sequence
@@ -174,6 +175,8 @@ class RATCache:
     ) -> RATCache:
         """A cache for ``batch`` sequences of up to ``max_length`` tokens, all of length 0.
 
+        Made in inference mode, it may be written outside of it too.
+
         Args:
             batch, num_heads, head_dim, chunk_size, max_length: N, H, D, L, tokens.
             draft_tokens: how many tokens :meth:`rollback` can take back. Each costs ``2 * H * D * 4`` bytes per sequence.
@@ -192,6 +195,9 @@ class RATCache:
             ("max_length", max_length, 0),
             ("draft_tokens", draft_tokens, 0),
         )
+        if max_length > LARGEST:
+            raise ValueError(f"RATCache: max_length: expected at most {LARGEST}, got {max_length}")
+        device = _device("RATCache", device)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
             raise ValueError(f"RATCache: dtype: expected a floating dtype of the ops, got {dtype}")
         if not isinstance(fp8, bool):
@@ -205,26 +211,28 @@ class RATCache:
             columns = -(-rows // page_chunks)
             num_pages = batch * columns if num_pages is None else num_pages
             _check_numbers(("num_pages", num_pages, min(columns, 1)))
-            table = torch.full((batch, columns), -1, dtype=torch.int32, device=device)
+            with _usable_later():
+                table = torch.full((batch, columns), -1, dtype=torch.int32, device=device)
             blocks, rows = num_pages, page_chunks
         states, stored = (blocks, num_heads, rows, head_dim), FP8 if fp8 else dtype
         ring = (draft_tokens + 1,) if draft_tokens else ()
         running = (batch, *ring, num_heads, head_dim)
-        made = cls(
-            chunk_k=torch.empty(states, dtype=stored, device=device),
-            chunk_v=torch.empty(states, dtype=stored, device=device),
-            running_k=torch.zeros(running, dtype=state_dtype(dtype), device=device),
-            running_v=torch.zeros(running, dtype=state_dtype(dtype), device=device),
-            lengths=torch.zeros(batch, dtype=torch.int32, device=device),
-            chunk_size=chunk_size,
-            length_bound=0,
-            scale_k=torch.empty(states[:3], dtype=torch.float32, device=device) if fp8 else None,
-            scale_v=torch.empty(states[:3], dtype=torch.float32, device=device) if fp8 else None,
-            page_table=table,
-        )
-        if table is not None:
-            made._book = _Pages([[]] * batch, blocks)
-        return made._with_scratch()
+        with _usable_later():
+            made = cls(
+                chunk_k=torch.empty(states, dtype=stored, device=device),
+                chunk_v=torch.empty(states, dtype=stored, device=device),
+                running_k=torch.zeros(running, dtype=state_dtype(dtype), device=device),
+                running_v=torch.zeros(running, dtype=state_dtype(dtype), device=device),
+                lengths=torch.zeros(batch, dtype=torch.int32, device=device),
+                chunk_size=chunk_size,
+                length_bound=0,
+                scale_k=torch.empty(states[:3], dtype=torch.float32, device=device) if fp8 else None,
+                scale_v=torch.empty(states[:3], dtype=torch.float32, device=device) if fp8 else None,
+                page_table=table,
+            )
+            if table is not None:
+                made._book = _Pages([[]] * batch, blocks)
+            return made._with_scratch()
 
     # ---- what it is ----
 
@@ -346,6 +354,9 @@ class RATCache:
 
     def replace(self, **changes) -> RATCache:
         """A cache that shares this one's tensors except for ``changes``, by attribute name."""
+        known = (*_NAMES, *_OPTIONS, "chunk_size", "length_bound", "workspace", "error")
+        if unknown := [name for name in changes if name not in known]:
+            raise ValueError(f"RATCache.replace: {unknown[0]}: expected one of {', '.join(known)}, got another name")
         made = object.__new__(RATCache)
         fields = (*_NAMES, *_OPTIONS, "chunk_size", "_error", "_top", "_ahead", "_bounds")
         for name in fields:
@@ -377,7 +388,13 @@ class RATCache:
         ``dtype`` is that of the closed chunks, which are rounded to it (FP8 ones stay what they are); running states become
         float32 (float64 for float64), lengths stay int32. With ``copy``, nothing is shared.
         """
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        try:
+            if args and isinstance(args[0], (bool, float, complex)):  # to torch a tensor of that number, whose dtype is meant
+                raise TypeError
+            device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        except (TypeError, RuntimeError):
+            got = reprlib.repr(args[0] if args else kwargs).replace("\n", " ")
+            raise ValueError(f"RATCache.to: device, dtype: expected those of Tensor.to, got {got}") from None
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"RATCache.to: dtype: expected a floating dtype, got {dtype}")
         running = None if dtype is None else state_dtype(dtype)
@@ -398,6 +415,8 @@ class RATCache:
         table that grows; there are as many pages as before.
         """
         _check_numbers(("max_length", max_length, 0))
+        if not isinstance(max_length, torch.SymInt) and max_length > LARGEST:
+            raise ValueError(f"RATCache: max_length: expected at most {LARGEST}, got {max_length}")
         rows = max_length // self.chunk_size
         if rows <= self.rows:
             return self._with_scratch()
@@ -852,6 +871,20 @@ def _check_numbers(*numbers: tuple[str, Any, int]) -> None:
             raise ValueError(f"RATCache: {name}: expected an int, got {value!r}")
         if value < least:
             raise ValueError(f"RATCache: {name}: expected at least {least}, got {value}")
+
+
+def _device(method: str, device: Any) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (TypeError, RuntimeError, ValueError):
+        got = f"{type(device).__name__} {reprlib.repr(device)}".replace("\n", " ")
+        raise ValueError(f"{method}: device: expected a torch.device, a name of one or None, got {got}") from None
+
+
+def _usable_later() -> contextlib.AbstractContextManager:
+    """What is made while sampling in inference mode may be written outside of it too."""
+    sampling = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if sampling else contextlib.nullcontext()
 
 
 def _least(a: int, b: int) -> int:

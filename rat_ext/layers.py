@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._arguments import device_of, floating, integer, real, wrong
+from ._arguments import device_of, flag, floating, integer, real, wrong
 from .cache import RATCache, state_dtype
 from .ops import rat_attention_packed, rat_decode_step
 from .rotary import layer_tables
@@ -158,14 +158,14 @@ class RATLayer(nn.Module):
         Returns:
             y of the shape of x; with ``return_state``, that and a :class:`rat_ext.RATCache`.
         """
-        self._check(x, initial_state, cache, rotary)
+        self._check(x, getattr(self.in_proj, "in_features", None), initial_state, cache, rotary)
         if cache is not None:
             if initial_state is not None or return_state:
                 raise ValueError(
                     "RATLayer: cache: expected no initial_state or return_state beside it (it is updated in place), got one of "
                     "them"
                 )
-            exact = x.dim() == 3 if exact is None else exact
+            exact = x.dim() == 3 if exact is None else flag("RATLayer", "exact", exact)
             if cu_seqlens is not None and (x.dim() == 2 or not exact):
                 raise ValueError("RATLayer: cu_seqlens: expected x (1, T, d_model) and exact arithmetic beside it, got others")
             with _without_gradient():
@@ -175,6 +175,8 @@ class RATLayer(nn.Module):
                 raise ValueError(f"RATLayer: {name}: expected a cache that it is for, got cache=None")
         projection = self.in_proj(x)
         context_parallel = self.context_parallel if context_parallel is None else context_parallel
+        if context_parallel is not None and not hasattr(context_parallel, "positions"):
+            wrong("RATLayer", "context_parallel", "a ContextParallel or None", type(context_parallel).__name__)
         past = 0 if initial_state is None else initial_state.length_bound
         tokens = past + x.shape[1] if context_parallel is None else context_parallel.length(x.shape[1])
         cos, sin = self._rotary(tokens, projection) if rotary is None else rotary
@@ -189,7 +191,7 @@ class RATLayer(nn.Module):
         return self.out_proj(y.flatten(2)), state
 
     @staticmethod
-    def _check(x: Tensor, initial_state: object, cache: object, rotary: object) -> None:
+    def _check(x: Tensor, width: object, initial_state: object, cache: object, rotary: object) -> None:
         """What would end in an error of something else's; the op checks the rest."""
         for name, state in (("initial_state", initial_state), ("cache", cache)):
             if state is not None and not isinstance(state, RATCache):
@@ -198,6 +200,8 @@ class RATLayer(nn.Module):
         if not isinstance(x, Tensor) or x.dim() not in ((3,) if cache is None else (2, 3)):
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"RATLayer: x: expected a tensor {form}, got {got}")
+        if type(width) is int and x.shape[-1] != width:  # what wraps or replaces a projection may have no width
+            raise ValueError(f"RATLayer: x: expected a tensor {form} with d_model = {width}, got shape {tuple(x.shape)}")
         if rotary is not None and not (isinstance(rotary, (tuple, list)) and len(rotary) == 2):
             raise ValueError(f"RATLayer: rotary: expected a pair (cos, sin) or None, got {type(rotary).__name__}")
 

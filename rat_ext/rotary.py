@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import reprlib
 
 import torch
 from torch import Tensor
+
+from .cache import _device
 
 
 def rotary_tables(
@@ -28,17 +31,33 @@ def rotary_tables(
     Returns:
         ``(cos, sin)``, each ``(num_chunks, head_dim // 2)``.
     """
+    for name, value in (("num_chunks", num_chunks), ("head_dim", head_dim)):
+        if isinstance(value, bool) or not (isinstance(value, (int, torch.SymInt)) or _counts(value)):
+            raise ValueError(f"rotary_tables: {name}: expected an int, got {_shown(value)}")
     if num_chunks < 0:
         raise ValueError(f"rotary_tables: num_chunks: expected at least 0, got {num_chunks}")
     if head_dim % 2 or head_dim < 0:
         raise ValueError(f"rotary_tables: head_dim: expected an even number, got {head_dim}")
+    if not isinstance(base, (int, float)) and not isinstance(base, (str, Tensor)) and hasattr(base, "__float__"):
+        base = float(base)  # NumPy's
     if isinstance(base, bool) or not isinstance(base, (int, float)) or not 0 < base < math.inf:
-        raise ValueError(f"rotary_tables: base: expected a finite number above 0, got {base!r}")
-    if not dtype.is_floating_point:
-        raise ValueError(f"rotary_tables: dtype: expected a floating one, got {str(dtype).removeprefix('torch.')}")
+        raise ValueError(f"rotary_tables: base: expected a finite number above 0, got {_shown(base)}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"rotary_tables: dtype: expected a floating one, got {_shown(dtype).removeprefix('torch.')}")
+    if isinstance(device, (str, int, float)):
+        device = _device("rotary_tables", device)
     exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim
     angle = torch.arange(num_chunks, device=device, dtype=torch.float64)[:, None] * base**-exponent
     return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _counts(x: object) -> bool:
+    """NumPy's ints. (A tracer knows no attributes of its numbers.)"""
+    return not isinstance(x, Tensor) and hasattr(x, "__index__")
+
+
+def _shown(x: object) -> str:
+    return reprlib.repr(x).replace("\n", " ")
 
 
 _tables: dict[tuple, tuple[Tensor, Tensor]] = {}

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
@@ -373,3 +373,66 @@ def test_a_first_step_in_a_capture():
         graph.replay()
         assert torch.equal(y, want)
     torch.testing.assert_close(decode(caches[0]), decode(caches[1]))
+
+
+# ---- what copies share, what the host knows --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_tokens": 2}, {"page_chunks": 2, "fp8": True}])
+@pytest.mark.parametrize("way", [RATCache.clone, lambda cache: cache.to(copy=True), copy.deepcopy])
+def test_a_copy_shares_nothing(device, options, way):
+    """Nor the error: a row that the copy skips is none of the original's."""
+    cache = RATCache.empty(2, H, D, L, 32, device=device, **options)
+    other = way(cache)
+    for name in (*cache._present(), "error"):
+        assert getattr(other, name).data_ptr() != getattr(cache, name).data_ptr(), name
+    other.error.fill_(2)
+    cache.check()
+
+
+CALLS = st.lists(
+    st.one_of(
+        st.tuples(st.just("step"), st.lists(st.integers(0, 2), unique=True, min_size=1, max_size=3)),
+        st.tuples(st.just("all"), st.just([0, 1, 2])),
+        st.tuples(st.just("back"), st.lists(st.integers(0, 2), unique=True, min_size=1, max_size=3)),
+        st.tuples(st.just("reset"), st.lists(st.integers(0, 2), unique=True, min_size=1, max_size=2)),
+        st.tuples(st.just("copy"), st.lists(st.integers(0, 2), min_size=2, max_size=2)),
+    ),
+    min_size=6,
+    max_size=12,
+)
+
+
+@example(
+    calls=[("all", [0, 1, 2]), ("back", [1, 2]), ("step", [0]), ("reset", [2]), ("copy", [0, 1]), ("back", [1])],
+    counts=[3, 2, 1, 1, 1, 2],
+    branch=2,
+)
+@given(calls=CALLS, counts=st.lists(st.integers(1, 3), min_size=12, max_size=12), branch=st.integers(0, 11))
+def test_bounds_are_the_lengths_where_the_host_knows_all(calls, counts, branch):
+    """Not only above them: bounds that creep up allocate more with each call. A copy has bounds of its own."""
+    cache = RATCache.empty(3, H, D, L, 64, draft_tokens=3)
+    lengths, other, before = [0, 0, 0], None, []
+    for i, ((call, slots), n) in enumerate(zip(calls, counts, strict=False)):
+        if i == branch:
+            other, before = cache.clone(), list(lengths)
+        if call in ("step", "all"):
+            named = None if call == "all" else torch.tensor(slots)
+            tokens = [x[:, None].expand(-1, n, -1, -1) for x in new_token(cache, len(slots))]
+            rat_ext.rat_decode_step(*tokens, cache, slots=named)
+            lengths = [length + n * (slot in slots) for slot, length in enumerate(lengths)]
+        elif call == "back":
+            taken = [min(n, lengths[slot]) for slot in slots]
+            cache.rollback(slots, torch.tensor(taken))
+            for slot, m in zip(slots, taken, strict=True):
+                lengths[slot] -= m
+        elif call == "reset":
+            cache.reset(slots)
+            lengths = [0 if slot in slots else length for slot, length in enumerate(lengths)]
+        else:
+            cache.copy(slots[:1], slots[1:])
+            lengths[slots[1]] = lengths[slots[0]]
+        for mine, want in ((cache, lengths), (other, before)):
+            if mine is not None:
+                assert mine.lengths.tolist() == want
+                assert [mine._bound(slot) for slot in range(3)] == want and mine.length_bound == max(want)

@@ -471,3 +471,18 @@ def test_clone_shares_nothing_and_detach_everything(device):
     for key in (*STATE, "lengths"):
         assert getattr(copy, key).data_ptr() != getattr(cache, key).data_ptr()
         assert getattr(view, key).data_ptr() == getattr(cache, key).data_ptr()
+
+
+@pytest.mark.parametrize("past", [255, 256, 510])
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_a_draft_across_a_slice_of_keys(device, past, chunk_size):
+    """Keys are read in slices of 256; a draft whose last tokens see one slice more than its first is as many steps."""
+    random = Random(past, device, torch.float32)
+    caches = []
+    for _ in range(2):
+        made = make_state(Random(1, device, torch.float32), [past * chunk_size, 0], 2, 8, chunk_size, rows=past + 8)
+        caches.append(made)
+    rows = [random.normal(2, 5 * chunk_size, heads, 8) for heads in (1, 1, 2, 2)]
+    y = rat_ext.rat_decode_step(*rows, caches[0])
+    steps = [rat_ext.rat_decode_step(*(x[:, t] for x in rows), caches[1]) for t in range(5 * chunk_size)]
+    assert torch.equal(y, torch.stack(steps, dim=1)) and y.isfinite().all()

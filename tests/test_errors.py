@@ -752,3 +752,89 @@ def test_a_message_is_one_short_line(size):
     assert "chunk_size: expected an int" in str(error.value) and len(str(error.value)) < 200 and "\n" not in str(error.value)
     with pytest.raises(ValueError, match="rat_ext.explain: gate: expected a tensor, got None"):
         rat_ext.explain(x, x, x, None, 4)
+
+
+# ---- caches, tables, layers -------------------------------------------------------------------------------------------
+
+
+def small(**changes) -> RATCache:
+    return RATCache.empty(**{"batch": 2, "num_heads": 2, "head_dim": 8, "chunk_size": 4, "max_length": 16} | changes)
+
+
+X = torch.zeros(2, 5, 32)
+ODD = {
+    "RATCache: device: expected a torch.device, a name of one or None, got str 'nowhere'": lambda: small(device="nowhere"),
+    "RATCache: device: expected .*, got float 3.5": lambda: small(device=3.5),
+    "RATCache: max_length: expected at most 2147483647, got 2147483648": lambda: small(max_length=2**31),
+    "RATCache: max_length: expected at most 2147483647, got 4611686018427387904": lambda: small().reserve(2**62),
+    "RATCache.to: device, dtype: expected those of Tensor.to, got 'nowhere'": lambda: small().to("nowhere"),
+    "RATCache.to: device, dtype: expected those of Tensor.to, got 3.5": lambda: small().to(3.5),
+    "RATCache.to: device, dtype: expected those of Tensor.to, got {'device': 'x'}": lambda: small().to(device="x"),
+    "RATCache.replace: lengthes: expected one of .*, got another name": lambda: small().replace(lengthes=None),
+    "rotary_tables: num_chunks: expected an int, got '3'": lambda: rat_ext.rotary_tables("3", 8),
+    "rotary_tables: num_chunks: expected an int, got 3.0": lambda: rat_ext.rotary_tables(3.0, 8),
+    "rotary_tables: num_chunks: expected an int, got True": lambda: rat_ext.rotary_tables(True, 8),
+    "rotary_tables: head_dim: expected an int, got None": lambda: rat_ext.rotary_tables(3, None),
+    "rotary_tables: base: expected a finite number above 0, got 'x'": lambda: rat_ext.rotary_tables(3, 8, base="x"),
+    "rotary_tables: dtype: expected a floating one, got 'float32'": lambda: rat_ext.rotary_tables(3, 8, dtype="float32"),
+    "rotary_tables: dtype: expected a floating one, got int32": lambda: rat_ext.rotary_tables(3, 8, dtype=torch.int32),
+    "rotary_tables: device: expected .*, got str 'nowhere'": lambda: rat_ext.rotary_tables(3, 8, device="nowhere"),
+    "RATLayer: exact: expected a bool, got str 'x'": lambda: layer()(X, cache=layer().new_cache(2, 16), exact="x"),
+    "RATLayer: context_parallel: expected a ContextParallel or None, got str": lambda: layer()(X, context_parallel="x"),
+    r"RATLayer: x: expected .* with d_model = 32, got shape \(2, 5, 16\)": lambda: layer()(X[..., :16]),
+}
+
+
+def layer():
+    from rat_ext.layers import RATLayer
+
+    return RATLayer(32, 4, 2, 4)
+
+
+@pytest.mark.parametrize("words", ODD)
+def test_odd_arguments(words):
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        ODD[words]()
+
+
+def test_numbers_of_numpy_make_tables():
+    for a, b in zip(
+        rat_ext.rotary_tables(np.int64(3), 8, base=np.float32(100)), rat_ext.rotary_tables(3, 8, base=100), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("limit", [0, 6, 7, 8, 20])
+@pytest.mark.parametrize("return_state", [False, True])
+def test_a_bound_below_the_longest_sequence(limit, return_state):
+    """Where the host knows the sequences, the error names the bound."""
+    arguments = good("rat_attention") | {"cu_seqlens": cu_seqlens_of([5, 8, 7], "cpu"), "return_state": return_state}
+    rows = {name: x[:1] for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.dim() == 4}
+    call = arguments | rows | {"max_seqlen": limit}
+    if limit >= 8:
+        rat_ext.rat_attention(**call)
+        return
+    with pytest.raises(ValueError, match=f"max_seqlen: expected at least the longest sequence's 8 tokens, got {limit}$"):
+        rat_ext.rat_attention(**call)
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_tokens": 2}, {"page_chunks": 1}, {"fp8": True}])
+def test_a_cache_made_while_sampling_serves_later(device, options):
+    """Made in inference mode, it is written in and outside of it, with the bits of one that was made outside."""
+    random = Random(0, device, torch.float32)
+    rows = [random.normal(2, n, 8) for n in (2, 2, 2, 2)]
+    with torch.inference_mode():
+        cache = small(device=device, **options)
+        cache.allocate([0, 1], 16)
+        rat_ext.rat_decode_step(*rows, cache)
+    other = small(device=device, **options)
+    other.allocate([0, 1], 16)
+    with torch.no_grad():
+        rat_ext.rat_decode_step(*rows, other)
+        for _ in range(5):
+            assert torch.equal(rat_ext.rat_decode_step(*rows, cache), rat_ext.rat_decode_step(*rows, other))
+    cache.copy([0], [1])
+    cache.reset([0])
+    assert cache.lengths.tolist() == [0, 6]
+    cache.check()
+    cache.reset()

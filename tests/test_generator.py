@@ -371,7 +371,21 @@ def test_memory_is_that_of_state_bytes(device):
         (lambda g: g.submit(torch.ones(1, 4), 5), r"submit: prompt: expected one row of tokens, got shape \(1, 4\)"),
         (lambda g: g.submit([1], 0), "submit: max_new_tokens: expected an int from 1 on, got 0"),
         (lambda g: g.submit([1], 5, temperature=-1), "submit: temperature: expected a finite number from 0 on, got -1"),
-        (lambda g: g.submit([1], 5, top_k=0.5), "submit: top_k: expected an int from 0 on, got 0.5"),
+        (lambda g: g.submit([1], 5, top_k=0.5), "submit: top_k: expected an int of 64 bits from 0 on, got 0.5"),
+        (lambda g: g.submit([1], 5, top_k=2**63), "submit: top_k: expected an int of 64 bits from 0 on, got"),
+        (lambda g: g.submit([1], 5, temperature=10**400), "submit: temperature: expected a finite number from 0 on, got 1"),
+        (lambda g: g.submit([1], 5, stop=[2**63]), "submit: stop: expected up to 16 tokens, got"),
+        (lambda g: g.submit([1], 5, stop=None), "submit: stop: expected a sequence of ints, got NoneType"),
+        (lambda g: g.submit([1], 5, on_token="x"), "submit: on_token: expected a function or None, got 'x'"),
+        (lambda g: g.submit([1], 5, wait="x"), "submit: wait: expected a bool, got 'x'"),
+        (lambda g: g.submit(3, 5), "submit: prompt: expected a sequence of ints, got int"),
+        (
+            lambda g: g.submit(torch.ones(4, device="meta"), 5),
+            "submit: prompt: expected one row of tokens, got one on the meta",
+        ),
+        (lambda g: g.cancel("x"), r"cancel: request: expected what submit\(\) has returned, got str"),
+        (lambda g: g.generate(3), "generate: prompts: expected a sequence of prompts, got int"),
+        (lambda g: g.generate([[1]], 5, seed="x"), "generate: seed: expected an int, got 'x'"),
         (lambda g: g.submit([1], 5, top_p=0), "submit: top_p: expected a number above 0, up to 1, got 0"),
         (lambda g: g.submit([1], 5, seed=2**63), "submit: seed: expected an int of 64 bits, got 9223372036854775808"),
         (lambda g: g.submit([1], 5, stop=range(STOPS + 1)), "submit: stop: expected up to 16 tokens, got"),
@@ -395,3 +409,66 @@ def test_generate_leaves_nothing_behind_an_error(model):
     with pytest.raises(ValueError, match="prompt: expected at most max_length"):
         generator.generate([[1, 2], [3] * 50], 5)
     assert not generator.waiting and not generator.step()
+
+
+# ---- which tokens may be drawn -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_k", range(8))
+def test_top_k_draws_from_k_tokens(device, top_k):
+    """All k of them and no other; from all where k is 0, or as many as there are, or more."""
+    logits = torch.tensor([0.3, 0.1, 0.5, 0.0, 0.2, 0.4], device=device)
+    seed = torch.arange(3000, device=device)
+    row = torch.ones(3000, device=device)
+    drawn = choose(logits.expand(3000, -1), FILTERED, row, row.long() * top_k, row, seed, row.int())
+    assert set(drawn.tolist()) == set(logits.argsort(descending=True)[: top_k or 6].tolist())
+
+
+def logit_of(weight: float, device) -> torch.Tensor:
+    """A float32 whose exponential is a power of two, on this device."""
+    near = torch.tensor(weight).log().view(torch.int32) + torch.arange(-4, 5, dtype=torch.int32)
+    near = near.view(torch.float32).to(device)
+    exact = near[near.exp() == weight]
+    if not len(exact):
+        pytest.skip(f"no float32 has the exponential {weight} here")
+    return exact[0]
+
+
+@pytest.mark.parametrize(("top_p", "count"), [(0.25, 1), (0.5, 1), (0.501, 2), (0.75, 2), (0.751, 4), (1.0, 4)])
+def test_top_p_takes_the_least_number_that_reaches_p(device, top_p, count):
+    """Also where they reach it exactly: probabilities 1/2, 1/4, 1/8, 1/8. Those that are alike stay together."""
+    logits = torch.stack([torch.zeros((), device=device), *(logit_of(x, device) for x in (0.5, 0.25, 0.25))])
+    seed = torch.arange(3000, device=device)
+    row = torch.ones(3000, device=device)
+    drawn = choose(logits.expand(3000, -1), FILTERED, row, row.long() * 0, row * top_p, seed, row.int())
+    assert set(drawn.tolist()) == set(range(count))
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5])
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 7}])
+def test_a_draw_depends_on_the_seed_and_the_tokens_so_far(model, cut, options):
+    """So whoever goes on from some of the tokens, as a prompt, draws the rest of them."""
+    generator = Generator(model, 4, 40)
+    prompt = [3, 1, 4, 1, 5]
+    for seed in range(4):
+        [whole] = generator.generate([prompt], 10, seed=seed, **options)
+        [rest] = generator.generate([prompt + whole[:cut]], 10 - cut, seed=seed, **options)
+        assert rest == whole[cut:]
+
+
+def test_a_request_that_a_callback_cancels_gets_no_token_more(model):
+    """Though one is on its way: both rows of the step had one."""
+    generator = Generator(model, 2, 40)
+    requests = []
+
+    def cancels(request, token):
+        if len(request.tokens) == 3:
+            generator.cancel(requests[1])
+
+    requests.append(generator.submit([1, 2], 6, on_token=cancels))
+    said = []
+    requests.append(generator.submit([3, 4], 6, on_token=lambda request, token: said.append(token)))
+    generator.run()
+    assert len(requests[0].tokens) == 6 and requests[1].finished == "cancelled"
+    assert requests[1].tokens == said and len(said) == 2
+    assert sorted(generator.unused) == [0, 1]

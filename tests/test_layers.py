@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from rat_ext import RATCache
+from rat_ext import RATCache, rat_attention, rat_attention_packed
 from rat_ext.layers import RATLayer
 
 
@@ -367,3 +367,38 @@ def test_the_work_of_a_step(device, shape, dtype):
     work = [e.name for e in events if e.name.startswith(("aten::", "rat_ext::", "detach")) and e.name not in NO_WORK]
     cast = ["aten::copy_"] if dtype == torch.bfloat16 else []
     assert work == [*cast, "aten::mm", "rat_ext::rat_decode_step", "aten::mm"]
+
+
+def test_a_continuation_past_every_table_that_is_there(device):
+    """Tables of a layer have 128 rows at least; those of a state that is longer are asked for by all of its tokens."""
+    torch.manual_seed(0)
+    layer = RATLayer(16, 2, 1, 1, max_length=1, rotary_base=777.0, device=device)  # a base of its own: tables of its own
+    x = torch.randn(1, 135, 16, device=device)
+    with torch.no_grad():
+        first, state = layer(x[:, :126], return_state=True)
+        pieces = [first]
+        for a, b in ((126, 128), (128, 129), (129, 135)):
+            y, state = layer(x[:, a:b], state, return_state=True)
+            pieces.append(y)
+        torch.testing.assert_close(torch.cat(pieces, dim=1), layer(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("packed", [False, True])
+def test_autocast_beside_a_cache(device, tokens, packed):
+    """A projection in float32 is cast as one without a cache is."""
+    torch.manual_seed(0)
+    projection, bias = torch.randn(2, tokens, 16 * 16, device=device), torch.randn(4, 16, device=device)
+    caches = [RATCache.empty(2, 4, 16, 4, 16, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    if packed:
+        calls = [(rat_attention_packed, (x, 4, 2, 4)) for x in (projection, projection.bfloat16())]
+    else:
+        parts = [x.unflatten(-1, (-1, 16)).split((2, 2, 4, 4, 4), dim=2) for x in (projection, projection.bfloat16())]
+        calls = [(rat_attention, (*p[:4], 4, p[4])) for p in parts]
+        calls = [(lambda *a, **o: rat_attention(*a[:5], out_gate=a[5], **o), a) for _, a in calls]
+    with torch.autocast(device.type, torch.bfloat16):
+        (call, arguments), (_, cast) = calls
+        y = call(*arguments, gate_bias=bias, cache=caches[0])
+    want = calls[1][0](*cast, gate_bias=bias, cache=caches[1])
+    assert y.dtype == torch.bfloat16 and torch.equal(y, want)
+    assert torch.equal(caches[0].running_k, caches[1].running_k)

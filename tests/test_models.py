@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from rat_ext.models import RATConfig, RATForCausalLM, RATModel, RATModelCache
 from rat_ext.models.config import PATTERNS
+from rat_ext.models.loss import linear_cross_entropy
 from rat_ext.models.modeling import CACHE
 
 V = 61
@@ -133,8 +134,15 @@ def test_presets(size):
         ({"chunk_size": [4]}, "chunk_size: expected"),
         ({"num_groups": 3}, "num_groups: expected a divisor of num_attention_heads = 4, got 3"),
         ({"num_attention_heads": 3}, "num_attention_heads: expected heads of a size"),
-        ({"sliding_window": -1}, "sliding_window: expected at least 0, got -1"),
+        ({"sliding_window": -1}, "sliding_window: expected an int of at least 0, got -1"),
+        ({"sliding_window": "x"}, "sliding_window: expected an int of at least 0, got 'x'"),
         ({"hidden_act": "relu"}, "hidden_act: expected gelu or swiglu, got 'relu'"),
+        ({"vocab_size": 64.5}, "vocab_size: expected an int of at least 1, got 64.5"),
+        ({"num_attention_heads": "4"}, "num_attention_heads: expected an int of at least 1, got '4'"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps: expected a finite number of at least 0, got -1.0"),
+        ({"initializer_range": float("nan")}, "initializer_range: expected a finite number of at least 0, got nan"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings: expected an int of at least 1, got 0"),
+        ({"rope_theta": "x"}, "rope_theta: expected a finite number above 0, or None, got 'x'"),
     ],
 )
 def test_wrong_configurations(changes, words):
@@ -377,6 +385,79 @@ def test_labels_and_what_training_returns(model, device):
     torch.testing.assert_close(model(ids, shift_labels=F.pad(labels[:, 1:], (0, 1), value=-100)).loss, want)
 
 
+@pytest.mark.parametrize("label", [-1, -99, -101, V, V + 1, 2**40])
+def test_labels_that_are_no_token(device, label):
+    """An error where the host knows the labels; on a GPU a loss that is no number, and no trap."""
+    x, weight = torch.randn(3, 8, device=device, requires_grad=True), torch.randn(V, 8, device=device)
+    labels = torch.tensor([0, label, -100], device=device)
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match=f"labels: expected from 0 to {V - 1}, or -100 for none, got {label}$"):
+            linear_cross_entropy(x, weight, labels)
+    else:
+        assert linear_cross_entropy(x, weight, labels).isnan()
+    for wrong in (labels.float(), labels[:2], labels > 0):
+        with pytest.raises(ValueError, match=r"labels: expected int64 of shape \(3,\), got"):
+            linear_cross_entropy(x, weight, wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        (("x",), {}, "__init__: config: expected a rat_ext.models.RATConfig, got str"),
+        ((None, -1), {}, "__init__: max_length: expected an int of at least 0 or None, got -1"),
+        ((None, "x"), {}, "__init__: max_length: expected an int of at least 0 or None, got 'x'"),
+        ((None, 8), {"batch": -1}, "__init__: batch: expected an int of at least 0 or None, got -1"),
+        ((None, 8), {"batch": True}, "__init__: batch: expected an int of at least 0 or None, got True"),
+    ],
+)
+def test_wrong_caches(arguments, options, words):
+    config, *rest = arguments
+    with pytest.raises(ValueError, match=f"^rat_ext.RATModelCache.{words}"):
+        RATModelCache(config or config_of(), *rest, **options)
+    with pytest.raises(ValueError, match="^rat_ext.RATModelCache.crop: tokens_to_remove: expected an int, got str"):
+        RATModelCache(config_of()).crop("x")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_columns_of_padding_have_the_output_of_a_token_of_their_row(model, device, side):
+    """Of the last one before; of the first one where none is before. No other row reaches them."""
+    rows = rows_of(device, (5, 9, 3, 1))
+    ids, mask = padded(rows, side, device)
+    y = model(ids, attention_mask=mask).logits
+    for b, row in enumerate(rows):
+        columns = mask[b].nonzero()[:, 0]
+        for t in range(ids.shape[1]):
+            before = columns[columns <= t]
+            assert torch.equal(y[b, t], y[b, before[-1] if len(before) else columns[0]]), (b, t, len(row))
+
+
+def test_a_cache_after_reset_is_a_new_one(model, device):
+    """Also of what was padding: calls, what they count and what a crop takes back."""
+    ids, mask = padded(rows_of(device, (5, 9, 3)), "left", device)
+    used, new = RATModelCache(model.config), RATModelCache(model.config)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=used)
+        used.reset()
+        for cache in (used, new):
+            cache.activate_past_recording()
+        for part in (ids[:, :4], ids[:, 4:5], ids[:, 5:9]):
+            found = [model(part, past_key_values=cache).logits for cache in (used, new)]
+            assert torch.equal(*found)
+        assert used.valid is None and used.seen == new.seen == 9 and torch.equal(used.lengths, new.lengths)
+        for cache in (used, new):
+            cache.crop(-3)
+        assert torch.equal(used.lengths, new.lengths)
+        assert torch.equal(*(model(ids[:, :2], past_key_values=cache).logits for cache in (used, new)))
+
+
+@pytest.mark.parametrize("width", [8, 16, 24, 32, 48, 64, 80, 104, 256])
+def test_width_of_the_feed_forward(width):
+    """8 / 3 of the model's, the next multiple of 8."""
+    config = RATConfig(hidden_size=width, num_attention_heads=1, num_groups=1, num_hidden_layers=1, hidden_act="swiglu")
+    assert config.intermediate_size == min(n for n in range(0, 3 * width + 8, 8) if 3 * n >= 8 * width)
+    assert RATConfig(hidden_size=width, num_attention_heads=1, num_groups=1).intermediate_size == 4 * width
+
+
 def test_outputs(model, device):
     ids = tokens_of(device, 2, 9)
     rows = rows_of(device)
@@ -399,10 +480,29 @@ def test_outputs(model, device):
         ({"input_ids": 1, "attention_mask": torch.zeros(2, 9)}, "attention_mask: expected at least one token"),
         ({"input_ids": 1, "cu_seq_lens_q": torch.tensor([0, 9])}, "cu_seq_lens_q: expected with a batch of one row"),
         ({"input_ids": 1, "past_key_values": DynamicCache()}, f"{CACHE}: expected a rat_ext.models.RATModelCache or None"),
+        ({"input_ids": [[1, 2]]}, "input_ids: expected a tensor of 2 dimensions, .* got list"),
+        ({"input_ids": torch.tensor([1, 2])}, r"input_ids: expected a tensor of 2 dimensions, \(B, T\), got shape \(2,\)"),
+        ({"input_ids": torch.ones(2, 9)}, "input_ids: expected int64 or int32, got float32"),
+        ({"inputs_embeds": torch.ones(2, 9, 16)}, "inputs_embeds: expected a last dimension of 32, got 16"),
+        ({"inputs_embeds": "x"}, "inputs_embeds: expected a tensor of 3 dimensions, .* got str"),
+        ({"input_ids": 1, "attention_mask": "x"}, "attention_mask: expected a tensor or None, got str"),
+        (
+            {"input_ids": torch.ones(1, 9, dtype=torch.int64), "cu_seq_lens_q": [0, 9]},
+            "cu_seq_lens_q: expected a tensor .* got li",
+        ),
+        (
+            {"input_ids": torch.ones(1, 9, dtype=torch.int64), "cu_seq_lens_q": torch.tensor([0, 7, 9]), "max_length_q": 6},
+            "max_length_q: expected at least the longest sequence's 7 tokens, got 6",
+        ),
+        ({"input_ids": 1, "labels": torch.ones(2, 8, dtype=torch.int64)}, r"labels: expected a tensor of shape \(2, 9\), got"),
+        ({"input_ids": 1, "labels": "x"}, r"labels: expected a tensor of shape \(2, 9\), got str"),
+        ({"input_ids": 1, "shift_labels": torch.ones(2, dtype=torch.int64)}, "shift_labels: expected a tensor of shape"),
     ],
 )
 def test_wrong_arguments(arguments, words):
-    arguments = {name: tokens_of("cpu", 2, 9) if name == "input_ids" else x for name, x in arguments.items()}
+    arguments = {
+        name: tokens_of("cpu", 2, 9) if type(x) is int and name != "max_length_q" else x for name, x in arguments.items()
+    }
     with pytest.raises(ValueError, match=f"^rat_ext.RATModel: {words}"):
         model_of("attention")(**arguments)
 

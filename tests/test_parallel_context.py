@@ -163,6 +163,11 @@ def model_of_ranks(rank: int, world: int) -> dict[str, float]:
         back = said.pop("backward")
         expected = 2 * sum(said.values()), 2 * (sum(said.values()) * (2 if name == "checkpointed" else 1) + back)
         found[f"{name} bytes"] = abs(forward - expected[0]) + abs(sum(sent) - expected[1])
+    layer, sent = RATLayer(64, 4, 2, 40).to(ranks.EXACT), []  # of which a piece lies inside one chunk: states are composed
+    with mock.patch.object(dist, "all_to_all_single", count_bytes(dist.all_to_all_single, rank, sent)), torch.no_grad():
+        layer(cp.shard(torch.randn(2, tokens, 64, dtype=ranks.EXACT)), context_parallel=cp)
+    said = cp.bytes_sent(2, 4, 16, 40, ranks.EXACT)
+    found["composed bytes"] = abs(sum(sent) - sum(said.values()) + said["backward"])
     return found
 
 
@@ -270,6 +275,8 @@ def test_docstring_examples(module):
         ({"rotary_cos": torch.ones(3, 16), "rotary_sin": torch.ones(3, 16)}, {}, "rotary_cos: expected at least 7 rows"),
         ({"rotary_cos": None}, {}, "rotary_cos, rotary_sin: expected both or neither"),
         ({"chunk_size": 0}, {}, "chunk_size: expected at least 1, got 0"),
+        ({"chunk_size": 8.7}, {}, "chunk_size: expected an int, got float 8.7"),
+        ({"chunk_size": None}, {}, "chunk_size: expected an int, got None"),
         ({}, {"cu_seqlens": [0, 50]}, "context_parallel: expected B = 1 for packed sequences, got 2"),
         ({"return_state": True}, {"cuts": [0, 50, 50]}, "return_state: expected False where the last piece of context_par"),
     ],
@@ -290,11 +297,60 @@ def test_wrong_calls(change, where, message):
         ({"cu_seqlens": [1, 5]}, "cu_seqlens: expected numbers that begin at 0 and never fall"),
         ({"cu_seqlens": torch.tensor([0, 5, 4])}, "cu_seqlens: expected numbers"),
         ({"cu_seqlens": [0, 5], "tokens": 6}, "tokens: expected the end of cu_seqlens, 5, got 6"),
+        ({"cu_seqlens": [0, 5.7]}, "cu_seqlens: expected an int, got float 5.7"),
+        ({"cu_seqlens": "x"}, "cu_seqlens: expected a list or 1-D tensor of ints, got str"),
+        ({"cu_seqlens": 5}, "cu_seqlens: expected a list or 1-D tensor of ints, got int"),
+        ({"cu_seqlens": torch.tensor([[0, 5]])}, r"cu_seqlens: expected a list or .* got int64 of shape \(1, 2\)"),
+        ({"cu_seqlens": torch.tensor([0.0, 5.5])}, "cu_seqlens: expected a list or 1-D tensor of ints, got float32"),
+        ({"cu_seqlens": torch.zeros(2, dtype=torch.int32, device="meta")}, "cu_seqlens: expected a list .* on meta"),
+        ({"cuts": [0, 2.5, 5]}, "cuts: expected an int, got float 2.5"),
+        ({"cuts": 5}, "cuts: expected a list or 1-D tensor of ints, got int"),
+        ({"tokens": -3}, "tokens: expected at least 0, got -3"),
+        ({"tokens": 2.5}, "tokens: expected an int, got float 2.5"),
+        ({"tokens": "x"}, "tokens: expected an int, got str 'x'"),
+        ({"tokens": True}, "tokens: expected an int, got bool True"),
     ],
 )
 def test_wrong_layouts(where, message):
     with pytest.raises(ValueError, match=f"^rat_ext.ContextParallel: {message}"):
         ContextParallel(**where)
+
+
+X = torch.zeros(2, 20, 4, 8)
+WRONG_USE = {
+    "ContextParallel.shard: x: expected a tensor, got str": lambda cp: cp.shard("x"),
+    r"ContextParallel.shard: dim: expected a dimension of shape \(2, 20, 4, 8\), got 7": lambda cp: cp.shard(X, 7),
+    "ContextParallel.gather: dim: expected an int, got str '1'": lambda cp: cp.gather(X, "1"),
+    "ContextParallel.gather: dim: expected a dimension .*, got -5": lambda cp: cp.gather(X, -5),
+    "ContextParallel: tokens: expected at least 0, got -5": lambda cp: cp.positions(-5),
+    "ContextParallel: tokens: expected an int, got str 'x'": lambda cp: cp.length("x"),
+    "ContextParallel.bytes_sent: chunk_size: expected at least 1, got 0": lambda cp: cp.bytes_sent(1, 2, 8, 0, torch.float32),
+    "ContextParallel.bytes_sent: dtype: expected .*, got str 'x'": lambda cp: cp.bytes_sent(1, 2, 8, 4, "x"),
+    "attention: window: expected at least 0 or None, got -1": lambda cp: attention(X, X, X, cp, window=-1),
+    "attention: window: expected an int, got float 2.5": lambda cp: attention(X, X, X, cp, window=2.5),
+    "attention: window: expected an int, got bool True": lambda cp: attention(X, X, X, cp, window=True),
+    "attention: scale: expected a float or None, got str 'x'": lambda cp: attention(X, X, X, cp, scale="x"),
+    "attention: q: expected a tensor of 4 dimensions, got str": lambda cp: attention("x", X, X, cp),
+    r"attention: v: expected a tensor of 4 dimensions, got shape \(20, 4, 8\)": lambda cp: attention(X, X, X[0], cp),
+    "attention: k: expected dtype torch.float32, that of q, got torch.float16": lambda cp: attention(X, X.half(), X, cp),
+    "attention: v: expected device cpu, that of q, got meta": lambda cp: attention(X, X, X.to("meta"), cp),
+    r"attention: k: expected shape \(2, 20, 4, 8\), got": lambda cp: attention(X, X[:, :3], X, cp),
+    r"attention: v: expected shape \(2, 20, 2, 8\), got": lambda cp: attention(X, X[:, :, :2], X, cp),
+    "attention: k: expected a number of groups that divides the 4 heads, got 3": lambda cp: attention(
+        X, X[:, :, :3], X[:, :, :3], cp
+    ),
+    "attention: context_parallel: expected one, got int": lambda cp: attention(X, X, X, 3),
+    "use_context_parallel: model: expected a module, got str": lambda cp: use_context_parallel("x", cp),
+    "use_context_parallel: context_parallel: expected one or None, got str": lambda cp: use_context_parallel(
+        RATLayer(64, 4, 2, 8), "x"
+    ),
+}
+
+
+@pytest.mark.parametrize("words", WRONG_USE)
+def test_wrong_use(words):
+    with pytest.raises(ValueError, match=f"^rat_ext.{words}"):
+        WRONG_USE[words](ContextParallel(tokens=20))
 
 
 @pytest.mark.parametrize("used", ["abcd", "dcba", "b", "d", "bd", "db", "a", "cc"])

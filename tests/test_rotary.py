@@ -253,3 +253,16 @@ def test_a_base_that_is_none(base):
     if isinstance(base, float):
         with pytest.raises(ValueError, match="RATLayer: rotary_base: expected a finite number above 0 or None"):
             RATLayer(16, 2, 1, 4, rotary_base=base)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_tables_are_traced(device, dynamic):
+    """In one graph, of any number of rows."""
+    make = torch.compile(
+        lambda x: rat_ext.rotary_tables(x.shape[0], 8, device=x.device), backend="eager", fullgraph=True, dynamic=dynamic
+    )
+    for rows in (3, 5, 9):
+        for got, want in zip(
+            make(torch.zeros(rows, device=device)), rat_ext.rotary_tables(rows, 8, device=device), strict=True
+        ):
+            assert torch.equal(got, want)

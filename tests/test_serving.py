@@ -589,6 +589,70 @@ def test_a_row_that_cannot_be_served_is_skipped(device):
         pool.check()
 
 
+def call_on(pool, x, exact, **given):
+    """The same new tokens as pieces, by the forward's arithmetic, or as a draft."""
+    if exact:
+        return rat_ext.rat_attention(**x, chunk_size=pool.chunk_size, cache=pool, **given)
+    return rat_ext.rat_decode_step(**x, cache=pool, **given)
+
+
+def assert_skips_the_last_row(pool, x, exact, words, **given):
+    """At once an error where the host knows; on a GPU zeros, a length that stays, and the error later."""
+    last, before = x["v"].shape[0] - 1, pool.lengths.tolist()
+    if pool.lengths.is_cuda:
+        y = call_on(pool, x, exact, **given)
+        assert not y[last].any() and y[:last].isfinite().all() and pool.lengths[last] == before[last]
+        with pytest.raises(RuntimeError, match=words):
+            pool.check()
+    else:
+        with pytest.raises(ValueError, match=words):
+            call_on(pool, x, exact, **given)
+        assert pool.lengths.tolist() == before
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("before", "tokens"), [(0, 1), (3, 1), (4, 1), (4, 3), (7, 1), (7, 2), (6, 9), (40, 1), (39, 2)])
+def test_tables_that_end_before_the_new_tokens(device, before, tokens, exact):
+    """One row for each chunk that has a token, the open one's too: as many are enough, one less is an error."""
+    x = drawn(device, batch=2, tokens=tokens)
+    rows = (before + tokens - 1) // 4 + 1
+    for count in (rows, rows - 1):
+        cos, sin = rat_ext.rotary_tables(count, 16, device=device)
+        pool = pool_of(device, batch=2).clone()
+        for states in ("chunk_k", "chunk_v"):
+            getattr(pool, states).zero_()
+        pool.lengths[1] = before
+        if count == 0:  # without memory: no other device knows more, and they are not taken for none
+            with pytest.raises(ValueError, match="rotary_cos: expected at least 1 row, one for each chunk, got 0"):
+                call_on(pool, x, exact, rotary_cos=cos, rotary_sin=sin)
+        elif count == rows:
+            assert call_on(pool, x, exact, rotary_cos=cos, rotary_sin=sin).isfinite().all()
+            pool.check()
+        elif before >= tokens:  # the row of a new sequence has tables enough
+            assert_skips_the_last_row(pool, x, exact, "rotary", rotary_cos=cos, rotary_sin=sin)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("page", ["one more", -1])
+@pytest.mark.parametrize(("before", "tokens"), [(31, 1), (3, 1), (30, 3), (63, 1)])
+def test_a_page_that_the_pool_does_not_have(device, before, tokens, page, exact):
+    """Of any page that the chunks take that are closed after the call; the pages behind are nobody's business."""
+    x = drawn(device, batch=2, tokens=tokens)
+    taken = -(-((before + tokens) // 4) // 8)
+    for place in range(taken + 1):
+        pool = pool_of(device, batch=2, max_length=96, page_chunks=8)
+        pool.allocate([0, 1], 96)
+        for states in ("chunk_k", "chunk_v"):
+            getattr(pool, states).zero_()
+        pool.lengths[1] = before
+        pool.page_table[1, place] = pool.chunk_k.shape[0] if page == "one more" else page
+        if place < taken:
+            assert_skips_the_last_row(pool, x, exact, "full|page")
+        else:
+            assert call_on(pool, x, exact).isfinite().all()
+            pool.check()
+
+
 @pytest.mark.gpu
 @options
 def test_a_graph_of_a_mixed_batch(device, options):
@@ -679,7 +743,7 @@ def test_max_seqlen(device):
     if device.type == "cpu":
         known = rat_ext.rat_attention(**x, chunk_size=16, cu_seqlens=cuts, return_state=True)[1]
         assert known.chunk_k.shape == state.chunk_k.shape
-        with pytest.raises(ValueError, match=r"lengths\[0\]: expected at most 0 closed chunks"):
+        with pytest.raises(ValueError, match="max_seqlen: expected at least the longest sequence's 16 tokens, got 15"):
             rat_ext.rat_attention(**x, chunk_size=16, cu_seqlens=cuts, return_state=True, max_seqlen=15)
 
 

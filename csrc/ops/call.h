@@ -380,6 +380,14 @@ Rotary rotary_of(Call<Op>& call, int64_t head_dim) {
           copied<"rotary_sin">(call, call.acc, {table_rows, head_dim / 2}), table_rows};
 }
 
+// At least `needed` rows. Tables without any have no memory either, and would pass for none.
+template <class Op>
+void check_rotary_rows(const Call<Op>& call, int64_t needed) {
+  if (!given<"rotary_cos">(call) || size<"rotary_cos">(call, 0) >= needed) return;
+  call.fail("rotary_cos", "expected at least ", needed, needed == 1 ? " row" : " rows", ", one for each chunk, got ",
+            size<"rotary_cos">(call, 0));
+}
+
 // Sequences of the call: rows of the batch, or runs of one row that cu_seqlens delimits.
 template <class Op>
 void set_sequences(Call<Op>& call, Sizes& s) {

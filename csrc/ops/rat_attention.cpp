@@ -136,12 +136,8 @@ AttentionFwdParams params_of(Call<Op>& call, int64_t chunk_rows) {
   read_state(call, p);
   set_chunk_states(call, p, chunk_rows);
   // Positions that only the device knows are checked by the launcher.
-  if (given<"rotary_cos">(call) && !given<"cu_seqlens">(call) && !given<"lengths">(call) && s.tokens > 0) {
-    const int64_t needed = (s.tokens - 1) / s.rotate_every + 1;
-    if (p.rotary.rows < needed) {
-      call.fail("rotary_cos", "expected at least ", needed, " rows, one for each chunk, got ", p.rotary.rows);
-    }
-  }
+  const bool known = !given<"cu_seqlens">(call) && !given<"lengths">(call);
+  if (s.tokens > 0) check_rotary_rows(call, known ? (s.tokens - 1) / s.rotate_every + 1 : 1);
   s.aligned16 = call.aligned;
   return p;
 }
@@ -256,6 +252,7 @@ void run(Call<RatAttentionCached>& call) {
   a.scale = value<"scale">(call);
   p.pool = read_pool(call, s.heads, s.head_dim);
   p.slots = read_slots(call, p.pool, s.sequences);
+  if (s.tokens > 0) check_rotary_rows(call, 1);
   if (call.on_gpu() && p.pool.page_table && p.pool.page_rows < kLeastPageRows) {
     call.fail("chunk_k", "expected pages of at least ", kLeastPageRows, " rows on a GPU, got ", p.pool.page_rows);
   }

@@ -56,6 +56,7 @@ void run(Call<RatDecodeStep>& call) {
   p.out_gate = token_rows<"out_gate">(call, p, many, p.heads);
   p.gate_bias = gate_bias_of(call, p.heads, p.head_dim);
   p.rotary = rotary_of(call, p.head_dim);
+  if (p.tokens > 0) check_rotary_rows(call, 1);
   p.pool = read_pool(call, p.heads, p.head_dim);
   p.slots = read_slots(call, p.pool, p.batch);
 

@@ -251,6 +251,11 @@ class RATModelCache(Cache):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
+        if not isinstance(config, RATConfig):
+            raise wrong("__init__", "config", "a rat_ext.models.RATConfig", type(config).__name__)
+        for name, value in (("max_length", max_length), ("batch", batch)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 0):
+                raise wrong("__init__", name, "an int of at least 0 or None", repr(value))
         if static and max_length is None:
             raise wrong("__init__", "max_length", "a number beside static=True", None)
         self.config, self.max_length, self.static = config, max_length, static
@@ -413,7 +418,10 @@ class RATModelCache(Cache):
         Args:
             tokens_to_remove: how many columns, as a negative number; a positive one is how many to keep.
         """
-        tokens_to_remove = int(tokens_to_remove)
+        try:
+            tokens_to_remove = int(tokens_to_remove)
+        except (TypeError, ValueError):
+            raise wrong("crop", "tokens_to_remove", "an int", type(tokens_to_remove).__name__) from None
         n = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
         if n > self.seen:
             raise wrong("crop", "tokens_to_remove", f"at most the {self.seen} tokens seen", n)

@@ -31,6 +31,10 @@ def wrong(argument: str, expected: str, got: object) -> ValueError:
     return ValueError(f"rat_ext.RATConfig: {argument}: expected {expected}, got {got!r}")
 
 
+def _finite(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
 @strict
 class RATConfig(PreTrainedConfig):
     """Sizes and layers of a :class:`RATModel`. The defaults are the authors' 1.3B RAT model.
@@ -109,8 +113,8 @@ class RATConfig(PreTrainedConfig):
             "num_groups",
             "intermediate_size",
         ):
-            if getattr(self, name) < 1:
-                raise wrong(name, "at least 1", getattr(self, name))
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise wrong(name, "an int of at least 1", getattr(self, name))
         if self.hidden_size % heads or self.hidden_size // heads not in range(8, 257, 8):
             sizes = "heads of a size hidden_size / num_attention_heads that is a multiple of 8 up to 256"
             raise wrong("num_attention_heads", f"{sizes} for hidden_size = {self.hidden_size}", heads)
@@ -122,11 +126,16 @@ class RATConfig(PreTrainedConfig):
         lengths = self.chunk_sizes
         if len(lengths) != layers or any(type(length) is not int or length < 1 for length in lengths):
             raise wrong("chunk_size", f"a number from 1 on, or a list of {layers} of them", self.chunk_size)
-        if self.sliding_window < 0:
-            raise wrong("sliding_window", "at least 0", self.sliding_window)
+        if type(self.sliding_window) is not int or self.sliding_window < 0:
+            raise wrong("sliding_window", "an int of at least 0", self.sliding_window)
+        if type(self.max_position_embeddings) is not int or self.max_position_embeddings < 1:
+            raise wrong("max_position_embeddings", "an int of at least 1", self.max_position_embeddings)
+        for name in ("rms_norm_eps", "initializer_range"):
+            if not _finite(getattr(self, name)) or getattr(self, name) < 0:
+                raise wrong(name, "a finite number of at least 0", getattr(self, name))
         if self.hidden_act not in ("gelu", "swiglu"):
             raise wrong("hidden_act", "gelu or swiglu", self.hidden_act)
-        if self.rope_theta is not None and not 0 < self.rope_theta < math.inf:
+        if self.rope_theta is not None and (not _finite(self.rope_theta) or self.rope_theta <= 0):
             raise wrong("rope_theta", "a finite number above 0, or None", self.rope_theta)
 
     @property

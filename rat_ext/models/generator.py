@@ -7,7 +7,6 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +27,8 @@ from .modeling import RATForCausalLM
 
 # Stop tokens that a request can have.
 STOPS = 16
+# The highest temperature: the largest float32, in which rows keep it.
+MOST = torch.finfo(torch.float32).max
 # Steps that a GPU may be ahead of what the host has read.
 LAG = 2
 # Columns of keys that cuDNN reads, for a step's single queries, in the time in which the flash kernel reads one.
@@ -514,8 +515,12 @@ class Generator:
             on_token: called with the request and each new token, in order, when the host reads it.
             wait: False refuses the request where every slot is taken.
         """
-        if isinstance(prompt, Tensor) and prompt.dim() != 1:
-            raise wrong("submit", "prompt", "one row of tokens", f"shape {tuple(prompt.shape)}")
+        if isinstance(prompt, Tensor) and (prompt.dim() != 1 or prompt.is_meta):
+            got = "one on the meta device" if prompt.is_meta else f"shape {tuple(prompt.shape)}"
+            raise wrong("submit", "prompt", "one row of tokens", got)
+        for what, numbers in (("prompt", prompt), ("stop", (stop,) if isinstance(stop, int) else stop)):
+            if not isinstance(numbers, Iterable):
+                raise wrong("submit", what, "a sequence of ints", type(numbers).__name__)
         prompt = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
         stops = (stop,) if isinstance(stop, int) else tuple(stop)
         vocab = self.config.vocab_size
@@ -525,11 +530,18 @@ class Generator:
             raise wrong("submit", "prompt", f"at least one token, each from 0 to {vocab - 1}", got)
         for name, value, fits, expected in (
             ("max_new_tokens", max_new_tokens, type(max_new_tokens) is int and max_new_tokens >= 1, "an int from 1 on"),
-            ("temperature", temperature, _number(temperature) and 0 <= temperature < math.inf, "a finite number from 0 on"),
-            ("top_k", top_k, type(top_k) is int and top_k >= 0, "an int from 0 on"),
+            ("temperature", temperature, _number(temperature) and 0 <= temperature <= MOST, "a finite number from 0 on"),
+            ("top_k", top_k, type(top_k) is int and 0 <= top_k < 2**63, "an int of 64 bits from 0 on"),
             ("top_p", top_p, _number(top_p) and 0 < top_p <= 1, "a number above 0, up to 1"),
             ("seed", seed, type(seed) is int and -(2**63) <= seed < 2**63, "an int of 64 bits"),
-            ("stop", stops, len(stops) <= STOPS and all(type(t) is int and t >= 0 for t in stops), f"up to {STOPS} tokens"),
+            (
+                "stop",
+                stops,
+                len(stops) <= STOPS and all(type(t) is int and 0 <= t < 2**63 for t in stops),
+                f"up to {STOPS} tokens",
+            ),
+            ("on_token", on_token, on_token is None or callable(on_token), "a function or None"),
+            ("wait", wait, isinstance(wait, bool), "a bool"),
         ):
             if not fits:
                 raise wrong("submit", name, expected, repr(value))
@@ -545,6 +557,8 @@ class Generator:
 
     def cancel(self, request: Request) -> None:
         """Ends a request now; its slot is free. Tokens that the host has not read yet are dropped."""
+        if not isinstance(request, Request):
+            raise wrong("cancel", "request", "what submit() has returned", type(request).__name__)
         if request.finished is not None:
             return
         request.finished = "cancelled"
@@ -558,6 +572,10 @@ class Generator:
     def generate(self, prompts: Iterable[Sequence[int] | Tensor], max_new_tokens: int = 100, **options: Any) -> list[list[int]]:
         """The new tokens of each prompt. Options: those of :meth:`submit`, for all; prompt i draws with ``seed + i``."""
         seed = options.pop("seed", 0)
+        if type(seed) is not int:
+            raise wrong("generate", "seed", "an int", repr(seed))
+        if not isinstance(prompts, Iterable):
+            raise wrong("generate", "prompts", "a sequence of prompts", type(prompts).__name__)
         requests: list[Request] = []
         try:
             for i, prompt in enumerate(prompts):

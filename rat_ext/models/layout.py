@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..cache import state_dtype
+from ..cache import readable, state_dtype
 from ..rotary import layer_tables
 from .cache import RATModelCache
 from .config import RATConfig
@@ -116,6 +116,13 @@ def make_layout(
             raise wrong("cu_seq_lens_q", "with a batch of one row", f"{batch} rows")
         if cache is not None and cache.seen:
             raise wrong("cu_seq_lens_q", "without a cache", "one")
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+            got = f"shape {tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+            raise wrong("cu_seq_lens_q", "a tensor (sequences + 1,) of ints", got)
+        if max_seqlen is not None and readable(cu_seqlens) and cu_seqlens.shape[0] > 1:
+            longest = int(cu_seqlens.diff().max())
+            if max_seqlen < longest:
+                raise wrong("max_length_q", f"at least the longest sequence's {longest} tokens", max_seqlen)
         layout.cu_seqlens = cu_seqlens.to(x.device, torch.int32)
         layout.max_seqlen = tokens if max_seqlen is None else max_seqlen
         layout.cache = layout.lengths = None
@@ -137,6 +144,8 @@ def packed_sequences(position_ids: Tensor) -> Tensor | None:
 
 def _unpad(layout: Layout, mask: Tensor, x: Tensor) -> None:
     batch, tokens = layout.batch, layout.tokens
+    if not isinstance(mask, Tensor):
+        raise wrong("attention_mask", "a tensor or None", type(mask).__name__)
     if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < tokens:
         raise wrong("attention_mask", f"shape ({batch}, at least {tokens}), 1 for tokens and 0 for padding", tuple(mask.shape))
     valid = mask[:, -tokens:].to(x.device).bool()

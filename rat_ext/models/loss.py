@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..cache import readable
+
 # Logits of a piece, as a number of elements, where x has fewer than that: 128 MB of float32. Else as many as x has: a longer
 # piece adds to the weight's gradient less often, and memory still goes with the tokens and not with the vocabulary.
 PIECE = 1 << 25
@@ -26,10 +28,12 @@ def _linear_cross_entropy(
         logits = part @ weight.t()
         label = labels[start : start + piece]
         counts = label != IGNORED
-        place = label.clamp(min=0)[:, None]
+        place = label.clamp(0, vocab - 1)[:, None]
         logp = logits.log_softmax(-1, dtype=loss.dtype)
         picked = logp.gather(1, place)
-        loss -= (picked[:, 0] * counts).sum()
+        # A label that is no token makes the loss NaN: only a host could raise, and would wait for the labels.
+        picked = picked.masked_fill((counts & (label != place[:, 0]))[:, None], float("nan"))
+        loss -= picked[:, 0].masked_fill(~counts, 0).sum()
         if x_gradient or weight_gradient:
             # Softmax minus one at the label, each rounded once; what is ignored drops out of the products.
             dlogits = torch.exp(logp, out=logits)
@@ -70,12 +74,20 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     Args:
         x: ``(N, d)``.
         weight: ``(V, d)``.
-        labels: ``(N,)`` int64; -100 is left out.
+        labels: ``(N,)`` int64; -100 is left out. Others that are no token: ValueError on the CPU, a loss of NaN on a GPU.
 
     Returns:
         The sum, a scalar. Gradients of x and weight are computed along with it. No second derivatives.
     """
     kind = x.device.type
+    if labels.dtype not in (torch.int64, torch.int32) or labels.shape != x.shape[:1]:
+        got = f"{str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}"
+        raise ValueError(f"rat_ext.linear_cross_entropy: labels: expected int64 of shape {tuple(x.shape[:1])}, got {got}")
+    if readable(labels):
+        bad = labels[(labels != IGNORED) & ((labels < 0) | (labels >= weight.shape[0]))]
+        if bad.numel():
+            expected = f"from 0 to {weight.shape[0] - 1}, or {IGNORED} for none"
+            raise ValueError(f"rat_ext.linear_cross_entropy: labels: expected {expected}, got {int(bad[0])}")
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)

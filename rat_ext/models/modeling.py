@@ -411,6 +411,14 @@ class RATModel(RATPreTrainedModel):
             raise wrong("input_ids, inputs_embeds", "one of them", "none" if input_ids is None else "both")
         if kwargs.get("output_attentions"):
             raise wrong("output_attentions", "False: there are no attention weights in memory", True)
+        for name, given, dims in (("input_ids", input_ids, 2), ("inputs_embeds", inputs_embeds, 3)):
+            if given is not None and (not isinstance(given, Tensor) or given.dim() != dims):
+                got = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+                raise wrong(name, f"a tensor of {dims} dimensions, (B, T{', d_model' * (dims - 2)})", got)
+        if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
+            raise wrong("input_ids", "int64 or int32", str(input_ids.dtype).removeprefix("torch."))
+        if inputs_embeds is not None and inputs_embeds.shape[-1] != self.config.hidden_size:
+            raise wrong("inputs_embeds", f"a last dimension of {self.config.hidden_size}", inputs_embeds.shape[-1])
         past = past_key_values if cache is None else cache
         if past is not None and not isinstance(past, RATModelCache):
             raise wrong(CACHE, "a rat_ext.models.RATModelCache or None", type(past).__name__)
@@ -493,7 +501,8 @@ class RATForCausalLM(RATPreTrainedModel, GenerationMixin):
 
         Args:
             labels: ``(B, T)`` int64, shifted here: the label of column t is predicted from column t - 1. -100 is left out, and
-                so is what is padding, is predicted from padding or from another packed sequence.
+                so is what is padding, is predicted from padding or from another packed sequence. Any other that is no token is
+                an error on the CPU, and makes the loss NaN on a GPU.
             logits_to_keep: how many of the last columns get logits, or which columns; 0: all.
             kwargs: ``num_items_in_batch`` divides the sum of the losses in place of the number of labels; ``shift_labels``
                 are labels that are shifted already. The rest, and the other arguments: as of :class:`RATModel`.
@@ -512,6 +521,10 @@ class RATForCausalLM(RATPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         x = outputs.last_hidden_state
         loss = logits = None
+        for name, given in (("labels", labels), ("shift_labels", target)):
+            if given is not None and (not isinstance(given, Tensor) or given.shape != x.shape[:2]):
+                got = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+                raise wrong(name, f"a tensor of shape {tuple(x.shape[:2])}", got)
         if labels is not None and self.model.context_parallel is not None:
             raise wrong("labels", "None beside context_parallel, but shift_labels, cut as the tokens are", "labels")
         if target is None and labels is not None:

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .._arguments import ROWS, Given
+from .._arguments import ROWS, Given, floating, integer
 from .._autograd import call_kernel
 from ..cache import RATCache, state_dtype
 from ..rotary import rotate
@@ -49,6 +49,15 @@ FEW = 256
 
 def _wrong(op: str, argument: str, expected: str, got: object) -> ValueError:
     return ValueError(f"rat_ext.{op}: {argument}: expected {expected}, got {got}")
+
+
+def _dimension(op: str, x: Any, dim: Any) -> int:
+    if not isinstance(x, Tensor):
+        raise _wrong(op, "x", "a tensor", type(x).__name__)
+    dim = integer(f"rat_ext.{op}", "dim", dim)
+    if not -x.dim() <= dim < x.dim():
+        raise _wrong(op, "dim", f"a dimension of shape {tuple(x.shape)}", dim)
+    return dim % x.dim()
 
 
 def _final_states(
@@ -88,6 +97,18 @@ def _kept(gate: Tensor, gate_bias: Tensor | None) -> Tensor:
         initial_state=torch.ones(batch, heads, dim, dtype=acc, device=gate.device),
         lengths=torch.ones(batch, dtype=torch.int32, device=gate.device),
     )[1]  # fmt: skip
+
+
+def _numbers(name: str, values: Any) -> tuple[int, ...]:
+    """Ints of the host, of a list or a tensor."""
+    if isinstance(values, Tensor):
+        if values.dim() != 1 or values.is_floating_point() or values.dtype == torch.bool or values.is_meta:
+            got = f"{str(values.dtype).removeprefix('torch.')} of shape {tuple(values.shape)} on {values.device}"
+            raise _wrong("ContextParallel", name, "a list or 1-D tensor of ints", got)
+        values = values.tolist()
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise _wrong("ContextParallel", name, "a list or 1-D tensor of ints", type(values).__name__)
+    return tuple(integer("rat_ext.ContextParallel", name, n) for n in values)
 
 
 class _WholeChunks(torch.autograd.Function):
@@ -215,14 +236,16 @@ class ContextParallel:
         cuts: Sequence[int] | None = None,
         cu_seqlens: Sequence[int] | Tensor | None = None,
     ):
+        if tokens is not None:
+            tokens = integer("rat_ext.ContextParallel", "tokens", tokens)
+            if tokens < 0:
+                raise _wrong("ContextParallel", "tokens", "at least 0", tokens)
         alone = group is None and not (dist.is_available() and dist.is_initialized())
         self.group = group.get_group() if hasattr(group, "get_group") else group
         self.rank, self.world = (0, 1) if alone else (dist.get_rank(self.group), dist.get_world_size(self.group))
         if self.rank < 0:
             raise _wrong("ContextParallel", "group", "one that this process is in", "another")
-        if isinstance(cu_seqlens, Tensor):
-            cu_seqlens = cu_seqlens.tolist()
-        self.cu_seqlens = None if cu_seqlens is None else tuple(int(n) for n in cu_seqlens)
+        self.cu_seqlens = None if cu_seqlens is None else _numbers("cu_seqlens", cu_seqlens)
         if self.cu_seqlens is not None:
             falls = any(a > b for a, b in zip(self.cu_seqlens[:-1], self.cu_seqlens[1:], strict=True))
             if len(self.cu_seqlens) < 1 or self.cu_seqlens[0] != 0 or falls:
@@ -231,7 +254,7 @@ class ContextParallel:
                 raise _wrong("ContextParallel", "tokens", f"the end of cu_seqlens, {self.cu_seqlens[-1]}", tokens)
             tokens = self.cu_seqlens[-1]
         if cuts is not None:
-            cuts = tuple(int(n) for n in cuts)
+            cuts = _numbers("cuts", cuts)
             falls = any(a > b for a, b in zip(cuts[:-1], cuts[1:], strict=True))
             if len(cuts) != 2 * self.world + 1 or cuts[0] != 0 or falls or tokens not in (None, cuts[-1]):
                 expected = f"{2 * self.world + 1} numbers from 0 to {'T' if tokens is None else tokens} that never fall"
@@ -256,6 +279,9 @@ class ContextParallel:
 
     def length(self, tokens: int) -> int:
         """T of the global row for a call of ``tokens`` local tokens."""
+        tokens = integer("rat_ext.ContextParallel", "tokens", tokens)
+        if tokens < 0:
+            raise _wrong("ContextParallel", "tokens", "at least 0", tokens)
         return tokens * self.world if self.tokens is None else self.tokens
 
     def _mine(self) -> tuple[int, int]:
@@ -274,6 +300,7 @@ class ContextParallel:
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """What this rank holds of a global tensor whose dimension ``dim`` is tokens."""
+        dim = _dimension("ContextParallel.shard", x, dim)
         if self.tokens is not None and x.shape[dim] != self.tokens:
             raise _wrong("ContextParallel.shard", "x", f"{self.tokens} tokens", x.shape[dim])
         pieces = [self._layout(x.shape[dim]).pieces[p] for p in self._mine()]
@@ -281,6 +308,7 @@ class ContextParallel:
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
         """The global tensor of all ranks' parts, on every rank. Its gradient is the sum of those of all ranks."""
+        dim = _dimension("ContextParallel.gather", x, dim)
         layout = self._local("ContextParallel.gather", x, dim)
         if self.world == 1 or not layout.tokens:
             return x.clone()
@@ -342,6 +370,17 @@ class ContextParallel:
 
         ``tokens``: the local ones, where the length is not fixed.
         """
+        name = "ContextParallel.bytes_sent"
+        batch, num_heads, head_dim, chunk_size = (
+            integer(f"rat_ext.{name}", argument, n)
+            for argument, n in (
+                ("batch", batch), ("num_heads", num_heads), ("head_dim", head_dim), ("chunk_size", chunk_size)
+            )
+        )  # fmt: skip
+        if chunk_size < 1:
+            raise _wrong(name, "chunk_size", "at least 1", chunk_size)
+        if floating(f"rat_ext.{name}", "dtype", dtype) is None:
+            raise _wrong(name, "dtype", "a floating dtype", dtype)
         layout = self._layout(self.length(0 if tokens is None else tokens))
         row = 2 * batch * num_heads * head_dim
         wide = row * state_dtype(dtype).itemsize
@@ -397,7 +436,7 @@ class _Call:
         self.sources = ("x", "gate") if self.alone else ("k", "v", "gate")
         self.states = len(self.sources) - 1  # how many a token has: k~ and v~, or y
         self.layout = cp._local(op, self.lead)
-        self.chunk_size = int(given["chunk_size"])
+        self.chunk_size = integer(op, "chunk_size", given["chunk_size"])
         if self.chunk_size < 1:
             raise _wrong(op, "chunk_size", "at least 1", self.chunk_size)
         self.pieces = [self.layout.pieces[p] for p in cp._mine()]
@@ -680,6 +719,10 @@ def use_context_parallel(model: nn.Module, context_parallel: ContextParallel | N
     given local tokens (:meth:`ContextParallel.shard`) and gives local results. Parameters are replicated: their gradients are
     those of local tokens, to be summed over the group, as data parallelism does where its group has the group's ranks too.
     """
+    if not isinstance(model, nn.Module):
+        raise _wrong("use_context_parallel", "model", "a module", type(model).__name__)
+    if context_parallel is not None and not isinstance(context_parallel, ContextParallel):
+        raise _wrong("use_context_parallel", "context_parallel", "one or None", type(context_parallel).__name__)
     layers = [module for module in model.modules() if hasattr(module, "context_parallel")]
     for layer in layers:
         layer.context_parallel = context_parallel  # type: ignore[assignment]

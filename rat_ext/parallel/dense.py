@@ -8,12 +8,15 @@ ranks as it wants them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from .context import ContextParallel
+from .._arguments import integer, real
+from .context import ContextParallel, _wrong
 from .exchange import Exchange, Route, finish, join, start
 
 
@@ -35,6 +38,24 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | 
         keys, values = (x[:, :, first : past + end] for x in (k, v))
         parts.append(F.scaled_dot_product_attention(q[:, :, begin:end], keys, values, attn_mask=mask, scale=scale))
     return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def _check(q: Any, k: Any, v: Any, cp: Any) -> None:
+    if not isinstance(cp, ContextParallel):
+        raise _wrong("attention", "context_parallel", "one", type(cp).__name__)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise _wrong("attention", name, "a tensor of 4 dimensions", got)
+        for what, mine, theirs in (("dtype", q.dtype, x.dtype), ("device", q.device, x.device)):
+            if mine != theirs:
+                raise _wrong("attention", name, f"{what} {mine}, that of q", theirs)
+    if not k.shape[2] or q.shape[2] % k.shape[2]:
+        raise _wrong("attention", "k", f"a number of groups that divides the {q.shape[2]} heads", k.shape[2])
+    for name, x in (("k", k), ("v", v)):
+        shape = (*q.shape[:2], k.shape[2], q.shape[3])
+        if x.shape != shape:
+            raise _wrong("attention", name, f"shape {shape}", tuple(x.shape))
 
 
 @torch.compiler.disable
@@ -60,6 +81,13 @@ def attention(
         ``(B, T, H, D)``. Gradients reach the keys and values of all ranks.
     """
     cp = context_parallel
+    _check(q, k, v, cp)
+    if window is not None:
+        window = integer("attention", "window", window)
+        if window < 0:
+            raise _wrong("attention", "window", "at least 0 or None", window)
+    if scale is not None:
+        scale = real("attention", "scale", scale)
     layout = cp._local("attention", q)
     heads = q.shape[2]
     mine = [layout.pieces[p] for p in cp._mine()]
