@@ -424,12 +424,15 @@ class RATCache:
         if table is not None:
             more = -(-rows // self.chunk_k.shape[2]) - table.shape[1]
             book = self._pages()
-            made = self.replace(page_table=torch.cat((table, table.new_full((self.batch, more), -1)), dim=1))
+            with _usable_later():
+                longer = torch.cat((table, table.new_full((self.batch, more), -1)), dim=1)
+            made = self.replace(page_table=longer)
             made._book = book
             return made._with_scratch()
 
         def grown(old: Tensor) -> Tensor:
-            new = old.new_empty(*old.shape[:2], rows, *old.shape[3:])
+            with _usable_later():
+                new = old.new_empty(*old.shape[:2], rows, *old.shape[3:])
             new[:, :, : old.shape[2]] = old
             return new
 

@@ -824,10 +824,10 @@ def test_a_cache_made_while_sampling_serves_later(device, options):
     random = Random(0, device, torch.float32)
     rows = [random.normal(2, n, 8) for n in (2, 2, 2, 2)]
     with torch.inference_mode():
-        cache = small(device=device, **options)
+        cache = small(device=device, **options).reserve(40)
         cache.allocate([0, 1], 16)
         rat_ext.rat_decode_step(*rows, cache)
-    other = small(device=device, **options)
+    other = small(device=device, **options).reserve(40)
     other.allocate([0, 1], 16)
     with torch.no_grad():
         rat_ext.rat_decode_step(*rows, other)

@@ -395,8 +395,10 @@ def test_labels_that_are_no_token(device, label):
             linear_cross_entropy(x, weight, labels)
     else:
         assert linear_cross_entropy(x, weight, labels).isnan()
+    right = torch.tensor([0, 1, -100], device=device)
+    assert torch.equal(linear_cross_entropy(x, weight, right.int()), linear_cross_entropy(x, weight, right))
     for wrong in (labels.float(), labels[:2], labels > 0):
-        with pytest.raises(ValueError, match=r"labels: expected int64 of shape \(3,\), got"):
+        with pytest.raises(ValueError, match=r"labels: expected int64 or int32 of shape \(3,\), got"):
             linear_cross_entropy(x, weight, wrong)
 
 
@@ -429,6 +431,22 @@ def test_columns_of_padding_have_the_output_of_a_token_of_their_row(model, devic
         for t in range(ids.shape[1]):
             before = columns[columns <= t]
             assert torch.equal(y[b, t], y[b, before[-1] if len(before) else columns[0]]), (b, t, len(row))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_cache_made_while_sampling_serves_later(model, device, static):
+    """Made, and used first, in inference mode; then outside of it."""
+    ids, logits = tokens_of(device, 2, 9), []
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            cache = RATModelCache(
+                model.config, 16 if static else None, static=static, batch=2 if static else None, device=device
+            )
+            if static:
+                model(ids[:, :4], past_key_values=cache)
+        with torch.no_grad():
+            logits.append(model(ids[:, 4:], past_key_values=cache).logits)
+    assert torch.equal(*logits)
 
 
 def test_a_cache_after_reset_is_a_new_one(model, device):

@@ -277,6 +277,12 @@ def test_no_step_waits_for_the_device(base, monkeypatch):
     assert [line["step"] for line in lines] == [4, 8] and all(math.isfinite(line["loss"]) for line in lines)
 
 
+def test_a_setting_of_accelerate_leaves_the_others(base):
+    run = dataclasses.replace(load(base, "accelerated"), trainer={"accelerator_config": {"even_batches": False}})
+    found = runs.arguments(run, run.train)["accelerator_config"]
+    assert found == {"non_blocking": torch.cuda.is_available(), "even_batches": False}
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

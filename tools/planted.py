@@ -1179,9 +1179,9 @@ CUDA = [
     ),
     Mutant(
         "pool: slots named twice run twice",
-        "csrc/cuda/rat_attention_cached.cu",
-        r"named \|= p\.slots\[m\] == slot;",
-        "",
+        "csrc/cuda/device/claims.cuh",
+        r"row\.repeated = row\.mine && inside && claims\.row\[row\.slot - low\] != static_cast<uint32_t>\(row\.n\);",
+        "row.repeated = false;",
         "tests/test_cached.py::test_a_row_with_an_error",
     ),
     Mutant(
@@ -1325,6 +1325,13 @@ CUDA = [
         "tests/test_many_chunks.py::test_chunk_states",
     ),
     Mutant(
+        "sm90: turns of the windows before forgotten",
+        "csrc/cuda/attention/sm90_bwd.cu",
+        r"item\.skip \* static_cast<int64_t>\(a\.heads_per_part\) \+ ",
+        "",
+        "tests/test_packed_sequences.py::test_long_ones_among_short_ones",
+    ),
+    Mutant(
         "sm90: keys past the end",
         "csrc/cuda/attention/sm90_bwd.cu",
         r"if \(keys < C::kKeys\) \{",
@@ -1411,7 +1418,7 @@ CUDA = [
     Mutant(
         "gpu: entries behind the first range of claims are not looked at",
         "csrc/cuda/device/claims.cuh",
-        r"low == 0 \|\| \(slots && low < sequences\)",
+        r"low == 0 \|\| \(claim && low < sequences\)",
         "low == 0",
         "tests/test_decode.py::test_many_rows_of_a_large_pool",
     ),

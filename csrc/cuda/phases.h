@@ -47,7 +47,7 @@ bool short_chunks(const AttentionBwdParams&);
 Launch chunk_prepare_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
 
 // Backward phase 2 (attention/*_bwd.cu, f32.cu): scratch.dq, scratch.dchunk_k, scratch.dchunk_v; every element of dq and
-// every valid chunk row is written (zeros where nothing attends).
+// every valid chunk row is written (zeros where nothing attends). dq's memory may hold R q from here to phase 3.
 Launch chunk_attention_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
 
 // Backward phase 3 (recurrence/reverse.cu, reverse_short.cu): reverse scan; dq, dk, dv, dgate, dgate_bias, dinitial.

@@ -11,8 +11,8 @@
 // depend on its own length alone: not on the batch, not on how many blocks share a pair, and not on the number of new tokens.
 // Where blocks share a pair (a way is the part of one), the slices meet in scratch memory, and the last of the ways joins them.
 //
-// Nothing from a length is decided on the host: a CUDA graph may replay the step. A length is read once in each way, by its
-// fetching warp; the last way of a row to have read it advances it. Counters belong to the sequences of the pool, partial
+// Nothing from a length is decided on the host: a CUDA graph may replay the step. For the step a length is read once in each way, by
+// its fetching warp; the last way of a row to have read it advances it. Counters belong to the sequences of the pool, partial
 // results to the call: steps over disjoint sequences may run at the same time. A counter wraps to zero with the last arrival, so
 // the workspace is zeroed once, when the cache is made.
 //

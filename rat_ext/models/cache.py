@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache
 
-from ..cache import RATCache, state_dtype
+from ..cache import RATCache, _usable_later, state_dtype
 from ..ops import chunk_recurrence
 from .config import RATConfig
 
@@ -178,7 +178,8 @@ class KeysAndValues(Layer):
             return
         for name, old in (("keys", self.keys), ("values", self.values)):
             # Zeros: what no token has written yet has weight 0, and 0 times what memory holds may be NaN.
-            new = like.new_zeros(like.shape[0], like.shape[2], columns, like.shape[3])
+            with _usable_later():
+                new = like.new_zeros(like.shape[0], like.shape[2], columns, like.shape[3])
             if old is not None:
                 new[:, :, :have] = old
             setattr(self, name, new)
@@ -273,12 +274,14 @@ class RATModelCache(Cache):
             raise wrong("__init__", "max_length", "a number beside batch", None)
         heads, dim = self.config.num_attention_heads, self.config.head_dim
         like = torch.empty(batch, 0, heads, dim, dtype=dtype, device=device)
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        with _usable_later():
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         for layer in self.states:
             if isinstance(layer, RATStates):
                 layer.state = RATCache.empty(batch, heads, dim, layer.chunk_size, self.max_length, dtype=dtype, device=device)
             elif isinstance(layer, RNNStates):
-                layer.state = torch.zeros(batch, heads, dim, dtype=state_dtype(dtype), device=device)
+                with _usable_later():
+                    layer.state = torch.zeros(batch, heads, dim, dtype=state_dtype(dtype), device=device)
             elif isinstance(layer, KeysAndValues):
                 layer.reserve(like, layer.ring + 1 if isinstance(layer, Window) else self.max_length)
 
@@ -296,7 +299,8 @@ class RATModelCache(Cache):
     def begin(self, batch: int, device: torch.device) -> Tensor:
         """Lengths (B,) before a call."""
         if self.lengths is None:
-            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+            with _usable_later():
+                self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         if self.lengths.shape[0] != batch:
             raise wrong("begin", "batch", f"{self.lengths.shape[0]} rows, as in the calls before", batch)
         return self.lengths

@@ -74,7 +74,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     Args:
         x: ``(N, d)``.
         weight: ``(V, d)``.
-        labels: ``(N,)`` int64; -100 is left out. Others that are no token: ValueError on the CPU, a loss of NaN on a GPU.
+        labels: ``(N,)`` int64 or int32; -100 is left out. Others that are no token: ValueError on the CPU, a loss of NaN on
+            a GPU.
 
     Returns:
         The sum, a scalar. Gradients of x and weight are computed along with it. No second derivatives.
@@ -82,7 +83,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     kind = x.device.type
     if labels.dtype not in (torch.int64, torch.int32) or labels.shape != x.shape[:1]:
         got = f"{str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}"
-        raise ValueError(f"rat_ext.linear_cross_entropy: labels: expected int64 of shape {tuple(x.shape[:1])}, got {got}")
+        raise ValueError(
+            f"rat_ext.linear_cross_entropy: labels: expected int64 or int32 of shape {tuple(x.shape[:1])}, got {got}"
+        )
     if readable(labels):
         bad = labels[(labels != IGNORED) & ((labels < 0) | (labels >= weight.shape[0]))]
         if bad.numel():
@@ -92,4 +95,4 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
     grad = torch.is_grad_enabled()
-    return _linear_cross_entropy(x, weight, labels, grad and x.requires_grad, grad and weight.requires_grad)[0]
+    return _linear_cross_entropy(x, weight, labels.long(), grad and x.requires_grad, grad and weight.requires_grad)[0]

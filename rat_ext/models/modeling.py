@@ -521,12 +521,12 @@ class RATForCausalLM(RATPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         x = outputs.last_hidden_state
         loss = logits = None
+        if labels is not None and self.model.context_parallel is not None:
+            raise wrong("labels", "None beside context_parallel, but shift_labels, cut as the tokens are", "labels")
         for name, given in (("labels", labels), ("shift_labels", target)):
             if given is not None and (not isinstance(given, Tensor) or given.shape != x.shape[:2]):
                 got = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
                 raise wrong(name, f"a tensor of shape {tuple(x.shape[:2])}", got)
-        if labels is not None and self.model.context_parallel is not None:
-            raise wrong("labels", "None beside context_parallel, but shift_labels, cut as the tokens are", "labels")
         if target is None and labels is not None:
             target = _shift(labels, attention_mask, kwargs.get("cu_seq_lens_q"))
         kept: slice | Tensor | None = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

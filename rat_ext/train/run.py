@@ -87,7 +87,10 @@ def arguments(run: Run, section: Any, **own: Any) -> dict[str, Any]:
             },
             "gradient_checkpointing": False,
         }
-    return found | own | run.trainer
+    merged = found | own | run.trainer
+    if isinstance(config := merged["accelerator_config"], dict):  # else it names a file
+        merged["accelerator_config"] = found["accelerator_config"] | config
+    return merged
 
 
 def make(kind: Any, found: dict[str, Any]) -> Any:

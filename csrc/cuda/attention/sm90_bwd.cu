@@ -8,15 +8,17 @@
 //       S^T = K Q^T,  dP^T = V dO^T,  dV += P^T dO,  dK += dS^T Q,  and  dQ = dS K,  which it adds to a sum in global memory.
 //     The transposed scores are, rounded, left operands in registers: P never passes through shared memory, dS once.
 //     Where there are few key tiles, shares of the queries are items of their own.
-//  2. finish: dQ from its tiles to (B, T, G, D), rotated back and scaled, in the same memory where no tile is partly empty. Then
-//     the shares, if any, are added up.
+//  2. finish: dQ from its tiles to (B, T, G, D), rotated back and scaled, in the same memory where the tiles fill it. Then the
+//     shares, if any, are added up.
 // Reads per (128 keys, query, head): q and dO, 2 D elements of T through L2, 8 bytes of lse and Delta; adds D floats in L2.
 //
-// The sum of dQ over key tiles and over the heads of a group is taken in one order: key tiles first to last, in each the heads
-// of the group. Every (query tile, group) has a turn counter; a block adds when the counter shows its rank. Why nobody waits for
-// ever stands at the item counter, Arguments::next. Blocks of one query tile start together and fall in step one tile behind each
-// other; the waiting lies in warps of its own, two tiles deep. A small call has no time to fall in step: there the heads of a
-// group are cut into parts, each with a sum and turns of its own, which `finish` adds in order.
+// The sum of dQ over key tiles and over the heads of a group is taken in one order, that of the items (Schedule): key tiles first to
+// last, in each the heads of the group; in windows of short sequences heads, and of a head the tiles, so that there the bits of dq
+// may depend on where a sequence lies in a packed row. Every (query tile, group, part) has a turn counter; a block adds when the
+// counter shows its rank. Why nobody waits for ever stands at the item counter, Arguments::next. Blocks of one query tile start
+// together and fall in step one tile behind each other; the waiting lies in warps of its own, two tiles deep. A small call has no
+// time to fall in step: there the heads of a group are cut into parts, each with a sum and turns of its own, which `finish` adds in
+// order.
 //
 // One block per multiprocessor:
 //   warp 0           one thread takes items, tells the others, and feeds K, V (once per item) and the ring of q, dO.
@@ -820,7 +822,7 @@ struct Plan {
   int64_t parts = 1;   // of the heads of a group
   int64_t tiles = 0;   // key tiles of all sequences
   int64_t window = 0;  // of the schedule
-  // The tiles of dQ are the memory of scratch.dq: no tile is partly empty, and shared memory holds all groups of one.
+  // The tiles of dQ are the memory of scratch.dq: they fill it, and shared memory holds all groups of one.
   bool in_place = false;
 };
 

@@ -254,7 +254,7 @@ __device__ __forceinline__ void fetch(const Decode& a, SharedHead& head, uint32_
 #pragma unroll
     for (int row = lane; row < kKnownRows; row += 32) {
       const int64_t slot = row < a.p.batch ? __ldcg(a.p.slots + row) : -1;
-      head.slot[row] = slot < a.p.pool.sequences ? static_cast<int>(slot) : -1;
+      head.slot[row] = slot >= 0 && slot < a.p.pool.sequences ? static_cast<int>(slot) : -1;
     }
     __syncwarp();
   }

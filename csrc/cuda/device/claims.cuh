@@ -1,8 +1,8 @@
 // What a block has to know of all rows of a call: which of them name a sequence of the pool that an earlier row named.
 //
-// Rows claim their sequence in shared memory, and the first row of each keeps it. O(rows) work, at most kClaims sequences at a
-// time. Nothing outlives the kernel: no counter to clear, so it does not matter which streams serve the pool, or that a graph
-// is replayed.
+// Rows claim their sequence in shared memory, and the first row of each keeps it. A pass over the rows for every kClaims sequences
+// of the pool; none where there is one row, which repeats nothing. Nothing outlives the kernel: no counter to clear, so it does
+// not matter which streams serve the pool, or that a graph is replayed.
 #pragma once
 
 #include <climits>
@@ -32,9 +32,10 @@ template <int THREADS, class Visit>
 __device__ __forceinline__ void visit_rows(Claims& claims, const int64_t* slots, int64_t rows, int64_t sequences,
                                            int64_t begin, int64_t stride, int each, const Visit& visit) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  for (int64_t low = 0; low == 0 || (slots && low < sequences); low += kClaims) {
+  const bool claim = slots && rows > 1;
+  for (int64_t low = 0; low == 0 || (claim && low < sequences); low += kClaims) {
     const int64_t high = min(low + kClaims, sequences);
-    if (slots) {
+    if (claim) {
       if (low > 0) __syncthreads();  // the claims before have been read
       for (int i = static_cast<int>(threadIdx.x); i < high - low; i += THREADS) claims.row[i] = UINT_MAX;
       __syncthreads();
@@ -49,7 +50,7 @@ __device__ __forceinline__ void visit_rows(Claims& claims, const int64_t* slots,
       ClaimedRow row{false, tile + warp * each + lane, -1, false};
       row.mine = lane < each && row.n < rows;
       if (row.mine) row.slot = slots ? __ldcg(slots + row.n) : row.n;
-      if (slots) {
+      if (claim) {
         const bool inside = row.slot >= 0 && row.slot < sequences;
         row.mine = row.mine && (inside ? row.slot >= low && row.slot < high : low == 0);
         row.repeated = row.mine && inside && claims.row[row.slot - low] != static_cast<uint32_t>(row.n);
