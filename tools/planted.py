@@ -524,6 +524,13 @@ PYTHON = [
         "tests/test_cache.py::test_an_entry_that_was_read_has_no_error_of_the_pool",
     ),
     Mutant(
+        "a full slot is refused",
+        "rat_ext/cache.py",
+        r"if not 0 <= n <= self\.capacity:",
+        "if not 0 <= n < self.capacity:",
+        "tests/test_serving.py::test_a_slot_takes_its_capacity",
+    ),
+    Mutant(
         "a record dropped that a crop needs",
         "rat_ext/models/cache.py",
         r"for r in self\.records\[1:\]\) > DRAFT",
