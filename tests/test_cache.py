@@ -390,6 +390,14 @@ def test_a_copy_shares_nothing(device, options, way):
     cache.check()
 
 
+def test_an_entry_that_was_read_has_no_error_of_the_pool():
+    pool = state()
+    pool.error.fill_(2)
+    pool.read([1]).check()
+    with pytest.raises(RuntimeError, match="^RATCache: row 2, slot 2: "):
+        pool.check()
+
+
 CALLS = st.lists(
     st.one_of(
         st.tuples(st.just("step"), st.lists(st.integers(0, 2), unique=True, min_size=1, max_size=3)),

@@ -267,6 +267,12 @@ def test_doctor_with_a_wrong_op(monkeypatch):
     assert answer.startswith("AssertionError: ") and "is over" in answer
 
 
+def test_doctor_is_not_well_with_a_wrong_op(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_agrees", lambda device: "AssertionError: y is over")
+    assert not doctor.run(sys.stdout)["ok"]
+    assert "cpu check  AssertionError: y is over\n" in capsys.readouterr().out
+
+
 def test_doctor_tells_the_families(monkeypatch):
     rows = [{"phase": "forward", "family": "simd", "why": "the only one"}]
     monkeypatch.setattr(rat_ext, "explain", lambda q, k, v, gate, chunk_size, *, out_gate: rows, raising=False)

@@ -64,7 +64,14 @@ def test_greedy_tokens_are_those_of_generate(pattern, device):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"hidden_act": "swiglu"}, {"rope_theta": None}, {"chunk_size": [4, 1], "layer_types": "rat"}, {"num_groups": 4}]
+    "changes",
+    [
+        {"hidden_act": "swiglu"},
+        {"rope_theta": None},
+        {"chunk_size": [4, 1], "layer_types": "rat"},
+        {"num_groups": 4},
+        {"sliding_window": 0},  # a token sees itself alone
+    ],
 )
 def test_other_models(changes, device):
     model, prompts = model_of(device, **changes), prompts_of()
@@ -265,6 +272,20 @@ def test_a_callback_that_raises_loses_no_token(model):
         except KeyError:
             errors += 1
     assert errors == 4 and other.tokens == hugging_face(model, prompts[1], 6)
+
+
+def test_the_first_of_two_errors_is_raised(model):
+    def fails(name):
+        def on_token(request, token):
+            raise KeyError(name)
+
+        return on_token
+
+    generator = Generator(model, 2, 40)
+    for name, prompt in zip(("first", "second"), prompts_of((5, 9)), strict=True):
+        generator.submit(prompt, 2, on_token=fails(name))
+    with pytest.raises(KeyError, match="first"):
+        generator.run()
 
 
 def test_cancelled_requests(model):

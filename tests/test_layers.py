@@ -58,6 +58,12 @@ def test_layer_errors(arguments, words):
         RATLayer(*arguments)
 
 
+@pytest.mark.parametrize("dim", [8, 256])
+def test_the_least_and_the_largest_heads(device, dim):
+    layer = RATLayer(2 * dim, 2, 1, 4, device=device)
+    assert layer.head_dim == dim and layer(torch.randn(1, 5, 2 * dim, device=device)).isfinite().all()
+
+
 class Mute:
     """What has no length, no number and no short text."""
 

@@ -750,6 +750,33 @@ def test_rat_layers_take_tokens_back_in_their_pool(device, monkeypatch):
         model(ids[:, :3], past_key_values=other)
 
 
+def test_crop_to_a_length(model, device):
+    """A positive number is how many to keep; where there are fewer, all stay."""
+    ids = tokens_of(device, 2, 24)
+    with torch.no_grad():
+        cache = RATModelCache(model.config)
+        cache.activate_past_recording()
+        model(ids, past_key_values=cache)
+        cache.crop(20)
+        assert cache.get_seq_length() == 20 and cache.lengths.tolist() == [20, 20]
+        got = model(ids[:, 20:], past_key_values=cache).logits
+        torch.testing.assert_close(got, model(ids).logits[:, 20:], rtol=1e-4, atol=1e-4)
+        cache.crop(30)
+        assert cache.get_seq_length() == 24
+
+
+def test_an_rnn_takes_back_more_than_its_last_call(device):
+    model, ids = model_of("rnn", device), tokens_of(device, 2, 160)
+    with torch.no_grad():
+        cache = RATModelCache(model.config)
+        cache.activate_past_recording()
+        for part in (ids[:, :100], ids[:, 100:]):
+            model(part, past_key_values=cache)
+        cache.crop(-120)
+        got = model(ids[:, 40:], past_key_values=cache).logits
+        torch.testing.assert_close(got, model(ids).logits[:, 40:], rtol=1e-4, atol=1e-4)
+
+
 def test_recording_may_begin_late(model, device):
     """A ring that has turned is made larger with what it holds in place."""
     ids = tokens_of(device, 2, 40)

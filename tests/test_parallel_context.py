@@ -244,6 +244,15 @@ def test_attention_of_one_rank():
     assert max(dense_on_ranks().values()) < 1e-12
 
 
+@pytest.mark.parametrize("window", [None, 17])
+def test_scale_of_attention(window):
+    """Of queries that are as much larger the scores are the same."""
+    q, k, v = (torch.randn(1, 90, 2, 16, dtype=torch.float64) for _ in range(3))
+    cp = ContextParallel(cu_seqlens=[0, 20, 90])
+    y = attention(q, k, v, cp, window=window, scale=0.5)
+    torch.testing.assert_close(y, attention(2 * q, k, v, cp, window=window))  # by default 1 / 4
+
+
 # ---- a process alone ----------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +261,7 @@ def test_one_rank_is_the_op(device):
     cp = ContextParallel(tokens=50)
     want, got = (rat_ext.rat_attention(**case.tensors, chunk_size=8, context_parallel=c, **case.options) for c in (None, cp))
     assert testing.same_bits(want, got) and testing.same_bits(cp.gather(cp.shard(want)), want)
+    assert cp.gather(want).data_ptr() != want.data_ptr()  # the caller's own, as on several ranks
     packed = ContextParallel(cu_seqlens=torch.tensor([0, 20, 50]))
     one = {key: x[:1] if x.dim() == 4 else x for key, x in case.tensors.items()}
     got = rat_ext.rat_attention(**one, chunk_size=8, context_parallel=packed, **case.options)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rat_ext
-from rat_ext.testing import STATE, Random, attention_case, evaluate, name, recurrence_case
+from rat_ext.testing import STATE, Random, attention_case, evaluate, name, recurrence_case, same_bits
 
 half = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=name)
 
@@ -13,6 +13,12 @@ def every_value(dtype: torch.dtype, device, head_dim: int) -> torch.Tensor:
     """All 65,536 bit patterns as (1, 1, heads, head_dim)."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     return bits.view(dtype).view(1, 1, -1, head_dim).to(device)
+
+
+def test_the_same_bits_of_two_formats_are_not_the_same():
+    x = torch.tensor([1.0, float("nan")], dtype=torch.bfloat16)
+    assert same_bits(x, x.clone()) and not same_bits(x, -x)
+    assert not same_bits(x, x.view(torch.float16)) and not same_bits(x, x[:1])
 
 
 def one_token(v: torch.Tensor, **options) -> torch.Tensor:

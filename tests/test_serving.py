@@ -536,6 +536,12 @@ def test_errors_of_a_pool(call, words):
     assert same_bits(pool.page_table, before.page_table) and pool.free_pages == before.free_pages
 
 
+def test_a_slot_takes_its_capacity():
+    pool = pool_of("cpu", page_chunks=8)
+    pool.allocate([0], pool.capacity)
+    assert (pool.page_table[0] >= 0).all() and (pool.page_table[1:] < 0).all()
+
+
 def test_out_of_pages():
     pool = pool_of("cpu", page_chunks=8, num_pages=3)
     pool.allocate([0], 40)
