@@ -225,6 +225,10 @@ def test_a_tokenizer_of_another_folder(model, tmp_path):
     options = {"lengths": [200], "depths": [0.5, 0.5], "samples": 1}
     results = command.evaluate(str(tmp_path / "bare"), ["rat_need*s"], tokenizer=model, **options | {"lengths": [420]})
     assert results["by"] == {"rat_needle_keys": [{"length": 420, "depth": 0.5, "found": 0.0, "samples": 1}]}
+    small = json.loads((tmp_path / "bare" / "config.json").read_text()) | {"vocab_size": 100}
+    RATForCausalLM(RATConfig(**small)).save_pretrained(tmp_path / "small")
+    with pytest.raises(Refused, match="evaluate: --tokenizer: expected a tokenizer of at most the model's 100 tokens, got 300"):
+        command.evaluate(str(tmp_path / "small"), ["rat_recall"], tokenizer=model)
     with pytest.raises(Refused, match=r"evaluate: MODEL: expected a model, its tokenizer \(or --tokenizer\)"):
         command.evaluate(str(tmp_path / "bare"), ["rat_recall"])
 

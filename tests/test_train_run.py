@@ -325,6 +325,16 @@ def test_a_wrong_configuration_is_one_line(base, capsys, text, words):
     assert words in line
 
 
+def test_the_last_step_is_logged(base):
+    """Also of a run that is shorter than log_every; the plot and the held-out loss are of its end."""
+    run = load(base, "short", steps=3, log_every=2, eval_every=500, save_every=500)
+    found = runs.pretrain(run)
+    lines = read_log(run.output / "log.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [2, 3]
+    assert [line["eval_loss"] for line in lines if "eval_loss" in line] == [found["eval_loss"]]
+    assert found["model"] == str(run.output / "model") and (run.output / "loss.png").exists()
+
+
 def test_a_file_with_a_byte_order_mark(base):
     (base / "mark.toml").write_text(CONFIG, encoding="utf-8-sig")
     assert configs.load(base / "mark.toml") == configs.load(base / "config.toml")
@@ -362,6 +372,13 @@ def test_folders_of_models_and_data_that_are_broken(base, trained, tmp_path, cap
     pytest.importorskip("trl", reason="needs the extra [train]")
     answers = ("--sft", tmp_path / "answers.jsonl")
     assert "run: model.path: expected a folder with a tokenizer (" in refused(tmp_path / "tokenizer.toml", *answers)
+    small = json.loads((tmp_path / "tokenizer" / "config.json").read_text()) | {"vocab_size": 100}
+    for file in (base / "whole" / "model").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "tokenizer")
+    RATForCausalLM(RATConfig(**small)).save_pretrained(tmp_path / "tokenizer")
+    assert "run: model.path: expected a tokenizer of at most" in refused(
+        tmp_path / "tokenizer.toml", *answers
+    )
     (tmp_path / "data" / "index.json").write_text("{")
     assert "data: folder: expected " in refused(tmp_path / "tokenizer.toml")
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..train._extra import Refused, need, one_line, run, write_json, write_whole, wrong
+from ..train._extra import Refused, check_vocabulary, need, one_line, run, write_json, write_whole, wrong
 
 TASKS = Path(__file__).parent / "tasks"
 # By what the samples of a task are told apart, and the metric.
@@ -103,6 +103,8 @@ def evaluate(model: str, tasks: list[str], **options: Any) -> dict[str, Any]:
     except Exception as error:  # of transformers, tokenizers, safetensors or peft
         expected = f"a model, its tokenizer (or --tokenizer) and --adapter that load ({one_line(error)})"
         raise wrong("evaluate", "MODEL", expected, model) from None
+    if hasattr(harness, "tokenizer"):
+        check_vocabulary("evaluate", "--tokenizer", harness.tokenizer, harness.config)
     if "rat_prompts" in tasks and (longest := getattr(harness, "max_length", None)) is not None and longest <= 64:
         raise wrong("evaluate", "--max-length", "more than 64, the tokens of an answer of rat_prompts", longest)
     found = lm_eval.simple_evaluate(

@@ -30,6 +30,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def check_vocabulary(command: str, argument: str, tokenizer: Any, config: Any) -> None:
+    """Refuses a tokenizer with tokens that a model of this package has no row for: a GPU would stop without a reason."""
+    size = max(tokenizer.get_vocab().values()) + 1
+    if config.model_type == "rat" and size > config.vocab_size:
+        raise wrong(command, argument, f"a tokenizer of at most the model's {config.vocab_size} tokens", size)
+
+
 def read_json(path: Path, command: str, argument: str) -> dict[str, Any]:
     """The object in a file that an earlier command wrote, or one line on what is there instead."""
     try:
@@ -84,6 +91,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a write that fails does not say where
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

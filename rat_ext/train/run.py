@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ._extra import need, one_line, read_json, write_json, wrong
+from ._extra import check_vocabulary, need, one_line, read_json, write_json, wrong
 from .config import Run, model_config
 from .data import Tokens, Windows
 
@@ -435,6 +435,7 @@ def finetune(run: Run, file: Path, *, dry: bool = False) -> dict:
                 raise wrong("run", "lora.modules", f"names of modules of the model, such as {names[-2]}", module)
     recipe = run.sft
     tokenizer = load_tokenizer(Path(run.model["path"]), "model.path")
+    check_vocabulary("run", "model.path", tokenizer, model.config)
     examples, skipped = read_examples(file, tokenizer, recipe.length)
     for problem in skipped[:20]:
         say(f"skipped {problem}")
