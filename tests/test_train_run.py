@@ -376,9 +376,7 @@ def test_folders_of_models_and_data_that_are_broken(base, trained, tmp_path, cap
     for file in (base / "whole" / "model").glob("tokenizer*"):
         shutil.copy(file, tmp_path / "tokenizer")
     RATForCausalLM(RATConfig(**small)).save_pretrained(tmp_path / "tokenizer")
-    assert "run: model.path: expected a tokenizer of at most" in refused(
-        tmp_path / "tokenizer.toml", *answers
-    )
+    assert "run: model.path: expected a tokenizer of at most" in refused(tmp_path / "tokenizer.toml", *answers)
     (tmp_path / "data" / "index.json").write_text("{")
     assert "data: folder: expected " in refused(tmp_path / "tokenizer.toml")
 

@@ -442,7 +442,7 @@ def encode_part(out: Path, number: int, part: list[Slice], settings: Settings) -
     for split in SPLITS:
         if tokens[split]:
             name, array, table = f"{split}-{number:05d}", np.concatenate(tokens[split]), np.array(ends[split], dtype=np.int64)
-            write_whole(out / f"{name}.bin", functools.partial(Path.write_bytes, data=memoryview(array)))
+            write_whole(out / f"{name}.bin", functools.partial(Path.write_bytes, data=array.data))
             write_whole(out / f"{name}.npy", functools.partial(np.save, arr=table))
             shards.append(
                 {"split": split, "file": name, "tokens": len(array), "documents": len(table), "bytes": int(table[:, 1].sum())}
