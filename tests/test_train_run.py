@@ -438,11 +438,11 @@ import os, signal, sys
 from rat_ext.train import trainer
 from rat_ext.train.__main__ import main
 right, calls = getattr(trainer, sys.argv[1]), []
-def dies(*args):
+def dies(*args, **options):
     calls.append(args)
     if len(calls) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
-    return right(*args)
+    return right(*args, **options)
 setattr(trainer, sys.argv[1], dies)
 main(["run", sys.argv[3]])
 """
