@@ -181,6 +181,58 @@ def test_prompts_of_local_files(model, tmp_path):
         rat_tasks.prompts(prompts=[str(path)])
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"input": "a", "answers": null}',
+        b'{"input": "a", "answers": []}',
+        b'{"input": "a", "answers": [""]}',
+        b'{"input": 1, "answers": ["x"]}',
+        b'{"input": "a", "context": ["x"], "answers": ["x"]}',
+        b'{"input": "a", "answers": ["x"], "length": "long"}',
+        b'{"input": "\xe9", "answers": ["x"]}',
+        b"[1]",
+    ],
+)
+def test_a_line_that_is_no_prompt_is_named(line, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"input": "a", "answers": 1.5}\n\n' + line)
+    with pytest.raises(Refused, match=r"rat_prompts: .*prompts.jsonl:3: expected (an object with input and answers|strings)"):
+        rat_tasks.prompts(prompts=str(path))
+
+
+def test_lines_of_prompts_end_with_a_newline_alone(tmp_path):
+    """Not with other characters that Unicode calls the end of a line; a mark of the byte order is none of the text."""
+    path = tmp_path / "prompts.jsonl"
+    row = {"input": "a\u2028b\x85", "context": "see {input}", "answers": ["x"]}
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(row, ensure_ascii=False).encode() + b"\r\n")
+    (found,) = rat_tasks.prompts(prompts=str(path), template="{context}: {input}")["test"]
+    assert found["prompt"] == "see {input}: a\u2028b\x85"
+    for options, words in (
+        ({"prompts": str(tmp_path / "none")}, "prompts: expected files that can be read"),
+        ({"prompts": str(path), "template": "x"}, "template: expected a text with {input}"),
+    ):
+        with pytest.raises(Refused, match=words):
+            rat_tasks.prompts(**options)
+
+
+def test_a_tokenizer_of_another_folder(model, tmp_path):
+    import shutil
+
+    shutil.copytree(model, tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("tokenizer*"):
+        file.unlink()
+    options = {"lengths": [200], "depths": [0.5, 0.5], "samples": 1}
+    results = command.evaluate(str(tmp_path / "bare"), ["rat_need*s"], tokenizer=model, **options | {"lengths": [420]})
+    assert results["by"] == {"rat_needle_keys": [{"length": 420, "depth": 0.5, "found": 0.0, "samples": 1}]}
+    small = json.loads((tmp_path / "bare" / "config.json").read_text()) | {"vocab_size": 100}
+    RATForCausalLM(RATConfig(**small)).save_pretrained(tmp_path / "small")
+    with pytest.raises(Refused, match="evaluate: --tokenizer: expected a tokenizer of at most the model's 100 tokens, got 300"):
+        command.evaluate(str(tmp_path / "small"), ["rat_recall"], tokenizer=model)
+    with pytest.raises(Refused, match=r"evaluate: MODEL: expected a model, its tokenizer \(or --tokenizer\)"):
+        command.evaluate(str(tmp_path / "bare"), ["rat_recall"])
+
+
 def test_what_is_refused(model, tmp_path, capsys, monkeypatch):
     def refused(*arguments):
         assert run(lambda: command.main([*arguments, "--out", str(tmp_path / "out")])) == 2
@@ -189,7 +241,29 @@ def test_what_is_refused(model, tmp_path, capsys, monkeypatch):
 
     assert "evaluate: --tasks: expected tasks of lm-eval or of rat_bits_per_byte" in refused(model, "--tasks", "rat_bogus")
     assert "evaluate: MODEL: expected a folder with a model" in refused(str(tmp_path), "--tasks", "rat_recall")
+    for words, said in (
+        (("--tasks", ","), "--tasks: expected names of tasks"),
+        (("--tasks", "rat_recall", "--batch-size", "0"), "--batch-size: expected auto, or a number from 1 on, got 0"),
+        (("--tasks", "rat_recall", "--limit", "-1"), "--limit: expected more than 0"),
+        (("--tasks", "rat_recall", "--max-length", "1"), "--max-length: expected at least 2"),
+        (("--tasks", "rat_prompts", "--max-length", "64"), "--max-length: expected more than 64"),
+        (("--tasks", "rat_recall", "--dtype", "bogus"), "--dtype: expected auto, or a dtype"),
+        (("--tasks", "rat_recall", "--device", "bogus"), "--device: expected a device"),
+    ):
+        with pytest.raises(Refused, match=said):
+            command.main([model, *words, "--out", str(tmp_path / "out")])
+    for make, options, said in (
+        (rat_tasks.needle, {"lengths": [40]}, "rat_needle: lengths: expected at least .* tokens, .* got 40"),
+        (rat_tasks.needle, {"depths": [2.0]}, "rat_needle: depths: expected numbers from 0 to 1"),
+        (rat_tasks.needle, {"samples": 0}, "rat_needle: samples: expected at least 1"),
+        (rat_tasks.recall, {"pairs": [0]}, "rat_recall: pairs: expected at least 1"),
+        (rat_tasks.recall, {"pairs": [20000]}, "rat_recall: pairs: expected at most 10000"),
+        (rat_tasks.recall, {"samples": 0}, "rat_recall: samples: expected at least 1"),
+    ):
+        with pytest.raises(Refused, match=said):
+            make(pretrained=model, **options)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
+    capsys.readouterr()
     assert refused(model, "--tasks", "rat_recall") == 'rat_ext.evaluate needs lm_eval: pip install "rat_ext[eval]"'
     with pytest.raises(Refused, match="--out: expected a folder that can be written"):
         (tmp_path / "file").write_text("")

@@ -204,12 +204,105 @@ def test_a_dataset_by_folder(folder):
     [
         ({"vocab": 10}, "prepare: --vocab: expected at least 300, got 10"),
         ({"validation": 1.0}, "prepare: --validation: expected a share from 0 to below 1, got 1.0"),
-        ({"processes": 0}, "at least 1"),
+        ({"processes": 0}, "prepare: --processes: expected at least 1"),
+        ({"max_bytes": 1 << 70}, "prepare: --max-bytes: expected at least 1, below 2"),
+        ({"tokenizer_bytes": -5}, "prepare: --tokenizer-bytes: expected at least 1"),
+        ({"seed": -1}, "prepare: --seed: expected at least 0, got -1"),
     ],
 )
 def test_wrong_arguments(folder, options, words):
     with pytest.raises(Refused, match=words):
         make(folder, **options)
+
+
+def test_names_links_and_folders_that_are_odd(folder):
+    """Nothing is lost without a word: names that are not UTF-8, links to folders, capital letters, the output in the input."""
+    text = folder / "text"
+    odd = os.fsencode(text) + b"/\xff.txt"
+    with open(odd, "w") as file:
+        file.write(story(100))
+    (text / "lines.JSONL").write_text("\n".join(json.dumps({"text": story(101 + i)}) for i in range(3)))
+    (text / "loop").symlink_to(".", target_is_directory=True)
+    (text / "self").symlink_to("self")
+    out = text / "o ü t"
+    options = {"processes": 1, "vocab": 320, "validation": 0.0}
+    index = prepare([str(text)], out, **options)
+    assert sorted(texts(out, "train")) == sorted(story(i) for i in [*range(20), *range(100, 104)])
+    problems = dict(map(tuple, index["skipped"]))
+    assert problems["loop"].startswith("a link to a folder, not followed") and "self" in problems and len(problems) == 2
+    assert prepare([str(text)], out, **options) == index  # goes on: what it wrote is no input
+    with pytest.raises(Refused, match="prepare: --text: expected files, folders or datasets, got an empty name"):
+        prepare([""], folder / "x")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
+    walk = os.walk
+
+    def broken(root, onerror=None):
+        onerror(PermissionError(13, "Permission denied", str(folder / "text" / "sub")))
+        for top, _, files in walk(root):
+            if not top.endswith("sub"):
+                yield top, [], files
+
+    monkeypatch.setattr(module.os, "walk", broken)
+    index = make(folder)
+    assert index["skipped"] == [["sub", "a folder that cannot be listed"]]
+
+
+def test_an_index_needs_a_document_to_train_on(folder, tmp_path):
+    (tmp_path / "one.bin").write_bytes(bytes(range(256)))
+    with pytest.raises(
+        Refused, match=r"--text: expected at least one document to train on, got none; skipped one.bin: not UTF-8"
+    ):
+        prepare([str(tmp_path / "one.bin")], folder / "out", processes=1)
+    with pytest.raises(Refused, match=r"got none; all are held out \(--validation\)"):
+        prepare([str(folder / "text" / "00.txt")], folder / "other", processes=1, validation=0.9999)
+
+
+def test_parquet(folder):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (folder / "rows").mkdir()
+    table = arrow.table({"text": [*(story(i) for i in range(7)), None, ""]})
+    parquet.write_table(table, folder / "rows" / "a.parquet", row_group_size=2)
+    (folder / "rows" / "b.parquet").write_bytes(b"PAR1 broken")
+    parquet.write_table(arrow.table({"body": ["x"]}), folder / "rows" / "c.parquet")
+    index = prepare([str(folder / "rows")], folder / "out", processes=1, vocab=320, validation=0.0)
+    assert texts(folder / "out", "train") == [story(i) for i in range(7)]
+    problems = dict(map(tuple, index["skipped"]))
+    assert problems["a.parquet:7"] == "'text' is no string" and problems["a.parquet:8"] == "empty"
+    assert "ArrowInvalid" in problems["b.parquet"] and problems["c.parquet:0"] == "no field 'text'" and len(problems) == 4
+
+
+def test_the_largest_number_of_a_token_counts(folder):
+    """A tokenizer may leave numbers out: there are fewer tokens than the largest number says."""
+    make(folder)
+    for name, last in (("gap", 400), ("wide", 70000)):
+        tokenizer = json.loads((folder / "out" / "tokenizer" / "tokenizer.json").read_text())
+        key = max(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+        tokenizer["model"]["vocab"][key] = last
+        (folder / name).mkdir()
+        for file in (folder / "out" / "tokenizer").iterdir():
+            (folder / name / file.name).write_bytes(file.read_bytes())
+        (folder / name / "tokenizer.json").write_text(json.dumps(tokenizer))
+        index = make(folder, f"out {name}", tokenizer=str(folder / name))
+        assert index["vocab"] == last + 1 and index["dtype"] == ("<u2" if last < 1 << 16 else "<u4")
+        assert texts(folder / f"out {name}", "train") == texts(folder / "out", "train")
+    (folder / "gap" / "tokenizer.json").write_bytes((folder / "out" / "tokenizer" / "tokenizer.json").read_bytes())
+    with pytest.raises(Refused, match="--out: expected an empty folder, or one of the same inputs and settings"):
+        make(folder, "out gap", tokenizer=str(folder / "gap"))
+
+
+def test_a_disk_that_takes_no_more_is_one_line(folder, capsys, monkeypatch):
+    def full(path, data):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(module.Path, "write_bytes", full)
+    words = ["prepare", "--text", str(folder / "text"), "--out", str(folder / "out"), "--vocab", "320", "--processes", "1"]
+    assert command.run(lambda: command.main(words)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(": No space left on device")
+    monkeypatch.undo()
+    assert command.run(lambda: command.main(words)) == 0
 
 
 def test_the_command(folder, capsys, monkeypatch):

@@ -302,6 +302,19 @@ def test_a_setting_of_accelerate_leaves_the_others(base):
         (CONFIG.replace('data = "data"', 'data = "absent"'), "data: folder: expected one that"),
         (CONFIG.replace("hidden_size", "hiden_size"), "run: model.hiden_size: expected size, pattern, path or an argument of"),
         (CONFIG + '[model2]\npath = "x"', "run: model2"),
+        (CONFIG + 'betas = ["a", "b"]', "run: train.betas: expected two numbers from 0 to below 1, got ['a', 'b']"),
+        (CONFIG + "betas = [2, 0.9]", "run: train.betas: expected two numbers from 0 to below 1"),
+        (CONFIG + "warmup = 3", "run: train.warmup: expected at most 1, got 3"),
+        (CONFIG + "min_learning_rate = 1", "run: train.min_learning_rate: expected at most learning_rate = 0.01, got 1"),
+        (CONFIG + "seed = 99999999999", "run: train.seed: expected at most 4294967295"),
+        (CONFIG + "[lora]", "run: lora: expected --sft"),
+        (CONFIG + "[lora]\nmodules = [1]", "run: lora.modules: expected names, got [1]"),
+        (CONFIG.replace("num_attention_heads = 4", "num_attention_heads = 5"), "run: model: rat_ext.RATConfig: num_attention"),
+        (CONFIG.replace("chunk_size = 4", 'chunk_size = "x"'), "run: model: rat_ext.RATConfig: chunk_size: expected"),
+        (CONFIG.replace('"rat-swa"', '"bogus"'), "run: model: rat_ext.RATConfig: layer_types: expected"),
+        (CONFIG.replace("chunk_size = 4", 'size = "9b"'), "run: model: rat_ext.RATConfig: preset: expected one of 200m"),
+        (CONFIG.replace("chunk_size = 4", 'vocab_size = "x"'), "run: model: "),
+        (CONFIG + '[trainer]\nsave_strategy = "bogus"', "run: [trainer] and the recipe: expected what TrainingArguments takes"),
         (CONFIG + "[trainer]\nbogus = 1", "run: trainer.bogus: expected an argument of TrainingArguments"),
     ],
 )
@@ -310,6 +323,62 @@ def test_a_wrong_configuration_is_one_line(base, capsys, text, words):
     assert command.run(lambda: command.main(["run", str(base / "wrong.toml")])) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+def test_the_last_step_is_logged(base):
+    """Also of a run that is shorter than log_every; the plot and the held-out loss are of its end."""
+    run = load(base, "short", steps=3, log_every=2, eval_every=500, save_every=500)
+    found = runs.pretrain(run)
+    lines = read_log(run.output / "log.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [2, 3]
+    assert [line["eval_loss"] for line in lines if "eval_loss" in line] == [found["eval_loss"]]
+    assert found["model"] == str(run.output / "model") and (run.output / "loss.png").exists()
+
+
+def test_a_file_with_a_byte_order_mark(base):
+    (base / "mark.toml").write_text(CONFIG, encoding="utf-8-sig")
+    assert configs.load(base / "mark.toml") == configs.load(base / "config.toml")
+
+
+@pytest.mark.parametrize(("steps", "warm"), [(1, 0), (2, 1), (20, 1), (21, 2)])
+def test_a_run_of_one_step_learns(steps, warm):
+    assert runs.warm_up(0.05, steps) == warm
+
+
+def test_folders_of_models_and_data_that_are_broken(base, trained, tmp_path, capsys):
+    """Each is one line that names the argument."""
+    import shutil
+
+    def refused(*arguments):
+        assert command.run(lambda: command.main(["run", *map(str, arguments)])) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    shutil.copytree(base / "data", tmp_path / "data")
+    (tmp_path / "answers.jsonl").write_text('{"prompt": "state is", "answer": " gate"}')
+    recipe = CONFIG[CONFIG.index("[train]") :]
+    for name in ("weights", "config", "tokenizer", "other"):
+        shutil.copytree(base / "whole" / "model", tmp_path / name)
+        (tmp_path / f"{name}.toml").write_text(f'output = "out"\ndata = "data"\n[model]\npath = "{name}"\n{recipe}')
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"no")
+    (tmp_path / "config" / "config.json").write_text("{")
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+    for file in (tmp_path / "tokenizer").glob("tokenizer*"):
+        file.unlink()
+    assert "run: model.path: expected a model (" in refused(tmp_path / "weights.toml")
+    assert "run: model.path: expected a model (" in refused(tmp_path / "config.toml")
+    assert "run: model.path: expected a model of rat_ext, to go on with pretraining, got gpt2" in refused(
+        tmp_path / "other.toml"
+    )
+    pytest.importorskip("trl", reason="needs the extra [train]")
+    answers = ("--sft", tmp_path / "answers.jsonl")
+    assert "run: model.path: expected a folder with a tokenizer (" in refused(tmp_path / "tokenizer.toml", *answers)
+    small = json.loads((tmp_path / "tokenizer" / "config.json").read_text()) | {"vocab_size": 100}
+    for file in (base / "whole" / "model").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "tokenizer")
+    RATForCausalLM(RATConfig(**small)).save_pretrained(tmp_path / "tokenizer")
+    assert "run: model.path: expected a tokenizer of at most" in refused(tmp_path / "tokenizer.toml", *answers)
+    (tmp_path / "data" / "index.json").write_text("{")
+    assert "data: folder: expected " in refused(tmp_path / "tokenizer.toml")
 
 
 def test_a_run_of_other_settings_needs_another_output(trained):
@@ -369,11 +438,11 @@ import os, signal, sys
 from rat_ext.train import trainer
 from rat_ext.train.__main__ import main
 right, calls = getattr(trainer, sys.argv[1]), []
-def dies(*args):
+def dies(*args, **options):
     calls.append(args)
     if len(calls) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
-    return right(*args)
+    return right(*args, **options)
 setattr(trainer, sys.argv[1], dies)
 main(["run", sys.argv[3]])
 """
@@ -498,16 +567,21 @@ def examples(base, trained):
     pytest.importorskip("trl", reason="needs the extra [train]")
     lines = [json.dumps({"prompt": f"state {i} is", "answer": " gate"}) for i in range(12)]
     lines += ["{broken", json.dumps({"prompt": "x"}), json.dumps({"prompt": "x", "answer": ""}),
-              json.dumps({"prompt": "chunk gate " * 60, "answer": "y"})]  # fmt: skip
+              json.dumps({"prompt": "chunk gate " * 60, "answer": "y"}),
+              json.dumps({"prompt": "\ud800", "answer": "y"})]  # fmt: skip
     (base / "answers.jsonl").write_text("\n".join(lines))
     return base / "answers.jsonl"
 
 
 def test_fine_tuning_learns_the_answers(base, examples, capsys):
-    (base / "sft.toml").write_text(SFT)
+    for text in (SFT + "[lora]\nr = 4\n", SFT):
+        (base / "sft.toml").write_text(text)
+        assert command.main(["run", str(base / "sft.toml"), "--sft", str(examples), "--dry-run"]) == 0
+        text = capsys.readouterr().out
+        assert "18 steps of 4 examples" in text and "GB per rank" in text and "time  " in text and not (base / "sft").exists()
     assert command.main(["run", str(base / "sft.toml"), "--sft", str(examples)]) == 0
     text = capsys.readouterr().out
-    assert "12 examples, 4 lines skipped" in text and "answers.jsonl:13" in text and "sft.length = 48" in text
+    assert "12 examples, 5 lines skipped" in text and "answers.jsonl:13" in text and "sft.length = 48" in text
     lines = [line for line in read_log(base / "sft" / "log.jsonl") if "loss" in line]
     assert len(lines) == 18 and lines[-1]["loss"] < 0.5 * lines[0]["loss"]
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -547,6 +621,13 @@ def test_adapters(base, examples):
     before, after = weights(base / "whole" / "model"), weights(run.output / "model")
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"in_proj", "out_proj"}
+    text = SFT + "[lora]\nr = 4\nmerge = false\n"
+    run = configs.parse(configs_of(text) | {"output": "apart"}, base)
+    assert runs.finetune(run, examples) == {"model": str(base / "apart" / "adapter")}
+    assert (run.output / "adapter" / "adapter_config.json").exists() and not (run.output / "model").exists()
+    run.lora.modules = ["in_proj", "bogus"]
+    with pytest.raises(Refused, match="run: lora.modules: expected names of modules of the model, such as .*, got bogus"):
+        runs.finetune(run, examples)
 
 
 def test_fine_tuning_needs_a_model_and_lines(base, trained, tmp_path, capsys):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from ..train._extra import Refused, need, run, write_json, write_whole, wrong
+from ..train._extra import Refused, check_vocabulary, need, one_line, run, write_json, write_whole, wrong
 
 TASKS = Path(__file__).parent / "tasks"
 # By what the samples of a task are told apart, and the metric.
@@ -40,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--batch-size", default="8", help="a number, or auto (default: %(default)s)")
     found.add_argument("--limit", type=float, help="documents of each task: a number, or a share below 1")
     found.add_argument("--num-fewshot", type=int)
+    found.add_argument("--tokenizer", help="a folder or a name (default: that of MODEL)")
     found.add_argument("--adapter", help="a folder with a PEFT adapter")
     found.add_argument("--max-length", type=int, help="tokens of a prompt and its answer (default: the model's, or --lengths)")
     found.add_argument("--seed", type=int, default=0, help="of the documents that are made")
@@ -63,7 +65,23 @@ def evaluate(model: str, tasks: list[str], **options: Any) -> dict[str, Any]:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    names = ("text", "lengths", "depths", "pairs", "samples", "prompts", "template", "seed")
+    length, size, limit = options.get("max_length"), options.get("batch_size") or "8", options.get("limit")
+    if not tasks:
+        raise wrong("evaluate", "--tasks", f"names of tasks, such as {ours()[0]}", "none")
+    if length is not None and length < 2:
+        raise wrong("evaluate", "--max-length", "at least 2", length)
+    if not re.fullmatch(r"auto|[1-9]\d*", str(size)):
+        raise wrong("evaluate", "--batch-size", "auto, or a number from 1 on", size)
+    if limit is not None and not limit > 0:
+        raise wrong("evaluate", "--limit", "more than 0", limit)
+    dtype, device = options.get("dtype") or "auto", options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise wrong("evaluate", "--dtype", "auto, or a dtype of torch such as bfloat16", dtype)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise wrong("evaluate", "--device", f"a device ({one_line(error)[:100]})", device) from None
+    names = ("tokenizer", "text", "lengths", "depths", "pairs", "samples", "prompts", "template", "seed")
     metadata = {name: options[name] for name in names if options.get(name) is not None} | {"pretrained": model}
     manager = TaskManager(
         include_path=str(TASKS),
@@ -72,18 +90,23 @@ def evaluate(model: str, tasks: list[str], **options: Any) -> dict[str, Any]:
     )
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise wrong("evaluate", "--tasks", f"tasks of lm-eval or of {', '.join(ours())}", unknown[0])
-    length = options.get("max_length")
+    tasks = list(dict.fromkeys(name for task in tasks for name in manager.match_tasks([task])))  # of patterns, what they mean
     if length is None and any(task.startswith("rat_needle") for task in tasks):
         length = max(options.get("lengths") or (4096,))
     if not Path(model, "config.json").is_file() and Path(model).exists():
         raise wrong("evaluate", "MODEL", "a folder with a model and its tokenizer", model)
-    size = options.get("batch_size") or "8"
-    harness = HFLM(
-        pretrained=model, device=options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"),
-        dtype=options.get("dtype") or "auto", batch_size=size if size == "auto" else int(size), max_length=length,
-        peft=options.get("adapter"),
-    )  # fmt: skip
-    limit = options.get("limit")
+    try:
+        harness = HFLM(
+            pretrained=model, tokenizer=options.get("tokenizer"), device=device, dtype=dtype, max_length=length,
+            batch_size=size if size == "auto" else int(size), peft=options.get("adapter"),
+        )  # fmt: skip
+    except Exception as error:  # of transformers, tokenizers, safetensors or peft
+        expected = f"a model, its tokenizer (or --tokenizer) and --adapter that load ({one_line(error)})"
+        raise wrong("evaluate", "MODEL", expected, model) from None
+    if hasattr(harness, "tokenizer"):
+        check_vocabulary("evaluate", "--tokenizer", harness.tokenizer, harness.config)
+    if "rat_prompts" in tasks and (longest := getattr(harness, "max_length", None)) is not None and longest <= 64:
+        raise wrong("evaluate", "--max-length", "more than 64, the tokens of an answer of rat_prompts", longest)
     found = lm_eval.simple_evaluate(
         model=harness, tasks=tasks, task_manager=manager, limit=limit, num_fewshot=options.get("num_fewshot"), bootstrap_iters=0
     )

@@ -17,8 +17,8 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser(
         "prepare",
         help="text to tokens",
-        description="Tokenizes text into memory-mapped shards. A file is a document; in .jsonl, a line is; .gz of both is "
-        "read. The same command goes on where it was stopped. What cannot be used is skipped and listed.",
+        description="Tokenizes text into memory-mapped shards. A file is a document; in .jsonl, a line is; in "
+        ".parquet, a row; .gz is read. The same command goes on where it was stopped. What cannot be used is listed.",
     )
     one.add_argument("--text", nargs="+", required=True, metavar="PATH", help="folders, files, or datasets by folder or name")
     one.add_argument("--out", required=True, metavar="DIR")

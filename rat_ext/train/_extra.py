@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -11,6 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+# A disk that takes no more, or none from this user.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
 
 class Refused(ValueError):
     """An input that cannot be worked with; the message is one line."""
@@ -19,6 +23,29 @@ class Refused(ValueError):
 def wrong(command: str, argument: str, expected: str, got: object) -> Refused:
     """The error for a wrong argument of a command."""
     return Refused(f"{command}: {argument}: expected {expected}, got {got}")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, for a message of one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def check_vocabulary(command: str, argument: str, tokenizer: Any, config: Any) -> None:
+    """Refuses a tokenizer with tokens that a model of this package has no row for: a GPU would stop without a reason."""
+    size = max(tokenizer.get_vocab().values()) + 1
+    if config.model_type == "rat" and size > config.vocab_size:
+        raise wrong(command, argument, f"a tokenizer of at most the model's {config.vocab_size} tokens", size)
+
+
+def read_json(path: Path, command: str, argument: str) -> dict[str, Any]:
+    """The object in a file that an earlier command wrote, or one line on what is there instead."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise wrong(command, argument, f"{path} as it was written", one_line(error)) from None
+    if not isinstance(found, dict):
+        raise wrong(command, argument, f"{path} as it was written", type(found).__name__)
+    return found
 
 
 def need(module: str, extra: str, use: str) -> ModuleType:
@@ -64,6 +91,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a write that fails does not say where
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -74,9 +104,13 @@ def write_json(path: Path, value: object) -> None:
 
 
 def run(main: Callable[[], int]) -> int:
-    """``main()``; an input that is refused becomes one line and the exit code 2."""
+    """``main()``; an input that is refused, or a disk that takes no more, becomes one line and the exit code 2."""
     try:
         return main()
     except Refused as error:
         print(error, file=sys.stderr)
-        return 2
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        print(f"{error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+    return 2

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ._extra import need, wrong
+from ._extra import Refused, need, wrong
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Lora:
     alpha: int = 32
     dropout: float = 0.0
     modules: list[str] = field(default_factory=lambda: ["in_proj", "out_proj"])
-    merge: bool = True  # the model that is written has the adapters added to its weights
+    merge: bool = True  # also write the model with the adapters added to its weights
 
 
 @dataclass
@@ -85,6 +85,7 @@ class Run:
     trainer: dict[str, Any]  # further arguments of transformers' TrainingArguments
 
 
+MOST = {"warmup": 1, "dropout": 1, "seed": 2**32 - 1}
 POSITIVE = "length tokens_per_step micro_batch log_every save_every keep batch epochs r alpha clip".split()
 
 
@@ -96,7 +97,7 @@ def load(path: str | Path) -> Run:
         tomllib = need("tomli", "train", "reading TOML")
     path = Path(path)
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise wrong("run", "CONFIG", "a file that can be read", f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -137,8 +138,13 @@ def parse(found: dict[str, Any], folder: Path) -> Run:
     )
     if run.train.tokens_per_step % run.train.length:
         raise wrong("run", "train.tokens_per_step", f"a multiple of length = {run.train.length}", run.train.tokens_per_step)
-    if len(run.train.betas) != 2:
-        raise wrong("run", "train.betas", "two numbers", run.train.betas)
+    if len(run.train.betas) != 2 or not all(type(beta) in (int, float) and 0 <= beta < 1 for beta in run.train.betas):
+        raise wrong("run", "train.betas", "two numbers from 0 to below 1", run.train.betas)
+    if run.train.min_learning_rate > run.train.learning_rate:
+        expected = f"at most learning_rate = {run.train.learning_rate}"
+        raise wrong("run", "train.min_learning_rate", expected, run.train.min_learning_rate)
+    if run.lora is not None and not all(isinstance(name, str) for name in run.lora.modules):
+        raise wrong("run", "lora.modules", "names", run.lora.modules)
     if not run.train.steps and run.train.tokens:
         run.train.steps = -(-int(run.train.tokens) // run.train.tokens_per_step)
     return run
@@ -156,11 +162,15 @@ def _section(kind: Any, section: str, found: dict[str, Any]) -> Any:
             raise wrong("run", f"{section}.{name}", f"{' or '.join(k.__name__ for k in kinds)}", repr(value))
         if (isinstance(value, (int, float)) and not 0 <= value < float("inf")) or (name in POSITIVE and not value):
             raise wrong("run", f"{section}.{name}", "more than 0" if name in POSITIVE else "at least 0", value)
+        if isinstance(value, (int, float)) and value > MOST.get(name, value):
+            raise wrong("run", f"{section}.{name}", f"at most {MOST[name]}", value)
     return kind(**found)
 
 
 def model_config(run: Run, vocab: int, eos: int) -> Any:
     """The RATConfig of section [model]: ``size`` and ``pattern`` of the paper, any argument of RATConfig over them."""
+    from huggingface_hub.errors import StrictDataclassError
+
     from ..models import RATConfig
 
     changes = dict(run.model)
@@ -170,6 +180,9 @@ def model_config(run: Run, vocab: int, eos: int) -> Any:
     fields = {f.name for f in dataclasses.fields(RATConfig)}
     if unknown := sorted(set(changes) - fields):
         raise wrong("run", f"model.{unknown[0]}", "size, pattern, path or an argument of RATConfig", "an unknown key")
-    if size is not None:
-        return RATConfig.preset(size, pattern, **given | changes)
-    return RATConfig(**{"layer_types": pattern} | given | changes)
+    try:
+        if size is not None:
+            return RATConfig.preset(size, pattern, **given | changes)
+        return RATConfig(**{"layer_types": pattern} | given | changes)
+    except (ValueError, TypeError, StrictDataclassError) as error:  # the last: a value of another type
+        raise Refused(f"run: model: {' '.join(str(error).split())}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._extra import wrong
+from ._extra import read_json, wrong
 
 IGNORED = -100
 
@@ -24,7 +23,7 @@ class Tokens:
         index = self.folder / "index.json"
         if not index.is_file():
             raise wrong("data", "folder", "one that `python -m rat_ext.train prepare` completed", folder)
-        self.index: dict = json.loads(index.read_text())
+        self.index: dict = read_json(index, "data", "folder")
         self.dtype, self.eos = np.dtype(self.index["dtype"]), int(self.index["eos"])
         self.shards = [shard for shard in self.index["shards"] if shard["split"] == split]
         self.ends = np.cumsum([0] + [shard["tokens"] for shard in self.shards])

@@ -58,9 +58,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Slice:
-    """Text of a file, of lines that begin in a range of its bytes, or of rows of a dataset."""
+    """Text of a file, of lines that begin in a range of its bytes, of row groups of a Parquet file, or of rows of a dataset."""
 
-    kind: str  # "file", "lines" or "rows"
+    kind: str  # "file", "lines", "groups" or "rows"
     path: str
     name: str  # of the file, for people, for the split and for the hash
     start: int
@@ -80,20 +80,35 @@ class Document:
 # ---- inputs -------------------------------------------------------------------------------------------------------------
 
 
-def list_files(paths: list[Path]) -> list[tuple[Path, str]]:
-    """Every file (path, name), sorted by name. Names that begin with a dot inside a folder are left out."""
+def list_files(paths: list[Path], out: Path | None = None) -> list[tuple[Path, str]]:
+    """Every file (path, name), sorted by name. Names that begin with a dot inside a folder, and ``out``, are left out.
+
+    Folders that cannot be listed and links to folders, which are not followed, come as if they were files: reading says why
+    there is no text.
+    """
     found = []
     for root in paths:
         if root.is_file():
-            found.append((root, root.name))
+            found.append((root, readable(root.name)))
             continue
-        for folder, folders, files in os.walk(root):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            for name in files:
-                if not name.startswith("."):
-                    path = Path(folder, name)
-                    found.append((path, path.relative_to(root).as_posix()))
+        unread: list[OSError] = []
+        for folder, folders, files in os.walk(root, onerror=unread.append):
+            links = [name for name in folders if Path(folder, name).is_symlink()]
+            folders[:] = [name for name in folders if not name.startswith(".") and not _same(Path(folder, name), out)]
+            for path in (Path(folder, name) for name in [*files, *links] if not name.startswith(".")):
+                found.append((path, readable(path.relative_to(root).as_posix())))
+        for path in (Path(error.filename) for error in unread):
+            found.append((path, readable(path.relative_to(root).as_posix())))
     return sorted(found, key=lambda item: (item[1], str(item[0])))
+
+
+def readable(name: str) -> str:
+    """A name with what is not UTF-8 in it spelled out, so that it can be hashed and written."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _same(path: Path, other: Path | None) -> bool:
+    return other is not None and path.resolve() == other.resolve()
 
 
 @functools.cache
@@ -118,12 +133,16 @@ def is_dataset(name: str) -> bool:
     return not path.exists() or any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
 
 
-def plan(text: list[str], settings: Settings) -> tuple[list[list[Slice]], str]:
-    """The parts, and a hash of names, sizes and times of the inputs and of the settings."""
+def plan(text: list[str], settings: Settings, out: Path | None = None) -> tuple[list[list[Slice]], str]:
+    """The parts, and a hash of names, sizes and times of the inputs and of the settings. ``out`` is no input."""
     slices: list[Slice] = []
     state: list[object] = [FORMAT, asdict(settings)]
+    if (file := Path(settings.tokenizer, "tokenizer.json")).is_file():
+        state.append(hashlib.sha256(file.read_bytes()).hexdigest())
     files = []
     for name in text:
+        if not name:
+            raise wrong("prepare", "--text", "files, folders or datasets", "an empty name")
         if is_dataset(name):
             rows = load_dataset(name)
             if settings.field not in rows.column_names:
@@ -133,32 +152,43 @@ def plan(text: list[str], settings: Settings) -> tuple[list[list[Slice]], str]:
             slices += [Slice("rows", name, name, i, min(i + step, len(rows))) for i in range(0, len(rows), step)]
         else:
             files.append(Path(name))
-    listed = list_files(files)
+    listed = list_files(files, out)
     for path, name in listed:
         try:
             found = path.stat()
-            state.append((name, found.st_size, found.st_mtime_ns))
-            size = found.st_size
+            size = 0 if path.is_dir() else found.st_size  # a folder's time changes with what is written into it
+            state.append((name, size, 0 if path.is_dir() else found.st_mtime_ns))
         except OSError:
             size = 0  # reading says what is wrong
-        if name.endswith((".jsonl", ".ndjson")):
+        if name.lower().endswith(".parquet"):
+            slices += [Slice("groups", str(path), name, i, i + 1) for i in range(_groups(path))]
+        elif name.lower().endswith((".jsonl", ".ndjson")):
             slices += [Slice("lines", str(path), name, i, min(i + SLICE, size)) for i in range(0, max(size, 1), SLICE)]
         else:
-            slices.append(Slice("lines" if name.endswith(LINES) else "file", str(path), name, 0, size))
+            slices.append(Slice("lines" if name.lower().endswith(LINES) else "file", str(path), name, 0, size))
     if not slices:
         raise wrong("prepare", "--text", "at least one file", f"none in {', '.join(text)}")
-    total = sum(s.end - s.start for s in slices if s.kind != "rows")
+    total = sum(s.end - s.start for s in slices if s.kind in ("file", "lines"))
     limit = min(max(total // 256, PART[0]), PART[1])
     parts: list[list[Slice]] = [[]]
     size = 0
     for piece in slices:
-        weight = SLICE if piece.kind == "rows" else piece.end - piece.start
+        weight = piece.end - piece.start if piece.kind in ("file", "lines") else SLICE
         if parts[-1] and size + weight > limit:
             parts.append([])
             size = 0
         parts[-1].append(piece)
         size += weight
     return parts, hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+def _groups(path: Path) -> int:
+    """How many groups of rows a Parquet file has; 1 where it cannot be read: reading says why."""
+    parquet = need("pyarrow.parquet", "train", "reading Parquet")
+    try:
+        return parquet.read_metadata(path).num_row_groups if path.is_file() else 1
+    except (OSError, ValueError):
+        return 1
 
 
 def documents(piece: Slice, settings: Settings) -> Iterator[Document]:
@@ -168,22 +198,30 @@ def documents(piece: Slice, settings: Settings) -> Iterator[Document]:
         for i in range(piece.start, piece.end):
             yield check(f"{piece.name}:{i}", rows[i][settings.field], 1, settings)
         return
+    if Path(piece.path).is_dir():
+        link = Path(piece.path).is_symlink()
+        problem = "a link to a folder, not followed: name it in --text" if link else "a folder that cannot be listed"
+        yield Document(piece.name, problem=problem)
+        return
     if Path(piece.path).exists() and not Path(piece.path).is_file():
         yield Document(piece.name, problem="no regular file")  # a pipe would wait for ever
         return
     try:
-        yield from (_lines if piece.kind == "lines" else _file)(piece, settings)
-    except (OSError, EOFError, zlib.error) as error:  # gzip raises each of them
+        yield from {"lines": _lines, "groups": _rows, "file": _file}[piece.kind](piece, settings)
+    except (OSError, EOFError, zlib.error, ValueError) as error:  # gzip raises the first three, Arrow the last
         yield Document(piece.name, problem=f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _open(piece: Slice):
-    return gzip.open(piece.path, "rb") if piece.path.endswith(".gz") else open(piece.path, "rb")
+    return gzip.open(piece.path, "rb") if piece.path.lower().endswith(".gz") else open(piece.path, "rb")
 
 
 def _file(piece: Slice, settings: Settings) -> Iterator[Document]:
     with _open(piece) as file:
-        data = file.read(settings.max_bytes + 1)
+        # In steps: a read takes the memory that it is allowed to fill, before it knows how much there is.
+        data = bytearray()
+        while len(data) <= settings.max_bytes and (part := file.read(min(settings.max_bytes + 1 - len(data), SLICE))):
+            data += part
     if len(data) > settings.max_bytes:
         yield Document(piece.name, problem=f"more than {settings.max_bytes} bytes (--max-bytes)", read=piece.end)
         return
@@ -195,7 +233,7 @@ def _file(piece: Slice, settings: Settings) -> Iterator[Document]:
 
 def _lines(piece: Slice, settings: Settings) -> Iterator[Document]:
     """Lines that begin in [start, end): the slices of a file share no line and leave none out."""
-    whole = piece.path.endswith(".gz")
+    whole = piece.path.lower().endswith(".gz")
     with _open(piece) as file:
         place = piece.start
         if place:
@@ -212,6 +250,19 @@ def _lines(piece: Slice, settings: Settings) -> Iterator[Document]:
             elif line.strip():
                 yield _line(name, line, 0 if whole else size, settings)
             place += size
+
+
+def _rows(piece: Slice, settings: Settings) -> Iterator[Document]:
+    """Rows of groups of a Parquet file."""
+    file = need("pyarrow.parquet", "train", "reading Parquet").ParquetFile(piece.path)
+    if settings.field not in file.schema_arrow.names:
+        yield Document(f"{piece.name}:{piece.start}", problem=f"no field {settings.field!r}")
+        return
+    row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
+    for batch in file.iter_batches(1024, row_groups=list(range(piece.start, piece.end)), columns=[settings.field]):
+        for value in batch.column(0):
+            yield check(f"{piece.name}:{row}", value.as_py(), 0, settings)
+            row += 1
 
 
 def _rest_of_line(file) -> int:
@@ -328,7 +379,8 @@ class Encoder:
         config = json.loads((folder / "tokenizer_config.json").read_text())
         eos = config["eos_token"]
         self.eos = self.tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos)
-        self.dtype = np.dtype("<u2" if self.tokenizer.get_vocab_size() <= 1 << 16 else "<u4")
+        self.vocab = max(self.tokenizer.get_vocab().values()) + 1  # numbers may be left out: it is not how many there are
+        self.dtype = np.dtype("<u2" if self.vocab <= 1 << 16 else "<u4")
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Tokens of each text, EOS at its end."""
@@ -390,7 +442,7 @@ def encode_part(out: Path, number: int, part: list[Slice], settings: Settings) -
     for split in SPLITS:
         if tokens[split]:
             name, array, table = f"{split}-{number:05d}", np.concatenate(tokens[split]), np.array(ends[split], dtype=np.int64)
-            write_whole(out / f"{name}.bin", array.tofile)
+            write_whole(out / f"{name}.bin", functools.partial(Path.write_bytes, data=array.data))
             write_whole(out / f"{name}.npy", functools.partial(np.save, arr=table))
             shards.append(
                 {"split": split, "file": name, "tokens": len(array), "documents": len(table), "bytes": int(table[:, 1].sum())}
@@ -405,8 +457,8 @@ def prepare(text: list[str], out: str | Path, *, processes: int | None = None, o
     """Tokenizes ``text`` (files, folders, datasets) into ``out``. Returns the index. What ``out`` holds is not done again.
 
     Args:
-        text: files, folders, or datasets by folder or name. A .jsonl file has a document per line, another file is a document;
-            .gz of both is read.
+        text: files, folders, or datasets by folder or name. A .jsonl file has a document per line, a
+            .parquet file one per row, another file is a document; .gz is read.
         out: folder to fill.
         processes: how many encode at a time. None: one per core.
         overwrite: empty ``out`` first where it holds something else.
@@ -417,9 +469,13 @@ def prepare(text: list[str], out: str | Path, *, processes: int | None = None, o
         raise wrong("prepare", "--vocab", "at least 300", settings.vocab)
     if not 0 <= settings.validation < 1:
         raise wrong("prepare", "--validation", "a share from 0 to below 1", settings.validation)
-    if settings.max_bytes < 1 or (processes is not None and processes < 1):
-        raise wrong("prepare", "--max-bytes, --processes", "at least 1", f"{settings.max_bytes}, {processes}")
-    parts, plan_hash = plan(text, settings)
+    counts = {"max-bytes": settings.max_bytes, "tokenizer-bytes": settings.tokenizer_bytes, "processes": processes}
+    for name, value in counts.items():
+        if value is not None and not 1 <= value < 1 << 62:
+            raise wrong("prepare", f"--{name}", "at least 1, below 2^62", value)
+    if settings.seed < 0:
+        raise wrong("prepare", "--seed", "at least 0", settings.seed)
+    parts, plan_hash = plan(text, settings, out)
     _claim(out, plan_hash, overwrite)
     index_file, folder = out / "index.json", out / "tokenizer"
     if index_file.exists():
@@ -493,6 +549,10 @@ def _finish(out: Path, parts: int, settings: Settings, plan_hash: str) -> dict:
     records = [json.loads((out / f"part-{i:05d}.json").read_text()) for i in range(parts)]
     encoder = Encoder(out / "tokenizer")
     shards = [shard for record in records for shard in record["shards"]]
+    skipped = [item for record in records for item in record["skipped"]]
+    if not any(shard["split"] == "train" for shard in shards):
+        first = f"; skipped {skipped[0][0]}: {skipped[0][1]}" if skipped else "; all are held out (--validation)"
+        raise wrong("prepare", "--text", "at least one document to train on", f"none{first}")
     content = [record["content"] for record in records]
     tokenizer = hashlib.sha256((out / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
     identity = json.dumps([FORMAT, asdict(settings), tokenizer, content])
@@ -502,7 +562,7 @@ def _finish(out: Path, parts: int, settings: Settings, plan_hash: str) -> dict:
         "plan": plan_hash,
         "settings": asdict(settings),
         "dtype": encoder.dtype.str,
-        "vocab": encoder.tokenizer.get_vocab_size(),
+        "vocab": encoder.vocab,
         "eos": encoder.eos,
         "splits": {
             split: {
@@ -511,7 +571,7 @@ def _finish(out: Path, parts: int, settings: Settings, plan_hash: str) -> dict:
             for split in SPLITS
         },
         "shards": shards,
-        "skipped": [item for record in records for item in record["skipped"]],
+        "skipped": skipped,
     }
     write_json(out / "index.json", index)
     for split, sizes in index["splits"].items():

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ._extra import need, write_json, wrong
+from ._extra import check_vocabulary, need, one_line, read_json, write_json, wrong
 from .config import Run, model_config
 from .data import Tokens, Windows
 
@@ -48,6 +48,11 @@ def shares(windows: int, micro: int, ranks: int) -> int:
             f"{windows} windows",
         )
     return windows // (micro * ranks)
+
+
+def warm_up(share: float, steps: int) -> int:
+    """Steps that warm up, rounded up. The first has a rate of 0, so a run of one step has none: it would learn nothing."""
+    return min(math.ceil(share * steps), steps - 1)
 
 
 def arguments(run: Run, section: Any, **own: Any) -> dict[str, Any]:
@@ -98,7 +103,10 @@ def make(kind: Any, found: dict[str, Any]) -> Any:
     fields = {f.name for f in dataclasses.fields(kind)}
     if unknown := sorted(set(found) - fields):
         raise wrong("run", f"trainer.{unknown[0]}", f"an argument of {kind.__name__}", "an unknown key")
-    args = kind(**found)
+    try:
+        args = kind(**found)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise wrong("run", "[trainer] and the recipe", f"what {kind.__name__} takes", one_line(error)) from None
     args._n_gpu = min(args.n_gpu, 1)  # of several GPUs without torchrun, Trainer would make a DataParallel
     if args.device.type == "cpu":
         vars(args)["_setup_devices"] = torch.device("cpu")  # a rank is on "cpu:0", where torch.load cannot put an optimizer
@@ -109,7 +117,7 @@ def claim(run: Run, identity: dict[str, Any]) -> None:
     """Makes the output folder that of this run, or says what it holds instead."""
     marker = run.output / "run.json"
     if marker.exists():
-        there = json.loads(marker.read_text())
+        there = read_json(marker, "run", "output")
         different = sorted(key for key in identity.keys() | there.keys() if identity.get(key) != there.get(key))
         if different:
             key = different[0]
@@ -132,16 +140,23 @@ def load_model(run: Run, vocab: int, eos: int) -> Any:
     from ..models import RATForCausalLM
 
     if "path" in run.model:
+        kind = need("transformers", "train", "run").AutoModelForCausalLM
         try:
-            return need("transformers", "train", "run").AutoModelForCausalLM.from_pretrained(
-                run.model["path"], dtype=torch.float32
-            )
-        except (OSError, ValueError) as error:
-            raise wrong("run", "model.path", f"a model ({str(error).splitlines()[0]})", run.model["path"]) from None
+            return kind.from_pretrained(run.model["path"], dtype=torch.float32)
+        except Exception as error:  # safetensors, pickle and each configuration have kinds of their own
+            raise wrong("run", "model.path", f"a model ({one_line(error)})", run.model["path"]) from None
     from transformers import set_seed
 
     set_seed(run.train.seed)
     return RATForCausalLM(model_config(run, vocab, eos))
+
+
+def load_tokenizer(folder: Path, argument: str) -> Any:
+    """The tokenizer in a folder."""
+    try:
+        return need("transformers", "train", "run").AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise wrong("run", argument, f"a folder with a tokenizer ({one_line(error)})", folder) from None
 
 
 # ---- pretraining --------------------------------------------------------------------------------------------------------
@@ -231,6 +246,8 @@ def pretrain(run: Run, *, dry: bool = False, save: bool = True) -> dict:
     transformers.utils.logging.disable_progress_bar()
     from . import flops
 
+    if run.lora is not None:
+        raise wrong("run", "lora", "--sft: adapters are for fine-tuning", "pretraining")
     if run.data is None:
         raise wrong("run", "data", "a folder that `python -m rat_ext.train prepare` made", "none")
     recipe, tokens = run.train, Tokens(run.data)
@@ -242,11 +259,15 @@ def pretrain(run: Run, *, dry: bool = False, save: bool = True) -> dict:
     accumulate = shares(windows, recipe.micro_batch, ranks)
     data.items = recipe.steps * windows
     vocab = int(tokens.index["vocab"])
-    config = (
-        transformers.AutoConfig.from_pretrained(run.model["path"])
-        if "path" in run.model
-        else model_config(run, vocab, tokens.eos)
-    )
+    if "path" in run.model:
+        try:
+            config = transformers.AutoConfig.from_pretrained(run.model["path"])
+        except Exception as error:
+            raise wrong("run", "model.path", f"a model ({one_line(error)})", run.model["path"]) from None
+        if config.model_type != "rat":
+            raise wrong("run", "model.path", "a model of rat_ext, to go on with pretraining", config.model_type)
+    else:
+        config = model_config(run, vocab, tokens.eos)
     if config.vocab_size < vocab:
         raise wrong("run", "model.vocab_size", f"at least the data's, {vocab}", config.vocab_size)
     if dry:
@@ -265,7 +286,7 @@ def pretrain(run: Run, *, dry: bool = False, save: bool = True) -> dict:
         transformers.TrainingArguments,
         arguments(
             run, recipe, max_steps=recipe.steps, gradient_accumulation_steps=accumulate, adam_beta1=recipe.betas[0],
-            adam_beta2=recipe.betas[1], warmup_steps=math.ceil(recipe.warmup * recipe.steps),
+            adam_beta2=recipe.betas[1], warmup_steps=warm_up(recipe.warmup, recipe.steps),
             lr_scheduler_type="cosine_with_min_lr",
             lr_scheduler_kwargs={"min_lr": recipe.min_learning_rate}, torch_compile=recipe.compile,
             eval_strategy="steps" if held_out is not None else "no", eval_steps=recipe.eval_every or None,
@@ -274,15 +295,12 @@ def pretrain(run: Run, *, dry: bool = False, save: bool = True) -> dict:
         ),
     )  # fmt: skip
     model = load_model(run, vocab, tokens.eos)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(run.data / "tokenizer")
+    tokenizer = load_tokenizer(run.data / "tokenizer", "data")
     trainer = Pretrainer(
         model=model, args=args, train_dataset=data, eval_dataset=held_out, held_out=held_out, packed=recipe.packed,
         flops=flops.flops_per_token(config, recipe.length), peak=flops.peak(args.device)[0], keep=recipe.keep,
     )  # fmt: skip
-    result = _train(run, trainer, tokenizer, save)
-    if held_out is not None:
-        result |= trainer.evaluate()
-    return result
+    return _train(run, trainer, tokenizer, save)
 
 
 def _train(run: Run, trainer: Any, tokenizer: Any, save: bool = True) -> dict:
@@ -292,24 +310,29 @@ def _train(run: Run, trainer: Any, tokenizer: Any, save: bool = True) -> dict:
 
     found = checkpoints(run.output)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    # Before the plot, which shows it.
+    result = trainer.evaluate() if getattr(trainer, "held_out", None) is not None else {}
     if not save:
-        return {}
+        return result
     path, temporary = run.output / "model", run.output / ".model.tmp"
+    if run.lora is not None and not run.lora.merge:
+        path = run.output / "adapter"
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # every rank takes part
     if trainer.args.should_save:
         shutil.rmtree(temporary, ignore_errors=True)
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
         model.save_pretrained(temporary, state_dict=state)
-        if run.lora is not None:
+        tokenizer.save_pretrained(temporary)
+        if run.lora is not None and run.lora.merge:
             publish(temporary, run.output / "adapter")
             _merge(run, temporary)
-        tokenizer.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
         publish(temporary, path)
         if problem := plot_loss(run.output):
             print(problem, file=sys.stderr)
         print(f"model: {path}", flush=True)
     trainer.accelerator.wait_for_everyone()
-    return {"model": str(path)}
+    return result | {"model": str(path)}
 
 
 def _merge(run: Run, folder: Path) -> None:
@@ -321,6 +344,15 @@ def _merge(run: Run, folder: Path) -> None:
 
 
 # ---- fine-tuning --------------------------------------------------------------------------------------------------------
+
+
+def encodable(text: str) -> bool:
+    """Whether a text is UTF-8; JSON can hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_examples(path: Path, tokenizer: Any, length: int) -> tuple[list[dict[str, str]], list[str]]:
@@ -341,6 +373,8 @@ def read_examples(path: Path, tokenizer: Any, length: int) -> tuple[list[dict[st
             continue
         if not isinstance(prompt, str) or not isinstance(answer, str) or not answer:
             skipped.append(f"{path.name}:{number}: prompt and answer: expected strings, the answer not empty")
+        elif not encodable(prompt + answer):
+            skipped.append(f"{path.name}:{number}: prompt and answer: expected text, got half of a surrogate pair")
         elif len(tokenizer(prompt, add_special_tokens=False).input_ids) >= length:
             skipped.append(f"{path.name}:{number}: prompt: expected less than sft.length = {length} tokens")
         else:
@@ -348,6 +382,30 @@ def read_examples(path: Path, tokenizer: Any, length: int) -> tuple[list[dict[st
     if not found:
         raise wrong("run", "--sft", "lines with prompt and answer", f"none in {path}" + (f" ({skipped[0]})" if skipped else ""))
     return found, skipped
+
+
+def _dry_finetune(run: Run, model: Any, tokenizer: Any, examples: list[dict[str, str]], ranks: int) -> None:
+    """Says what fine-tuning needs in memory and time, by arithmetic."""
+    from . import flops
+
+    recipe, where = run.sft, device()
+    texts = [item["prompt"] + item["completion"] for item in examples]
+    sizes = [min(len(ids) + 1, recipe.length) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    longest, tokens = max(sizes), sum(sizes) * recipe.epochs
+    bf16 = recipe.bf16 if recipe.bf16 is not None else where.type == "cuda"
+    options: dict[str, Any] = {"checkpointing": recipe.checkpointing, "bf16": bf16, "ranks": ranks if recipe.fsdp else 1}
+    memory = flops.step_memory(model.config, recipe.micro_batch * longest, **options)
+    if run.lora is not None:  # gradients and moments are those of the adapters alone
+        layers = [m for name, m in model.named_modules() if name.rpartition(".")[2] in run.lora.modules]
+        adapters = sum(run.lora.r * sum(m.weight.shape) for m in layers if isinstance(m, torch.nn.Linear))
+        weights = (4 * flops.parameters(model.config)[0] + 16 * adapters) / options["ranks"]
+        memory = {"weights, adapters": weights} | dict(list(memory.items())[1:])
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
+    print(f"memory       about {sum(memory.values()) / 1e9:.2f} GB per rank ({parts}), micro-batch of {recipe.micro_batch}")
+    top, source = flops.peak(where)
+    whole = tokens * flops.flops_per_token(model.config, longest) / top / ranks
+    print(f"device       {where}: {top / 1e12:.3g} TFLOP per second ({source}); {ranks} rank(s)")
+    print(f"time         {_duration(whole / 0.4)} at 40 % of the device's rate, {_duration(whole)} at all of it")
 
 
 def finetune(run: Run, file: Path, *, dry: bool = False) -> dict:
@@ -370,8 +428,14 @@ def finetune(run: Run, file: Path, *, dry: bool = False) -> dict:
     if "path" not in run.model:
         raise wrong("run", "model", "path, to fine-tune from", ", ".join(run.model))
     model = load_model(run, 0, 0)
+    if run.lora is not None:
+        names = [name for name, _ in model.named_modules()]
+        for module in run.lora.modules:
+            if not any(name == module or name.endswith("." + module) for name in names):
+                raise wrong("run", "lora.modules", f"names of modules of the model, such as {names[-2]}", module)
     recipe = run.sft
-    tokenizer = transformers.AutoTokenizer.from_pretrained(run.model["path"])
+    tokenizer = load_tokenizer(Path(run.model["path"]), "model.path")
+    check_vocabulary("run", "model.path", tokenizer, model.config)
     examples, skipped = read_examples(file, tokenizer, recipe.length)
     for problem in skipped[:20]:
         say(f"skipped {problem}")
@@ -379,9 +443,11 @@ def finetune(run: Run, file: Path, *, dry: bool = False) -> dict:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if recipe.batch % (recipe.micro_batch * ranks):
         raise wrong("run", "sft.batch", f"a multiple of micro_batch x ranks = {recipe.micro_batch} x {ranks}", recipe.batch)
+    steps = math.ceil(math.ceil(len(examples) / recipe.batch) * recipe.epochs)
     if dry:
-        steps = math.ceil(len(examples) / recipe.batch * recipe.epochs)
         say(f"{steps:,} steps of {recipe.batch} examples of up to {recipe.length} tokens")
+        if main_process() and model.config.model_type == "rat":  # what others need is not known here
+            _dry_finetune(run, model, tokenizer, examples, ranks)
         return {}
     lora_section = dataclasses.asdict(run.lora) if run.lora else None
     fixed = {f"sft.{key}": value for key, value in dataclasses.asdict(recipe).items() if key not in FREE}
@@ -394,8 +460,8 @@ def finetune(run: Run, file: Path, *, dry: bool = False) -> dict:
         arguments(
             run, recipe, num_train_epochs=recipe.epochs,
             gradient_accumulation_steps=recipe.batch // (recipe.micro_batch * ranks),
-            warmup_steps=recipe.warmup, lr_scheduler_type="cosine", max_length=recipe.length, completion_only_loss=True,
-            dataset_num_proc=None,
+            warmup_steps=warm_up(recipe.warmup, steps), lr_scheduler_type="cosine", max_length=recipe.length,
+            completion_only_loss=True, dataset_num_proc=None,
         ),
     )  # fmt: skip
     trainer = finetuner()(

@@ -68,6 +68,8 @@ class Log(TrainerCallback):
         self.bar = tqdm()(total=state.max_steps, initial=state.global_step, desc="train", disable=None, leave=False)
 
     def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:  # the end of a run is in the log, also where log_every does not divide it
+            control.should_log = True
         if self.bar is not None:
             self.bar.update()
 

@@ -15,6 +15,8 @@ import string
 from pathlib import Path
 from typing import Any
 
+from rat_ext.train._extra import Refused, one_line, wrong
+
 LENGTHS = (512, 1024, 2048, 4096)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PAIRS = (4, 8, 16, 32, 64, 128, 256)
@@ -46,7 +48,7 @@ def held_out(text: list[str] | str | None = None, field: str = "text", **metadat
     rows = [{"text": document.text, "name": document.name} for document in found if document.text]
     if not rows:
         problems = "; ".join(f"{document.name}: {document.problem}" for document in found[:3])
-        raise ValueError(f"rat_bits_per_byte: text: expected at least one document, got none ({problems})")
+        raise Refused(f"rat_bits_per_byte: text: expected at least one document, got none ({problems})")
     return _dataset(rows)
 
 
@@ -57,16 +59,25 @@ def held_out(text: list[str] | str | None = None, field: str = "text", **metadat
 def _tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise wrong("rat_needle", "tokenizer", "a folder or name of one", f"{name} ({one_line(error)})") from None
 
 
 def _count(metadata: dict[str, Any]) -> Any:
     """A function that gives the tokens of texts, by the tokenizer of the model that is evaluated."""
     name = metadata.get("tokenizer") or metadata.get("pretrained")
     if not isinstance(name, str):
-        raise ValueError("rat_needle: metadata: expected tokenizer or pretrained, a folder or name, got neither")
+        raise Refused("rat_needle: metadata: expected tokenizer or pretrained, a folder or name, got neither")
     tokenizer = _tokenizer(name)
     return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+
+
+def _at_least(task: str, **counts: Any) -> None:
+    for name, values in counts.items():
+        if not values or min(map(int, values)) < 1:
+            raise wrong(task, name, "at least 1", values)
 
 
 def _sentence(draw: random.Random) -> str:
@@ -83,6 +94,8 @@ def _haystack(draw: random.Random, count: Any, length: int, depth: float, keys: 
     needles = [_needle(name, draw.randrange(10000, 100000)) for name in names]
     question = f"\nThe pass number of {names[0]} is"
     room = length - 16 - sum(count([" " + needle for needle in needles])) - count([question])[0]
+    if room < 0:
+        raise wrong("rat_needle", "lengths", f"at least {length - room} tokens, for needles and the question", length)
     sentences: list[str] = []
     while room > 0:
         more = [_sentence(draw) for _ in range(64)]
@@ -101,10 +114,12 @@ def _haystack(draw: random.Random, count: Any, length: int, depth: float, keys: 
 def _needles(
     keys: int, lengths: Any = LENGTHS, depths: Any = DEPTHS, samples: int = 4, seed: int = 0, **metadata: Any
 ) -> dict[str, Any]:
+    _at_least("rat_needle", samples=[samples])
+    if not all(0 <= float(depth) <= 1 for depth in depths):
+        raise wrong("rat_needle", "depths", "numbers from 0 to 1", depths)
     count, draw = _count(metadata), random.Random(seed)
-    return _dataset(
-        [_haystack(draw, count, int(n), float(depth), keys) for n in lengths for depth in depths for _ in range(samples)]
-    )
+    kinds = [(int(n), float(depth)) for n in dict.fromkeys(lengths) for depth in dict.fromkeys(depths)]
+    return _dataset([_haystack(draw, count, n, depth, keys) for n, depth in kinds for _ in range(samples)])
 
 
 def needle(**metadata: Any) -> dict[str, Any]:
@@ -131,8 +146,11 @@ def recall(pairs: Any = PAIRS, samples: int = 8, queries: int = 4, seed: int = 0
 
     Metadata: pairs (how many there are), samples of each, queries in a sample, seed.
     """
+    _at_least("rat_recall", samples=[samples], pairs=pairs, queries=[queries])
+    if max(map(int, pairs)) > 10000:
+        raise wrong("rat_recall", "pairs", "at most 10000: a key has three letters", max(pairs))
     draw, rows = random.Random(seed), []
-    for n in pairs:
+    for n in dict.fromkeys(pairs):
         for _ in range(samples):
             keys: dict[str, int] = {}
             while len(keys) < int(n):
@@ -152,34 +170,48 @@ def prompts(prompts: list[str] | str = (), template: str | None = None, **metada
 
     Metadata: prompts (files), template (with {context} and {input}; default: both, with an empty line between).
     """
+    if template is not None and "{input}" not in template:
+        raise wrong("rat_prompts", "template", "a text with {input}, and {context} where there is one", repr(template))
     rows = []
     for name in [prompts] if isinstance(prompts, str) else prompts:
-        for number, line in enumerate(Path(name).read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                item = json.loads(line)
-                context, question = item.get("context") or "", item["input"]
-                answers = next(item[key] for key in ("answers", "outputs", "answer") if key in item)
-            except (ValueError, KeyError, AttributeError, StopIteration):
-                raise ValueError(
-                    f"rat_prompts: {name}:{number}: expected an object with input and answers or outputs, got {line[:60]!r}"
-                ) from None
-            if template is not None:
-                text = template.replace("{context}", context).replace("{input}", question)
-            else:
-                text = f"{context}\n\n{question}" if context else question
-            rows.append(
-                {
-                    "prompt": text + item.get("answer_prefix", ""),
-                    "answers": [str(answer) for answer in ([answers] if isinstance(answers, (str, int)) else answers)],
-                    "dataset": str(item.get("dataset") or item.get("task") or Path(name).stem),
-                    "length": int(item.get("length") or 0),
-                }
-            )
+        try:
+            # Not splitlines: a string of JSON may hold other characters that end a line.
+            lines = Path(name).read_bytes().split(b"\n")
+        except OSError as error:
+            raise wrong("rat_prompts", "prompts", "files that can be read", f"{name}: {error.strerror}") from None
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                rows.append(_prompt(line, f"{name}:{number}", template, Path(name).stem))
     if not rows:
-        raise ValueError("rat_prompts: prompts: expected files with lines of prompts, got none")
+        raise Refused("rat_prompts: prompts: expected files with lines of prompts, got none")
     return _dataset(rows)
+
+
+def _prompt(line: bytes, place: str, template: str | None, dataset: str) -> dict[str, Any]:
+    """The document of a line."""
+    try:
+        item = json.loads(line)
+        context, question, prefix = item.get("context") or "", item["input"], item.get("answer_prefix") or ""
+        answers = next(item[key] for key in ("answers", "outputs", "answer") if key in item)
+        answers = answers if isinstance(answers, list) else [answers]
+        length = int(item.get("length") or 0)
+    except (ValueError, KeyError, AttributeError, TypeError, StopIteration, RecursionError):
+        answers = []
+    if not answers or not all(isinstance(answer, (str, int, float)) and str(answer) for answer in answers):
+        text = line[:60].decode(errors="replace")
+        raise wrong("rat_prompts", place, "an object with input and answers or outputs", repr(text))
+    if not all(isinstance(part, str) for part in (context, question, prefix)):
+        raise wrong("rat_prompts", place, "strings: context, input, answer_prefix", repr(line[:60].decode(errors="replace")))
+    if template is not None:
+        text = question.join(part.replace("{context}", context) for part in template.split("{input}"))
+    else:
+        text = f"{context}\n\n{question}" if context else question
+    return {
+        "prompt": text + prefix,
+        "answers": [str(answer) for answer in answers],
+        "dataset": str(item.get("dataset") or item.get("task") or dataset),
+        "length": length,
+    }
 
 
 def _words(text: str) -> list[str]:
