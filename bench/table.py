@@ -209,7 +209,7 @@ layer its weights, once. "layer step" is `RATLayer.step` with both projections, 
     "families": """## Kernel families
 
 The chosen kernels beside the portable ones, forced by `RAT_EXT_KERNELS=sm80`: none of the chosen may be slower. Rows of commit
-ab4a479 are older than the present backward on Hopper, which is faster.""",
+ab4a479 are older than the present backward on Hopper.""",
     "host": "## Host time",
     "phases": "## Time by kernel",
     "parallel": """## Several GPUs
