@@ -7,7 +7,7 @@ import torch
 
 import rat_ext
 from rat_ext import RATCache
-from rat_ext.testing import Random, attention_case, check, cu_seqlens_of, name, recurrence_case
+from rat_ext.testing import Random, attention_case, check, cu_seqlens_of, name, recurrence_case, same_bits
 
 pytestmark = pytest.mark.gpu
 low = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=name)
@@ -121,6 +121,27 @@ def test_many_heads(device, op, batch, heads):
     sizes = {"batch": batch, "heads": heads, "groups": max(heads // 8, 1), "tokens": 5, "dim": 8, "chunk_size": 2}
     make = attention_case if op == "rat_attention" else recurrence_case
     check(make(device, torch.float32, gate_bias=False, **sizes))
+
+
+@pytest.mark.parametrize(("heads", "tokens"), [(16, 100), (12, 250), (6, 500)])  # units of 4, 2 and 1 heads; 1, 2 and 3 tiles
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 72)])
+def test_many_tiles(device, dtype, dim, heads, tokens):
+    """A block takes several heads of a group with one q where tiles are many: rows have the bits that they have alone."""
+    batch = 9000 // heads // -(-tokens // 192)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def make(n):
+        return torch.randn(batch, tokens, n, dim, generator=generator, device=device, dtype=dtype)
+
+    rows = {"q": make(2), "k": make(2), "v": make(heads), "gate": make(heads), "out_gate": make(heads)}
+    y = rat_ext.rat_attention(**rows, chunk_size=16)
+    lengths = [tokens] * batch
+    one_row = {key: x.flatten(0, 1)[None] for key, x in rows.items()}
+    packed = rat_ext.rat_attention(**one_row, chunk_size=16, cu_seqlens=cu_seqlens_of(lengths, device))
+    assert same_bits(packed.view(y.shape), y)
+    for i in (0, batch // 2, batch - 1):
+        alone = rat_ext.rat_attention(**{key: x[i : i + 1] for key, x in rows.items()}, chunk_size=16)
+        assert same_bits(alone, y[i : i + 1])
 
 
 @pytest.mark.parametrize("dim, layout", [(40, "contiguous"), (120, "contiguous"), (128, "odd")])

@@ -1355,7 +1355,7 @@ CUDA = [
     Mutant(
         "sm90: own weight left out of the sum",
         "csrc/cuda/attention/sm90_fwd.cu",
-        r"quad_sum\(sum\[h\]\) \+ own_weight;",
+        r"quad_sum\(sum\[h\]\) \+ own_weight\[h\];",
         "quad_sum(sum[h]);",
         "tests/test_many_chunks.py::test_chunk_states",
     ),

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../device/rows.cuh"
+#include "../ptx/opaque.cuh"
 #include "softmax.cuh"
 
 namespace rat::cuda {
@@ -27,7 +28,8 @@ struct LoneQuery {
 template <class T, class KeyAt>
 __device__ __forceinline__ void attend_alone(const LoneQuery<T>& p, const T* k, const T* v, const KeyAt& key_at) {
   constexpr int kMost = 8;  // elements of a lane: lane, lane + 32, ...
-  const int lane = threadIdx.x % 32, half = p.head_dim / 2;
+  // Opaque: or what depends on the lane alone would be kept in registers by the loops around this rare way.
+  const int lane = opaque(static_cast<int>(threadIdx.x % 32)), half = p.head_dim / 2;
   float q[kMost], sum[kMost];
 #pragma unroll
   for (int i = 0; i < kMost; ++i) {

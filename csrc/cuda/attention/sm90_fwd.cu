@@ -1,30 +1,35 @@
 // Forward phase 2 on Hopper (sm_90a): softmax of every query over the states of earlier chunks and its own state.
 //
-// Reads per token and head, in elements of T: v~ (from y) and out_gate, D each; q, D per group; s_self, 4 bytes. Writes y over
-// v~, D, and lse, 4 bytes. Keys and values are re-read from L2 once for each query tile. 4 D FLOP per query and visible key.
+// Reads per token and head, in elements of T: v~ (from y) and out_gate, D each; q, D per group and unit; s_self, 4 bytes. Writes y
+// over v~, D, and lse, 4 bytes. Keys and values are re-read from L2 once for each query tile. 4 D FLOP per query and visible key.
 //
 // A persistent grid, one or two blocks per multiprocessor. A tile is kRows queries of one head; it walks blocks of kKeys chunk
-// states from the last visible one to the first, so that only its first blocks need a mask.
+// states from the last visible one to the first, so that only its first blocks need a mask. Where a call has many tiles, a block
+// takes the same queries of up to four heads of a group one after the other, a unit: q is loaded and rotated once for them.
 //   warp 0           one thread decides which tile is next, tells the others, and feeds its K and V blocks through the copy
 //                    engine into two rings.
-//   warps 1 ... 3    load q and s_self of the next tile, rotate q by chunk index, store it as wgmma reads it; and start
-//                    fetching v~ and out_gate of the tile that the consumers begin into L2.
-//   warpgroup 1 ...  consumers: 64 queries each. S = Q K^T of a block is issued before P V of the block before, and the
-//                    softmax of one warpgroup runs while another one's products do: a turn that named barriers pass on
-//                    keeps them so. v~ and out_gate are loaded while the last product runs.
+//   warps 1 ... 3    loaders, one each, or all, for a warpgroup of consumers and its 64 queries: q, rotated by chunk index, as
+//                    wgmma reads it; s_self; v~ and out_gate as soon as those of the tile before have been used.
+//   warpgroup 1 ...  consumers: 64 queries each. S = Q K^T of a block is issued before P V of the block before, whose product runs
+//                    while the softmax takes the exponentials of S. A turn that named barriers pass on lets one warpgroup's
+//                    products run under another one's softmax. Half of the gates are taken while the last product runs.
 // The running softmax is that of softmax.cuh: it starts from the self term s_self, and exp(s_self - m) v~ joins at the end.
 //
-// Shared memory: q (2 tiles), K and V rings (kStages blocks each), descriptions of tiles, barriers. Every tile lies in panels
-// of 64 columns, 128 bytes per row, 16-byte pieces swizzled: the layout that the copy engine writes and wgmma reads.
+// Shared memory: q, K and V rings (kStages blocks each), v~ and out_gate, descriptions of tiles, barriers. Every tile lies in panels
+// of 64 columns, 128 bytes per row, 16-byte pieces swizzled: the layout that the copy engine writes and wgmma reads. ldmatrix
+// gives v~ and out_gate in the layout of the products; stmatrix puts y where v~ was, from where it leaves in whole rows.
 //
 // Rings (mbarrier.cuh), who fills and who leaves a slot:
-//   tiles   warp 0 fills, one arrival;      each loader thread and each consumer warp leaves
-//   q       each loader thread fills;       each consumer warp leaves, after its epilogue
-//   k, v    the copy engine's bytes fill;   each consumer warp leaves, when its products have read the block
+//   tiles      warp 0 fills, one arrival;               each loader thread and each consumer warp leaves
+//   start      (no ring) each loader thread arrives when s_self of a tile, and q where it changes, are there
+//   q_left     (no ring) each consumer warp arrives when its last product has read q of a unit
+//   operands   each loader thread's copies fill;        each consumer warp leaves, after its epilogue
+//   k, v       the copy engine's bytes fill;            each consumer warp leaves, when its products have read the block
+// s_self has two slots and needs no leaving: a loader is at most one tile ahead, since it has waited for the operands' place.
 //
-// Rows of the last block that no query of the tile sees may hold anything, NaN too. Their scores are masked; their values
-// are set to zero in shared memory before the product, since 0 NaN is NaN. A value that some queries of the tile see and others do not
-// makes NaN of the others' sums where it is not finite: a warp with such sums attends to its queries one by one (alone.cuh).
+// Rows of the last block behind the sequence's chunk states may hold anything, NaN too. Their scores are masked; their values
+// are set to zero in shared memory before the product, since 0 NaN is NaN. A value that some queries of the tile do not see makes NaN
+// of their sums where it is not finite: a warp with such sums attends to its queries one by one (alone.cuh).
 //
 // What a query becomes depends on itself and the keys that it sees alone, bit for bit: not on its tile, the call, or the room that
 // there is for states. kKeys is part of the arithmetic (blocks start at multiples of it), so the number of keys that a query
@@ -33,6 +38,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <type_traits>
 
 #include "../device/rows.cuh"
@@ -41,6 +47,7 @@
 #include "../ptx/cp_async.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/mma.cuh"
+#include "../ptx/opaque.cuh"
 #include "../ptx/registers.cuh"
 #include "../ptx/target.cuh"
 #include "../ptx/tma.cuh"
@@ -59,12 +66,14 @@ struct Traits {
   using T = T_;
   static constexpr int kDim = DIM;  // head size, padded
   static constexpr int kPanels = DIM / 64;
-  static constexpr int kConsumers = CONSUMERS;  // warpgroups
-  static constexpr int kRows = 64 * CONSUMERS;  // queries per tile
-  static constexpr int kKeys = KEYS;            // chunk states per block
-  static constexpr int kStages = DIM == 64 ? 3 : 2;
+  static constexpr int kConsumers = CONSUMERS;       // warpgroups
+  static constexpr int kRows = 64 * CONSUMERS;       // queries per tile
+  static constexpr int kKeys = KEYS;                 // chunk states per block
+  static constexpr int kStages = DIM == 64 ? 3 : 2;  // of the ring of values
+  static constexpr int kKeyStages = DIM == 64 || CONSUMERS == 3 ? 3 : 2;
+  static constexpr int kUnitLog2 = KEYS <= 64 ? 2 : 0;  // heads of a unit, at most: long tiles hide how q comes
   static constexpr int kThreads = 128 * (CONSUMERS + 1);
-  static constexpr int kLoaders = 96;                                         // warps 1 ... 3
+  static constexpr int kLoaders = 3 / CONSUMERS * 32;                         // threads that serve one warpgroup
   static constexpr int kBlocks = CONSUMERS == 1 && KEYS + DIM < 256 ? 2 : 1;  // per multiprocessor
   // Registers per thread: the roles share what the block was launched with, a multiple of 8 for each.
   static constexpr int kLaunchRegisters = 65536 / (kThreads * kBlocks) / 8 * 8;
@@ -72,8 +81,6 @@ struct Traits {
   static constexpr int kConsumerRegisters =
       std::min(240, (kLaunchRegisters * (CONSUMERS + 1) - kProducerRegisters) / CONSUMERS / 8 * 8);
   static constexpr bool kShareRegisters = kLaunchRegisters < kConsumerRegisters;
-  // The epilogue's operands of both rows of a thread before the last product ends, where registers allow.
-  static constexpr bool kFetchBoth = DIM == 64 || CONSUMERS < 3;
   static_assert(DIM % 64 == 0 && KEYS % 16 == 0 && KEYS <= 256 && kConsumerRegisters <= 240);
 };
 
@@ -84,39 +91,56 @@ struct QueryTile {
   int32_t head;
   int32_t rows;     // queries; 0: no more tiles
   int32_t keys;     // chunk states that its last query sees
+  int32_t closed;   // chunk states of the sequence, seen or not: rows that hold something
   int32_t key_row;  // of its first chunk state in the tensor map; in pages, 0
   int32_t key_outer;
+  bool first, last;  // of the unit of heads that share q
+  uint32_t inverse_every;
   const int32_t* pages;  // of the sequence, or null
   VisibleKeys visible;
   RowAngles angles;
 };
 
+// x / every is x times this >> 16 for all x below 256: what it is too large by, less than every / 65536, times x is below 1 / every
+// where every is up to 256; where it is more, x times this is below 65536.
+__device__ __forceinline__ uint32_t inverse_of(uint32_t every) { return (65535 + every) / every; }
+
 // Tiles are described before the one before is fed, while the consumers may be two further behind.
 constexpr int kTileSlots = 4;
+
+// What the loaders of a warpgroup hand to it.
+struct RowBarriers {
+  alignas(8) uint64_t start[2];  // s_self of a tile is there, and q where it is another one: each loader arrives
+  uint64_t q_left;               // its products have read q of a unit: each of its warps arrives
+  RingBarriers<1> operands;      // v~ and out_gate: each loader's copies fill, each of its warps leaves
+};
 
 template <class C>
 struct Shared {
   using T = typename C::T;
-  alignas(1024) T q[2][C::kPanels][C::kRows * 64];
-  alignas(1024) T k[C::kStages][C::kPanels][C::kKeys * 64];
+  alignas(1024) T q[C::kPanels][C::kRows * 64];
+  alignas(1024) T k[C::kKeyStages][C::kPanels][C::kKeys * 64];
   alignas(1024) T v[C::kStages][C::kPanels][C::kKeys * 64];
-  float own[2][C::kRows];  // s_self
+  alignas(1024) T value[C::kConsumers][C::kPanels][64 * 64];  // v~ of a warpgroup's queries, then y
+  alignas(1024) T gate[C::kConsumers][C::kPanels][64 * 64];   // out_gate
+  float own[2][C::kRows];                                     // s_self
   QueryTile tile[kTileSlots];
   RingBarriers<kTileSlots> tile_ring;
-  RingBarriers<2> q_ring;
-  RingBarriers<C::kStages> k_ring, v_ring;
+  RingBarriers<C::kKeyStages> k_ring;
+  RingBarriers<C::kStages> v_ring;
+  RowBarriers rows[C::kConsumers];
 };
 
 // Hardware barriers of the block; 0 is that of __syncthreads().
 enum NamedBarrier {
-  kQueriesCleared = 1,  // the loaders, once: padding columns of q are zeros
-  kTurn = 2,            // + warpgroup: its turn to issue products. It waits, the warpgroup before it arrives
-  kValuesCleared = 8,   // + warpgroup: it alone, after it has set values to zero that no query sees
+  kTurn = 2,             // + warpgroup: its turn to issue products. It waits, the warpgroup before it arrives
+  kValuesCleared = 8,    // + warpgroup: it alone, after it has set values to zero that are none
+  kPaddingCleared = 11,  // + warpgroup: its loaders, once: padding columns are zeros
 };
 
 template <class C>
 constexpr int shared_bytes() {
-  return static_cast<int>(sizeof(Shared<C>)) + 1024;  // the start is rounded up
+  return static_cast<int>(sizeof(Shared<C>));
 }
 
 // The order of tiles. Dense: (sequence, head) pairs run in sections whose keys and values fit in L2, late tiles, which see the
@@ -126,6 +150,8 @@ struct Schedule {
   uint32_t per_row = 1;  // dense: tiles of a sequence
   uint32_t pairs = 1;
   uint32_t section = 1;
+  uint32_t unit_log2 =
+      0;  // consecutive tiles that differ in the head alone and share q: a block takes them one after the other
   uint32_t from = 0, to = kAllPositions;  // positions of the queries that this launch serves
   static constexpr uint32_t kAllPositions = INT32_MAX;
 };
@@ -143,14 +169,14 @@ struct Arguments {
   Schedule schedule;
 };
 
-// Index of this block's round-th tile: rounds alternate in direction, so that no block always gets the heaviest.
-__device__ __forceinline__ uint32_t tile_index(uint32_t round) {
+// Index of this block's round-th unit: rounds alternate in direction, so that no block always gets the heaviest.
+__device__ __forceinline__ uint32_t unit_index(uint32_t round) {
   return round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
 
 // Queries of sequence n that the launch serves: positions [low, high).
 struct Positions {
-  uint32_t begin, start;  // its first token, and the position of that
+  uint32_t begin, start, stop;  // its first token, the position of that, and the one behind its last
   uint32_t low, high;
 };
 __device__ __forceinline__ Positions positions(const Arguments& a, uint32_t n) {
@@ -158,7 +184,8 @@ __device__ __forceinline__ Positions positions(const Arguments& a, uint32_t n) {
   const uint32_t end =
       a.size.cu_seqlens ? static_cast<uint32_t>(a.size.cu_seqlens[n + 1]) : static_cast<uint32_t>(a.size.tokens);
   const uint32_t start = a.size.lengths ? static_cast<uint32_t>(a.size.lengths[n]) : 0;
-  return {begin, start, max(start, a.schedule.from), min(start + (end - begin), a.schedule.to)};
+  const uint32_t stop = start + (end - begin);
+  return {begin, start, stop, max(start, a.schedule.from), min(stop, a.schedule.to)};
 }
 
 // In 32-bit arithmetic: 64-bit divisions would take longer than a small tile.
@@ -195,6 +222,8 @@ __device__ __forceinline__ void describe_tile(const Arguments& a, uint32_t index
   tile.visible = VisibleKeys(a.size, position);
   tile.angles = RowAngles(a.size, position);
   tile.keys = rows > 0 ? tile.visible.to_any(rows) : 0;
+  tile.closed = static_cast<int>(served.stop / tile.visible.every);
+  tile.inverse_every = inverse_of(min(tile.visible.every, 65535u));
   tile.key_row = a.chunks.compact ? static_cast<int>(served.begin / tile.visible.every + n) : 0;
   tile.key_outer = a.chunks.compact ? static_cast<int>(head) : owner * static_cast<int>(heads) + static_cast<int>(head);
   tile.pages = a.chunks.page_table ? a.chunks.page_table + owner * a.chunks.columns : nullptr;
@@ -219,8 +248,6 @@ __device__ __forceinline__ bool any_query(const Arguments& a) {
   }
   return __syncthreads_or(any);
 }
-
-__device__ __forceinline__ float sigmoid_fast(float x) { return reciprocal_fast(1.0f + exp2_fast(x * -kLog2e)); }
 
 // Byte offset of column `column` (a multiple of 4) of row `row` in a tile of `rows` rows.
 __device__ __forceinline__ uint32_t swizzled(int rows, int row, int column) {
@@ -249,8 +276,7 @@ __device__ __forceinline__ void feed_blocks(const Arguments& a, const CUtensorMa
   tma_prefetch_map(&v_map);
 
   const int lane = threadIdx.x;
-  const auto load = [&](const CUtensorMap& map, uint32_t blocks, Ring<C::kStages>& ring, const QueryTile& tile,
-                        int row) {
+  const auto load = [&](const CUtensorMap& map, uint32_t blocks, auto& ring, const QueryTile& tile, int row) {
     ring.wait_empty();
     if (lane == 0) mbarrier_arrive_expect(ring.full(), kBytes);
     const uint32_t to = blocks + ring.slot() * kBytes;
@@ -283,17 +309,22 @@ __device__ __forceinline__ void feed_blocks(const Arguments& a, const CUtensorMa
     described.wait_empty();
     if (lane == 0) {
       QueryTile& tile = shared.tile[described.slot()];
+      const uint32_t log2 = a.schedule.unit_log2, unit_tiles = 1u << log2, units = a.schedule.total >> log2;
       tile.rows = 0;  // unless there is one more
-      for (; round * gridDim.x < a.schedule.total && tile.rows == 0; ++round) {
-        const uint32_t index = tile_index(round);
-        if (index < a.schedule.total) describe_tile<C::kRows>(a, index, tile);
+      while ((round >> log2) * gridDim.x < units && tile.rows == 0) {
+        const uint32_t unit = unit_index(round >> log2), inside = round & (unit_tiles - 1);
+        if (unit < units) describe_tile<C::kRows>(a, (unit << log2) + inside, tile);
+        tile.first = inside == 0;
+        tile.last = inside == unit_tiles - 1;
+        round = tile.rows > 0 ? round + 1 : (round | (unit_tiles - 1)) + 1;  // heads of a unit have the same rows
       }
       mbarrier_arrive(described.full());
     }
     if constexpr (PAGED) __syncwarp();  // the other lanes read the description
     described.next();
   };
-  Ring<C::kStages> k_ring(shared.k_ring), v_ring(shared.v_ring);
+  Ring<C::kKeyStages> k_ring(shared.k_ring);
+  Ring<C::kStages> v_ring(shared.v_ring);
   describe();
 #pragma unroll 1
   for (uint32_t tiles = 0;; ++tiles) {
@@ -335,17 +366,19 @@ struct QueryPieces {
   using T = typename C::T;
   static_assert(COLUMNS == 4 || COLUMNS == 8);
   static constexpr int kPieces = C::kDim / 2 / COLUMNS;
-  static constexpr int kRun = (C::kRows * kPieces + C::kLoaders - 1) / C::kLoaders;
+  static constexpr int kRun = (64 * kPieces + C::kLoaders - 1) / C::kLoaders;
   static_assert(C::kLoaders % kPieces == 0);
   uint32_t target;
-  int half, column, row, end;  // rows [row, end) of the tile, those past the tile's last token included
+  int base;                    // the warpgroup's first row in the tile
+  int half, column, row, end;  // rows [row, end) of the warpgroup, those past the tile's last token included
 
-  __device__ __forceinline__ QueryPieces(const Arguments& a, uint32_t tile, int thread) {
+  __device__ __forceinline__ QueryPieces(const Arguments& a, uint32_t tile, int first_row, int thread) {
     target = tile;
+    base = first_row;
     half = static_cast<int>(a.size.head_dim) / 2;
     column = thread % kPieces * COLUMNS;
     row = thread / kPieces * kRun;
-    end = column < half ? min(row + kRun, C::kRows) : row;
+    end = column < half ? min(row + kRun, 64) : row;
   }
   __device__ __forceinline__ uint32_t low(int r) const { return target + swizzled(C::kRows, r, column); }
   __device__ __forceinline__ uint32_t high(int r) const { return target + swizzled(C::kRows, r, half + column); }
@@ -358,9 +391,9 @@ struct QueryPieces {
   static __device__ __forceinline__ void store_shared(uint32_t to, const uint32_t (&x)[4]) { store_shared16(to, x); }
   static __device__ __forceinline__ void store_shared(uint32_t to, const uint32_t (&x)[2]) { store_shared8(to, x); }
 
-  // Rows past the last token become zeros.
+  // Rows past the last token become zeros. `q` is the row of the tile's first query, `rows` what the warpgroup has.
   __device__ __forceinline__ void load(const T* q, int64_t token_stride, int rows) const {
-    const T* from = q + row * token_stride + column;
+    const T* from = q + (base + row) * token_stride + column;
 #pragma unroll 1
     for (int r = row; r < end; ++r, from += token_stride) {
       const bool valid = r < rows;
@@ -374,11 +407,12 @@ struct QueryPieces {
     const float* cos = static_cast<const float*>(a.rotary.cos);
     const float* sin = static_cast<const float*>(a.rotary.sin);
     const uint32_t every = tile.angles.every, to_next = tile.angles.to_next;
-    const int last = min(end, tile.rows);
+    const int last = min(end, tile.rows - base);
+    const uint32_t in_tile = base + row;
     float c[COLUMNS], s[COLUMNS];
-    uint32_t index = tile.angles.first, left = to_next - row;
-    if (static_cast<uint32_t>(row) >= to_next) {
-      const uint32_t past = row - to_next;
+    uint32_t index = tile.angles.first, left = to_next - in_tile;
+    if (in_tile >= to_next) {
+      const uint32_t past = in_tile - to_next;
       index += 1 + past / every;
       left = every - past % every;
     }
@@ -417,67 +451,109 @@ struct QueryPieces {
   }
 };
 
-// The 128-byte lines of a (B, T, H, D) tensor at the tile's tokens, on their way to L2.
+// The 128-byte lines of `rows` rows of a (B, T, H, D) tensor, on their way to L2.
 template <class C>
-__device__ __forceinline__ void prefetch_rows(const Rows& tensor, const QueryTile& tile, int thread) {
+__device__ __forceinline__ void prefetch_rows(const void* first, int64_t token_stride, int rows, int thread) {
   constexpr int kLines = C::kDim / 64;
-  const char* base = static_cast<const char*>(tensor.ptr) +
-                     2 * (tile.batch * tensor.batch + tile.token * tensor.token + tile.head * tensor.head);
-  const int64_t stride = 2 * tensor.token;
+  const char* base = static_cast<const char*>(first);
 #pragma unroll 1
-  for (int i = thread; i < tile.rows * kLines; i += C::kLoaders) {
-    prefetch_l2(base + i / kLines * stride + i % kLines * 128);
+  for (int i = thread; i < rows * kLines; i += C::kLoaders) {
+    prefetch_l2(base + i / kLines * 2 * token_stride + i % kLines * 128);
   }
 }
 
-// Warps 1 ... 3: q and s_self of the next tile, v~ and out_gate of the one that the consumers begin.
+// 64 rows of a (B, T, H, D) tensor on their way to shared memory, from row `base` of a tile that begins at `tile`. `rows` exist from
+// there on: those past the last token become zeros.
 template <class C>
-__device__ __forceinline__ void feed_queries(const Arguments& a, Shared<C>& shared, int thread) {
+__device__ __forceinline__ void copy_rows(uint32_t to, const typename C::T* tile, int64_t token_stride, int base,
+                                          int head_dim, int rows, int thread) {
+  constexpr int kPieces = C::kDim / 8, kStep = C::kLoaders / kPieces;
+  static_assert(C::kLoaders % kPieces == 0);
+  const int column = thread % kPieces * 8;
+  if (column >= head_dim) return;
+  const typename C::T* source = tile + (base + thread / kPieces) * token_stride + column;
+  if constexpr (8 % kStep == 0) {
+    if (rows >= 64) {  // nothing to ask at each row, and addresses that constants fold into
+      const uint32_t first = to + swizzled(64, thread / kPieces, column);
+#pragma unroll
+      for (int r = 0; r < 64; r += kStep, source += kStep * token_stride) {
+        cp_async16((first ^ (r % 8 * 16)) + r * 128, source);
+      }
+      return;
+    }
+  }
+#pragma unroll 1
+  for (int r = thread / kPieces; r < 64; r += kStep, source += kStep * token_stride) {
+    cp_async16(to + swizzled(64, r, column), r < rows ? source : tile, r < rows);
+  }
+}
+
+// Warps 1 ... 3, each or all for one warpgroup of consumers: s_self, and q where it is another one, of the next tile; v~ and
+// out_gate of it as soon as those of the tile before have been used.
+template <class C>
+__device__ __forceinline__ void feed_queries(const Arguments& a, Shared<C>& shared, int warpgroup, int thread) {
   using T = typename C::T;
-  constexpr uint32_t kBytes = C::kRows * C::kDim * 2;
-  if (a.size.head_dim < C::kDim) {  // padding columns: zeros, once
-    for (uint32_t i = thread; i < 2 * kBytes / 16; i += C::kLoaders) clear_shared16(shared_address(shared.q) + 16 * i);
-    named_barrier_sync(kQueriesCleared, C::kLoaders);
+  constexpr uint32_t kPanel = C::kRows * 128, kOperandBytes = 64 * C::kDim * 2;
+  RowBarriers& barriers = shared.rows[warpgroup];
+  const int base = 64 * warpgroup, head_dim = static_cast<int>(a.size.head_dim);
+  const uint32_t q_target = shared_address(shared.q) + base * 128;
+  const uint32_t values = shared_address(shared.value[warpgroup]), gates = shared_address(shared.gate[warpgroup]);
+  const bool gated = a.out_gate.ptr != nullptr;
+  if (head_dim < C::kDim) {  // padding columns: zeros, once
+    for (uint32_t i = thread; i < 64 * 8 * C::kPanels; i += C::kLoaders) {
+      clear_shared16(q_target + i / 512 * kPanel + i % 512 * 16);
+      clear_shared16(values + 16 * i);
+      clear_shared16(gates + 16 * i);
+    }
+    named_barrier_sync(kPaddingCleared + warpgroup, C::kLoaders);
   }
   Ring<kTileSlots> tile_ring(shared.tile_ring);
+  Ring<1> operands(barriers.operands);
+  uint32_t units = 0;
 #pragma unroll 1
-  for (;; tile_ring.next()) {
-    const Ring<2> q_ring(shared.q_ring, tile_ring.count);
+  for (;; tile_ring.next(), operands.next()) {
     tile_ring.wait_full();
     const QueryTile& tile = shared.tile[tile_ring.slot()];
-    const int rows = tile.rows;
-    q_ring.wait_empty();  // the consumers have left the tile before last
-    if (tile_ring.count > 0) {
-      // They start the tile before now and want its v~ and out_gate at its end. Not earlier: what all blocks have asked for
-      // must stay in L2 until it is used.
-      const Ring<kTileSlots> current(shared.tile_ring, tile_ring.count - 1);
-      prefetch_rows<C>(a.y, shared.tile[current.slot()], thread);
-      if (a.out_gate.ptr != nullptr) prefetch_rows<C>(a.out_gate, shared.tile[current.slot()], thread);
-      mbarrier_arrive(current.empty());
-    }
-    if (rows > 0) {
-      const float* own = a.s_self + (tile.batch * a.size.heads + tile.head) * a.size.tokens + tile.token;
+    if (tile.rows == 0) break;
+    const int rows = tile.rows - base;
+    const auto row_of = [&](const Rows& tensor, uint32_t head) {
+      return static_cast<const T*>(tensor.ptr) + tile.batch * tensor.batch + tile.token * tensor.token +
+             head * tensor.head;
+    };
+    const T* value = row_of(a.y, tile.head);
+    const T* gate = row_of(a.out_gate, tile.head);
+    const uint32_t slot = tile_ring.count % 2, start = shared_address(&barriers.start[slot]);
+    // The warpgroup has left the tile before last: it has used that one's operands.
+    const float* own = a.s_self + (tile.batch * a.size.heads + tile.head) * a.size.tokens + tile.token;
 #pragma unroll 1
-      for (int row = thread; row < C::kRows; row += C::kLoaders) {
-        cp_async4(shared_address(&shared.own[q_ring.slot()][row]), row < rows ? own + row : own, row < rows);
-      }
-      const uint32_t group = static_cast<uint32_t>(tile.head) / a.heads_per_group;
-      const T* q = static_cast<const T*>(a.q.ptr) + tile.batch * a.q.batch + tile.token * a.q.token + group * a.q.head;
-      const uint32_t target = shared_address(shared.q) + q_ring.slot() * kBytes;
+    for (int row = thread; row < 64; row += C::kLoaders) {
+      cp_async4(shared_address(&shared.own[slot][base + row]), row < rows ? own + base + row : own, row < rows);
+    }
+    if (tile.first) {
+      const T* q = row_of(a.q, static_cast<uint32_t>(tile.head) / a.heads_per_group);
+      prefetch_rows<C>(q + base * a.q.token, a.q.token, min(rows, 64), thread);  // while the unit before has its place
+      mbarrier_wait(shared_address(&barriers.q_left), (units & 1) ^ 1);
+      ++units;
       const auto feed = [&](const auto& pieces) {
         pieces.load(q, a.q.token, rows);
         cp_async_commit();
         pieces.rotate(a, tile);
       };
-      if (a.size.head_dim % 16 == 0) {
-        feed(QueryPieces<C, 8>(a, target, opaque(thread)));
+      if (head_dim % 16 == 0) {
+        feed(QueryPieces<C, 8>(a, q_target, base, opaque(thread)));
       } else {
-        feed(QueryPieces<C, 4>(a, target, opaque(thread)));
+        feed(QueryPieces<C, 4>(a, q_target, base, opaque(thread)));
       }
+      fence_proxy_async();  // q was written by ordinary stores and cp.async; wgmma reads it
+      mbarrier_arrive(start);
+    } else {
+      cp_async_arrive(start);
     }
-    fence_proxy_async();  // q was written by ordinary stores and cp.async; wgmma reads it
-    mbarrier_arrive(q_ring.full());
-    if (rows == 0) break;
+    operands.wait_empty();
+    copy_rows<C>(values, value, a.y.token, base, head_dim, rows, thread);
+    if (gated) copy_rows<C>(gates, gate, a.out_gate.token, base, head_dim, rows, thread);
+    cp_async_arrive(operands.full());
+    mbarrier_arrive(tile_ring.empty());
   }
 }
 
@@ -495,31 +571,34 @@ __device__ __forceinline__ Tiles<COUNT>& tiles_of(float (&c)[COUNT]) {
 //   begin             the softmax starts from the self term
 //   first_block       S, softmax
 //   next_block        S of a block together with P V of the block before, softmax; once for each further block
-//   last_values       P V of the last block, with v~ and out_gate on their way
-//   epilogue          v~ joins; y, lse
+//   last_values       P V of the last block
+//   epilogue          v~ joins, from shared memory in the products' layout; y takes its place
+//   store             y
 template <class C>
 struct Consumer {
   using T = typename C::T;
   static constexpr int kScores = C::kKeys / 2;  // accumulators of S
   static constexpr int kSteps = C::kKeys / 16;  // of P V
   static constexpr int kOutputs = C::kDim / 2;  // accumulators of O
-  static constexpr int kGroups = C::kDim / 32;  // of columns in the epilogue: a lane takes eight in every 32
-  static constexpr uint32_t kQBytes = C::kRows * C::kDim * 2, kQPanel = C::kRows * 128;
+  static constexpr uint32_t kQPanel = C::kRows * 128;
   static constexpr uint32_t kBytes = C::kKeys * C::kDim * 2, kPanel = C::kKeys * 128;
 
   const Arguments& a;
   Shared<C>& shared;
   int warpgroup, thread, lane, quad;
   int row;                             // of the tile, and row + 8: this thread's
-  uint64_t q_first, k_first, v_first;  // descriptors of slot 0
-  Ring<2> q_ring;
+  uint64_t q_first, k_first, v_first;  // descriptors, of slot 0
+  Ring<kTileSlots> tile_ring;
   Ring<C::kStages> v_ring;
 
   float s[kScores], o[kOutputs];
-  uint32_t p[kSteps][4];                  // rounded weights
+  uint32_t p[kSteps][4];  // rounded weights
+  static constexpr int kEarly =
+      C::kDim / 32;                       // steps of the epilogue whose gates are taken while the last product runs
+  float own_weight[2], total[2];          // of both rows, at the end
+  float share[8 * kEarly];                // sigmoid(gate) / total
   float own[2], m[2], sum[2], shrink[2];  // of both rows, in powers of two; sums are this lane's share of the quad's
   int visible[2];                         // keys of the block that the row sees, less this thread's first column
-  Bytes16 values[2][kGroups], gates[2][kGroups];  // v~ and out_gate
 
   __device__ __forceinline__ Consumer(const Arguments& a_, Shared<C>& shared_, int warpgroup_)
       : a(a_),
@@ -532,18 +611,17 @@ struct Consumer {
         q_first(descriptor_k_major(shared_address(shared.q) + warpgroup * 64 * 128)),
         k_first(descriptor_k_major(shared_address(shared.k))),
         v_first(descriptor_n_major(shared_address(shared.v), kPanel)),
-        q_ring(shared.q_ring),
+        tile_ring(shared.tile_ring),
         v_ring(shared.v_ring) {}
 
-  // Descriptions pass in step with q.
-  __device__ __forceinline__ Ring<kTileSlots> tile_ring() const {
-    return Ring<kTileSlots>(shared.tile_ring, q_ring.count);
-  }
-  __device__ __forceinline__ const QueryTile& tile() const { return shared.tile[tile_ring().slot()]; }
+  __device__ __forceinline__ const QueryTile& tile() const { return shared.tile[tile_ring.slot()]; }
+  __device__ __forceinline__ RowBarriers& barriers() const { return shared.rows[warpgroup]; }
+  __device__ __forceinline__ const float* own_scores() const { return shared.own[tile_ring.count % 2]; }
+  __device__ __forceinline__ Ring<1> operands() const { return Ring<1>(barriers().operands, tile_ring.count); }
 
   // K of the block that lies `ahead` of the one that v_ring is at: scores run up to one block ahead of values.
-  __device__ __forceinline__ Ring<C::kStages> k_ring(uint32_t ahead) const {
-    return Ring<C::kStages>(shared.k_ring, v_ring.count + ahead);
+  __device__ __forceinline__ Ring<C::kKeyStages> k_ring(uint32_t ahead) const {
+    return Ring<C::kKeyStages>(shared.k_ring, v_ring.count + ahead);
   }
 
   // One arrival per warp. A warp's products are done when its wait returns.
@@ -559,13 +637,22 @@ struct Consumer {
     if constexpr (C::kConsumers > 1) named_barrier_arrive(kTurn + (warpgroup + 1) % C::kConsumers, 256);
   }
 
+  // What a row of the tile sees, tile().visible.end(row): by a multiplication with inverse_every().
+  __device__ __forceinline__ int keys_of(int row) const {
+    const QueryTile& t = tile();
+    const uint32_t r = static_cast<uint32_t>(row), to_next = t.visible.to_next;
+    const uint32_t steps = ((r - to_next) * t.inverse_every >> 16) + 1;
+    return static_cast<int>(t.visible.first + (r < to_next ? 0 : steps));
+  }
+
   __device__ __forceinline__ void begin() {
+    mbarrier_wait(shared_address(&barriers().start[tile_ring.count % 2]), tile_ring.count / 2 % 2);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      own[h] = shared.own[q_ring.slot()][row + 8 * h] * kLog2e;
+      own[h] = own_scores()[row + 8 * h] * kLog2e;
       m[h] = first_maximum(own[h]);
       sum[h] = 0.0f;
-      visible[h] = tile().visible.end(row + 8 * h);
+      visible[h] = keys_of(row + 8 * h);
     }
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) o[i] = 0.0f;
@@ -573,7 +660,7 @@ struct Consumer {
 
   // S = Q K^T of the block in a slot of k; in flight until a wait.
   __device__ __forceinline__ void issue_scores(uint32_t slot) {
-    const uint64_t q_tile = descriptor_add(q_first, q_ring.slot() * kQBytes);
+    const uint64_t q_tile = q_first;
     const uint64_t k_tile = descriptor_add(k_first, slot * kBytes);
     wgmma_ss<T, C::kKeys, false>(s, q_tile, k_tile);
 #pragma unroll
@@ -631,7 +718,7 @@ struct Consumer {
     for (int i = 0; i < kScores / 2; ++i) p[i / 4][i % 4] = pack2<T>(s[2 * i], s[2 * i + 1]);
   }
 
-  // Values of the block from row `from` on, which no query sees, become zeros. Every warpgroup clears for itself, so none waits
+  // Values of the block from row `from` on, which no chunk has written, become zeros. Every warpgroup clears for itself, so none waits
   // for another; zeros over zeros do no harm.
   __device__ __forceinline__ void clear_values(int from) const {
     const uint32_t v_tile = shared_address(shared.v) + v_ring.slot() * kBytes;
@@ -648,12 +735,12 @@ struct Consumer {
   __device__ __forceinline__ void first_block(int block) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) visible[h] -= block * C::kKeys + 2 * quad;
-    const Ring<C::kStages> k = k_ring(0);
+    const Ring<C::kKeyStages> k = k_ring(0);
     k.wait_full();
     hold_registers(s);
     wgmma_fence();
     issue_scores(k.slot());
-    const int valid = tile().keys - block * C::kKeys;
+    const int valid = tile().closed - block * C::kKeys;
     if (valid < C::kKeys) {
       v_ring.wait_full();
       clear_values(valid);
@@ -668,7 +755,7 @@ struct Consumer {
   // S of this block and P V of the one before are in flight together; the softmax waits for the first alone.
   template <bool MASK>
   __device__ __forceinline__ void next_block() {
-    const Ring<C::kStages> k = k_ring(1);
+    const Ring<C::kKeyStages> k = k_ring(1);
     k.wait_full();
     wait_turn();
     hold_registers(s);
@@ -686,6 +773,10 @@ struct Consumer {
 #pragma unroll
     for (int h = 0; h < 2; ++h) visible[h] += C::kKeys;
     softmax<MASK>();
+    // The exponentials run while P V does: ptxas would move them behind the wait, but not across a branch. This one waits for what
+    // is there.
+    hold_registers(s);
+    v_ring.wait_full();
     wgmma_wait<0>();
     hold_registers(o);
     hold_registers(p);
@@ -698,71 +789,19 @@ struct Consumer {
     v_ring.next();
   }
 
-  // Where this thread's part of the tile lies: 8 columns in every 32 of both its rows. Made at the end of a tile, rather than
-  // kept in registers through its loop.
-  struct Place {
-    T* y;
-    const T* out_gate;  // read only where it is given
-    float* lse;
-    int rows, columns;  // that exist, from this thread's first on
-    __device__ __forceinline__ bool has(int h) const { return 8 * h < rows; }
-    __device__ __forceinline__ bool has(int h, int g) const { return has(h) && 32 * g < columns; }
-  };
-  __device__ __forceinline__ Place place() const {
-    const QueryTile& t = tile();
-    const int64_t token = t.token + row;
-    return {static_cast<T*>(a.y.ptr) + t.batch * a.y.batch + token * a.y.token + t.head * a.y.head + 8 * quad,
-            static_cast<const T*>(a.out_gate.ptr) + t.batch * a.out_gate.batch + token * a.out_gate.token +
-                t.head * a.out_gate.head + 8 * quad,
-            a.lse + (t.batch * a.size.heads + t.head) * a.size.tokens + token, t.rows - row,
-            static_cast<int>(a.size.head_dim) - 8 * quad};
-  }
-
-  // v~ and out_gate of row h, where they may be read in 16-byte pieces; epilogue() reads them otherwise.
-  __device__ __forceinline__ void fetch_operands(const Place& at, int h) {
-    constexpr uint32_t kOpen = std::is_same_v<T, bf16> ? 0x7f807f80u : 0x7c007c00u;  // +inf twice: a gate of exactly 1
-    const bool vector = a.size.aligned16;
-    const bool gated = a.out_gate.ptr != nullptr;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      values[h][g] = Bytes16{{0, 0, 0, 0}};
-      gates[h][g] = Bytes16{{kOpen, kOpen, kOpen, kOpen}};
-      if (vector && at.has(h, g)) {
-        values[h][g] = *reinterpret_cast<const Bytes16*>(at.y + 8 * h * a.y.token + 32 * g);
-      }
-      if (vector && gated && at.has(h, g)) {
-        gates[h][g] = *reinterpret_cast<const Bytes16*>(at.out_gate + 8 * h * a.out_gate.token + 32 * g);
-      }
-    }
-  }
-  // Of both rows before the last product ends, where registers allow.
-  __device__ __forceinline__ void fetch_early(const Place& at) {
-    fetch_operands(at, 0);
-    if constexpr (C::kFetchBoth) fetch_operands(at, 1);
-  }
-
-  __device__ __forceinline__ void last_values(const Place& at) {
+  __device__ __forceinline__ void last_values() {
     hold_registers(o);
     hold_registers(p);
     wgmma_fence();
     issue_values();
-    fetch_early(at);
+    weigh();
+    hold_registers(share);
+    operands().wait_full();  // as in next_block()
     wgmma_wait<0>();
     hold_registers(o);
     hold_registers(p);
     leave(v_ring.empty());
     v_ring.next();
-  }
-
-  // Of the warp's queries. A sum is NaN where a value that its query does not see is not finite, for 0 times it is NaN.
-  __device__ __forceinline__ bool all_finite(const Place& at) const {
-    float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // of both rows, columns in turn
-#pragma unroll
-    for (int i = 0; i < kOutputs; ++i) zeros[i % 4] = fmaf(o[i], 0.0f, zeros[i % 4]);
-    bool finite = true;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) finite &= !at.has(h) || zeros[2 * h] + zeros[2 * h + 1] == 0.0f;
-    return __all_sync(0xffffffffu, finite);
   }
 
   // In place of both steps of the epilogue: the warp's queries one by one. Its loops are the same for all lanes, and the compiler has
@@ -785,7 +824,7 @@ struct Consumer {
       query.out_gate = a.out_gate.ptr ? row_of(a.out_gate, t.head) : nullptr;
       query.y = row_of(a.y, t.head);
       query.lse = a.lse + (t.batch * a.size.heads + t.head) * a.size.tokens + token;
-      query.own = shared.own[q_ring.slot()][r] * kLog2e;
+      query.own = own_scores()[r] * kLog2e;
       query.scale_log2 = a.scale_log2;
       query.sign = a.q_sign;
       query.keys = warp_uniform(t.visible.end(r));
@@ -795,34 +834,120 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void epilogue(const Place& at, int h) {
-    const bool vector = a.size.aligned16;
-    const bool gated = a.out_gate.ptr != nullptr;
-    const float own_weight = exp2_fast(own[h] - m[h]);
-    const float total = quad_sum(sum[h]) + own_weight;
-    const float inverse = reciprocal_fast(total);
-    if (at.has(h) && quad == 0) at.lse[8 * h] = (m[h] + __log2f(total)) * kLn2;
+  // What the sums are divided by and what v~ weighs, and lse. Needs no product.
+  __device__ __forceinline__ void weigh() {
+    const QueryTile& t = tile();
+    const int thread = opaque(static_cast<int>(threadIdx.x)) % 128,
+              row = warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
+    float* lse = a.lse + (t.batch * a.size.heads + t.head) * a.size.tokens + t.token + row;
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      float out[8];
-      gather_quad(out, tiles_of(o), 4 * g, h, lane);
-      alignas(16) T value[8], gate[8];
-      *reinterpret_cast<Bytes16*>(value) = values[h][g];
-      *reinterpret_cast<Bytes16*>(gate) = gates[h][g];
-      T* y = at.y + 8 * h * a.y.token + 32 * g;
-      const T* out_gate = at.out_gate + 8 * h * a.out_gate.token + 32 * g;
-      if (!vector && at.has(h, g)) {
+    for (int h = 0; h < 2; ++h) {
+      own_weight[h] = exp2_fast(own[h] - m[h]);
+      total[h] = quad_sum(sum[h]) + own_weight[h];
+      if (row + 8 * h < t.rows && thread % 4 == 0) lse[8 * h] = (m[h] + __log2f(total[h])) * kLn2;
+    }
+    operands().wait_full();
+    const Operands at(*this);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          value[i] = y[i];
-          if (gated) gate[i] = out_gate[i];
+    for (int step = 0; step < kEarly; ++step) {
+      uint32_t gate[4];
+      at.fetch_gate(gate, step);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 g = unpack2<T>(gate[i]);
+        share[8 * step + 2 * i] = gated_share(g.x, total[i % 2]);
+        share[8 * step + 2 * i + 1] = gated_share(g.y, total[i % 2]);
+      }
+    }
+  }
+
+  // v~ and out_gate of the warp's 16 rows in shared memory. ldmatrix and stmatrix have the products' layout: of a step of 16 columns,
+  // word 2 x + h of a lane is columns 8 x + 2 quad, + 1 of its row h. Lanes give the addresses of rows lane % 16, piece lane / 16.
+  struct Operands {
+    static constexpr uint32_t kToGate = static_cast<uint32_t>(offsetof(Shared<C>, gate) - offsetof(Shared<C>, value));
+    uint32_t rows;
+    bool gated;
+    __device__ __forceinline__ explicit Operands(const Consumer& c) {
+      const int thread = opaque(static_cast<int>(threadIdx.x)) % 128, lane = thread % 32;
+      rows = shared_address(c.shared.value[c.warpgroup]) + swizzled(64, thread / 32 * 16 + lane % 16, lane / 16 * 8);
+      gated = c.a.out_gate.ptr != nullptr;
+    }
+    __device__ __forceinline__ uint32_t place(int step) const {
+      return (rows ^ (step % 4 * 32)) + step / 4 * (64 * 128);
+    }
+    __device__ __forceinline__ void fetch_gate(uint32_t (&gate)[4], int step) const {
+      constexpr uint32_t kOpen =
+          std::is_same_v<T, bf16> ? 0x7f807f80u : 0x7c007c00u;  // +inf twice: a gate of exactly 1
+#pragma unroll
+      for (int i = 0; i < 4; ++i) gate[i] = kOpen;
+      if (gated) ldmatrix_x4(gate, place(step) + kToGate);
+    }
+  };
+
+  // Of the warp's queries. A sum is NaN where a value that its query does not see is not finite, for 0 times it is NaN. Asked of the
+  // sums, not of y: what lies in the padding columns of v~'s place is nobody's, and may be NaN of a tile before.
+  __device__ __forceinline__ bool all_finite() const {
+    float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // of both rows, columns in turn
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) zeros[i % 4] = fmaf(o[i], 0.0f, zeros[i % 4]);
+    bool finite = true;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) finite &= row + 8 * h >= tile().rows || zeros[2 * h] + zeros[2 * h + 1] == 0.0f;
+    return __all_sync(0xffffffffu, finite);
+  }
+
+  // y over v~ in shared memory.
+  __device__ __forceinline__ void epilogue() const {
+    const Operands at(*this);
+    uint32_t value[2][4], gate[2][4];  // of a step and of the next one
+    const auto fetch = [&](int step) {
+      ldmatrix_x4(value[step % 2], at.place(step));
+      if (step >= kEarly) at.fetch_gate(gate[step % 2], step);
+    };
+    fetch(0);
+#pragma unroll
+    for (int step = 0; step < C::kDim / 16; ++step) {
+      if (step + 1 < C::kDim / 16) fetch(step + 1);
+      uint32_t y[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int h = i % 2, first = 8 * step + 2 * i;
+        const float2 v = unpack2<T>(value[step % 2][i]);
+        float part[2];
+        if (step < kEarly) {
+          part[0] = share[first], part[1] = share[first + 1];
+        } else {
+          const float2 g = unpack2<T>(gate[step % 2][i]);
+          part[0] = gated_share(g.x, total[h]), part[1] = gated_share(g.y, total[h]);
         }
+        y[i] = pack2<T>(fmaf(own_weight[h], v.x, o[first]) * part[0], fmaf(own_weight[h], v.y, o[first + 1]) * part[1]);
       }
+      stmatrix_x4(at.place(step), y);
+    }
+  }
+  // sigmoid(gate) / total
+  static __device__ __forceinline__ float gated_share(float gate, float total) {
+    return reciprocal_fast(fmaf(exp2_fast(gate * -kLog2e), total, total));
+  }
+
+  // y of the warp's rows to memory, 16 bytes a lane and whole rows at a time.
+  __device__ __forceinline__ void store() const {
+    constexpr int kPieces = C::kDim / 8, kStep = 32 / kPieces;
+    const QueryTile& t = tile();
+    const int thread = opaque(static_cast<int>(threadIdx.x)) % 128, lane = thread % 32;
+    const int piece = lane % kPieces, r = thread / 32 * 16 + lane / kPieces, left = t.rows - warpgroup * 64 - r;
+    const int rows = 8 * piece < static_cast<int>(a.size.head_dim) ? left : 0;
+    const int64_t step = kStep * a.y.token;
+    const uint32_t from = shared_address(shared.value[warpgroup]) + swizzled(64, r, piece * 8);
+    T* y = static_cast<T*>(a.y.ptr) + t.batch * a.y.batch + (t.token + warpgroup * 64 + r) * a.y.token +
+           t.head * a.y.head + 8 * piece;
+    __syncwarp();
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        out[i] = (out[i] + own_weight * to_float(value[i])) * (inverse * sigmoid_fast(to_float(gate[i])));
-      }
-      if (at.has(h, g)) store8(y, out, vector);
+    for (int i = 0; i < 16 / kStep; ++i) {
+      uint32_t x[4];
+      load_shared16(x, (from ^ (i * kStep % 8 * 16)) + i * kStep * 128);
+      store_global16_if(y, x, i * kStep < rows);
+      y += step;
     }
   }
 };
@@ -832,8 +957,8 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
   Consumer<C> c(a, shared, warpgroup);
   if (warpgroup == C::kConsumers - 1) c.pass_turn();  // the first turn is warpgroup 0's
 
-  for (;; c.q_ring.next()) {
-    c.q_ring.wait_full();  // and the tile's description, which the loaders waited for
+  for (;; c.tile_ring.next()) {
+    c.tile_ring.wait_full();
     if (c.tile().rows == 0) break;
     c.begin();
     const int blocks = (c.tile().keys + C::kKeys - 1) / C::kKeys;
@@ -848,21 +973,21 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
       for (; block >= 0; --block) c.template next_block<false>();
       c.v_ring.wait_full();
     }
-    const auto at = c.place();
+    if (c.tile().last) c.leave(shared_address(&c.barriers().q_left));
     if (c.tile().keys > 0) {
-      c.last_values(at);
+      c.last_values();
     } else {
-      c.fetch_early(at);
+      c.weigh();
     }
-    if (c.all_finite(at)) {
-      c.epilogue(at, 0);
-      if constexpr (!C::kFetchBoth) c.fetch_operands(at, 1);
-      c.epilogue(at, 1);
+    if (c.all_finite()) {
+      c.epilogue();
+      c.store();
     } else {
+      __syncwarp();  // lse is written again
       c.attend_one_by_one();
     }
-    c.leave(c.q_ring.empty());
-    c.leave(c.tile_ring().empty());
+    c.leave(c.operands().empty());
+    c.leave(c.tile_ring.empty());
   }
   if (warpgroup == 0) c.wait_turn();  // the last turn that was passed on
 }
@@ -873,14 +998,19 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
                                     const __grid_constant__ CUtensorMap v_map) {
 #ifdef RAT_HOPPER_CODE
   if ((a.schedule.from > 0 || a.schedule.to < Schedule::kAllPositions) && !any_query(a)) return;
-  extern __shared__ uint8_t raw_shared[];
-  Shared<C>& shared = *reinterpret_cast<Shared<C>*>(
-      raw_shared + (1024 - static_cast<uint32_t>(__cvta_generic_to_shared(raw_shared)) % 1024) % 1024);
+  extern __shared__ __align__(1024) uint8_t raw_shared[];
+  Shared<C>& shared = *reinterpret_cast<Shared<C>*>(raw_shared);
+  if (shared_address(raw_shared) % 1024 != 0) __trap();
   const int warpgroup = warp_uniform(static_cast<int>(threadIdx.x) / 128);
   if (threadIdx.x == 0) {
     constexpr uint32_t kConsumerWarps = 4 * C::kConsumers;
-    shared.tile_ring.init(1, C::kLoaders + kConsumerWarps);
-    shared.q_ring.init(C::kLoaders, kConsumerWarps);
+    shared.tile_ring.init(1, C::kLoaders * C::kConsumers + kConsumerWarps);
+    for (int i = 0; i < C::kConsumers; ++i) {
+      RowBarriers& rows = shared.rows[i];
+      for (int slot = 0; slot < 2; ++slot) mbarrier_init(shared_address(&rows.start[slot]), C::kLoaders);
+      mbarrier_init(shared_address(&rows.q_left), 4);
+      rows.operands.init(C::kLoaders, 4);
+    }
     shared.k_ring.init(1, kConsumerWarps);
     shared.v_ring.init(1, kConsumerWarps);
     mbarrier_init_fence();
@@ -889,7 +1019,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   if (warpgroup == 0) {
     if constexpr (C::kShareRegisters) give_registers<C::kProducerRegisters>();
     if (threadIdx.x >= 32) {
-      feed_queries<C>(a, shared, threadIdx.x - 32);
+      const int group = warp_uniform((static_cast<int>(threadIdx.x) - 32) / C::kLoaders);
+      if (group < C::kConsumers) feed_queries<C>(a, shared, group, (threadIdx.x - 32) % C::kLoaders);
     } else if (a.chunks.page_table != nullptr) {
       feed_blocks<C, true>(a, k_map, v_map, shared);
     } else if (threadIdx.x == 0) {
@@ -959,11 +1090,19 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, int64_t
   if (total == 0) return;
   constexpr int64_t kL2Budget = 10 << 20;  // bytes of keys and values that live in L2 beside what streams through
   const int64_t pairs = s.sequences * s.heads, pair_bytes = 4 * std::max<int64_t>(1, params.chunks.rows) * s.head_dim;
-  const int64_t section = std::min(pairs, std::max<int64_t>(1, ceil_div(kL2Budget, pair_bytes)));
+  const int64_t places = device_attribute<cudaDevAttrMultiProcessorCount>() * int64_t{C::kBlocks};
+  // Heads of a group that a block takes one after the other, with the same q: as long as blocks still have many units to share.
+  uint32_t unit_log2 = 0;
+  while (unit_log2 < C::kUnitLog2 && (a.heads_per_group >> unit_log2) % 2 == 0 && (total >> unit_log2) >= 32 * places) {
+    ++unit_log2;
+  }
+  const int64_t unit = int64_t{1} << unit_log2;
+  const int64_t section = std::min(pairs, std::max<int64_t>(1, ceil_div(ceil_div(kL2Budget, pair_bytes), unit)) * unit);
   a.schedule.total = static_cast<uint32_t>(total);
   a.schedule.per_row = static_cast<uint32_t>(per_row);
   a.schedule.pairs = static_cast<uint32_t>(pairs);
   a.schedule.section = static_cast<uint32_t>(section);
+  a.schedule.unit_log2 = unit_log2;
   a.schedule.from = static_cast<uint32_t>(from);
   a.schedule.to = static_cast<uint32_t>(to);
 
@@ -974,8 +1113,7 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, int64_t
   static_assert(kBytes * C::kBlocks <= (228 - C::kBlocks) * 1024);
   const char* name = "chunk_attention_fwd_sm90";
   allow_shared_memory(chunk_attention_fwd_sm90_kernel<C>, kBytes, name);
-  const int64_t blocks =
-      std::min<int64_t>(total, device_attribute<cudaDevAttrMultiProcessorCount>() * int64_t{C::kBlocks});
+  const int64_t blocks = std::min<int64_t>(total >> unit_log2, places);
   chunk_attention_fwd_sm90_kernel<C><<<grid_x(blocks, name), C::kThreads, kBytes, stream>>>(a, k_map, v_map);
   check_launch(name);
 }

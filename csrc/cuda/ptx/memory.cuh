@@ -71,6 +71,15 @@ __device__ __forceinline__ void store_pair_if(uint64_t at, uint32_t raw, bool va
                "r"(raw), "r"(static_cast<int>(valid)));
 }
 
+// 16 bytes, where `valid`.
+__device__ __forceinline__ void store_global16_if(void* at, const uint32_t (&x)[4], bool valid) {
+  asm volatile(
+      "{\n.reg .pred valid;\nsetp.ne.s32 valid, %5, 0;\n@valid st.global.v4.b32 [%0], {%1, %2, %3, %4};\n}\n" ::"l"(
+          __cvta_generic_to_global(at)),
+      "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(static_cast<int>(valid))
+      : "memory");
+}
+
 // Starts fetching the 128-byte line of an address into L2; nothing waits for it. An ordinary prefetch: a bulk one for each
 // row would queue before the copies of K and V. PTX ISA 9.7.9.15.
 __device__ __forceinline__ void prefetch_l2(const void* source) {

@@ -49,6 +49,13 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
                : "memory");
 }
 
+// Four 8 x 8 matrices to shared memory: what ldmatrix reads. PTX ISA 9.7.14.5.16.
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(address), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // Four 8 x 8 matrices to shared memory, each transposed: r[i] holds what ldmatrix would give of matrix i, and lanes
 // 8i ... 8i+7 the addresses of its columns, 16 bytes each. PTX ISA 9.7.14.5.16.
 __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4]) {
