@@ -7,7 +7,9 @@ Each op has its gradient twice, from the same operator. Tracing takes the operat
 registers: one input and one output for each of the schema. In eager mode that costs the host more than a small op costs a GPU,
 for autograd's work grows with every input and output, and torch.library looks up the schema argument by argument. There the ops
 go through an autograd.Function that shows autograd only what has a gradient: `args`, all arguments of the operator in a tuple,
-is opaque to it, and so are results that are only saved.
+is opaque to it, and so are results that are only saved. Below it stands a second set of operators, torch.ops.rat_ext_eager, the
+same without an autograd to be switched off. What looks at operators, a dispatch mode or a subclass of tensors, sees those of
+torch.ops.rat_ext.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _log
@@ -51,20 +53,45 @@ _OPERATORS = {
         "rat_decode_step",
     )
 }
-_KERNELS = {name: _log.logged(spec) for name, spec in _OPERATORS.items()}
+# Arguments of these types alone, no dispatch mode, no profiler: nothing looks at operators.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), int, float, bool))
 
 
-def _below_autograd(kernel: Callable, *args: Any) -> Any:
-    """Calls the kernel itself where nothing is recorded. Else a second derivative may be wanted: the operator refuses it."""
-    if torch.is_grad_enabled():
-        return kernel(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return kernel(*args)
+def _kernel(spec: Operator) -> Callable:
+    """Calls an operator below autograd."""
+    operator = _log.logged(spec)
+
+    def watched(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    # The function behind the operator's overload: OpOverload.__call__ is a function of Python's that calls it.
+    eager = getattr(torch.ops.rat_ext_eager, spec.name).default._op
+    is_plain, modes = _PLAIN.issuperset, torch._C._len_torch_dispatch_stack
+
+    def kernel(*args: Any) -> Any:
+        looking = modes() or profiler._is_profiler_enabled or not is_plain(map(type, args))
+        return (watched if looking else eager)(*args)
+
+    return watched if _log.ENABLED else kernel
+
+
+_KERNELS = {name: _kernel(spec) for name, spec in _OPERATORS.items()}
+
+# Tensors of the meta device are plain ones, and have rules of shapes in their own library alone.
+_META = torch.library.Library("rat_ext_eager", "IMPL", "Meta")
+for _name, _spec in _OPERATORS.items():
+    _META.impl(_name, _spec.overload)
 
 
 def call_kernel(name: str, **given: Any) -> tuple:
     """What an operator returns, for a backward that is written by hand. Arguments that are left out are None."""
-    return _below_autograd(_KERNELS[name], *(given.get(n) for n in _OPERATORS[name].arguments))
+    return _once(_OPERATORS[name], _KERNELS[name], tuple([given.get(n) for n in _OPERATORS[name].arguments]))
+
+
+def _once(spec: Operator, kernel: Callable, args: tuple) -> Any:
+    """What the kernel returns, where nothing is recorded. Else a second derivative may be wanted: the operator refuses it."""
+    return spec.overload(*args) if torch.is_grad_enabled() else kernel(*args)
 
 
 # ---- gradients --------------------------------------------------------------------------------------------------------
@@ -117,8 +144,7 @@ class Differentiable:
             output = self._eager(args, *inputs(args))
             return output if isinstance(output, tuple) else (output,)
         else:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = self.kernel(*args)
+            output = self.kernel(*args)
         return output[:1] if output[-1] is None else self._shown(output)
 
     def _shown(self, output: tuple) -> tuple:
@@ -133,7 +159,7 @@ class Differentiable:
         at_hand = (*incoming, *ctx.saved_tensors, *ctx.numbers)
         if incoming[0] is None:
             at_hand = (torch.zeros_like(at_hand[self._y]), *at_hand[1:])
-        return _below_autograd(kernel, *self._order(at_hand))
+        return _once(self.backward, kernel, self._order(at_hand))
 
     # Tracing: context and gradient of the operator.
 
@@ -152,8 +178,7 @@ class Differentiable:
 
     def _eager_function(self, name: str) -> Callable:
         def forward(ctx: Any, args: tuple, *inputs: Tensor | None) -> Tensor | tuple:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = self.kernel(*args)
+            output = self.kernel(*args)
             self._save(ctx, args, output)
             if output[-1] is None:  # no state is returned, and autograd gives zeros for a gradient of y that is missing
                 return output[0]

@@ -1,6 +1,8 @@
-// Registration of the operators of schemas.h. Each stands in three libraries, with one body:
+// Registration of the operators of schemas.h. Each stands in four libraries, with one body:
 //
 //   rat_ext          runs it
+//   rat_ext_eager    runs it for rat_ext/_autograd.py, which records the gradient itself: it has no autograd of its own, and its
+//                    results may share memory. Nothing that looks at operators (tracing, dispatch modes) meets it
 //   rat_ext_check    checks the arguments alone. Tensors are on the meta device; `devices` tells, argument by argument, where
 //                    those that they stand for are. What torch.ops.rat_ext.<op> would say of them is what this says
 //   rat_ext_explain  tells which kernels would run: a line "phase<tab>family<tab>1 or 0<tab>why" for each family, 1 where it is chosen
@@ -29,6 +31,14 @@ using torch::stable::detail::StableLibrary;
 template <class Op>
 void run_boxed(StableIValue* stack, uint64_t, uint64_t) {
   Call<Op> call(stack, Mode::run);
+  run(call);
+  call.push_results(stack);
+}
+
+template <class Op>
+void run_eager_boxed(StableIValue* stack, uint64_t, uint64_t) {
+  Call<Op> call(stack, Mode::run);
+  call.share = true;
   run(call);
   call.push_results(stack);
 }
@@ -76,6 +86,10 @@ void implement(StableLibrary& m) {
   for_each_op([&]<class Op>(Op* op) { m.impl(name_of(op).c_str(), run_boxed<Op>); });
 }
 
+void implement_eager(StableLibrary& m) {
+  for_each_op([&]<class Op>(Op* op) { m.impl(name_of(op).c_str(), run_eager_boxed<Op>); });
+}
+
 }  // namespace
 }  // namespace rat
 
@@ -88,6 +102,12 @@ STABLE_TORCH_LIBRARY_IMPL(rat_ext, CUDA, m) { rat::implement(m); }
 STABLE_TORCH_LIBRARY_IMPL(rat_ext, CompositeExplicitAutograd, m) {
   m.impl("decode_workspace", TORCH_BOX(&rat::decode_workspace));
 }
+
+STABLE_TORCH_LIBRARY(rat_ext_eager, m) {
+  rat::for_each_op([&]<class Op>(Op*) { m.def(Op::kSchema); });
+}
+STABLE_TORCH_LIBRARY_IMPL(rat_ext_eager, CPU, m) { rat::implement_eager(m); }
+STABLE_TORCH_LIBRARY_IMPL(rat_ext_eager, CUDA, m) { rat::implement_eager(m); }
 
 STABLE_TORCH_LIBRARY(rat_ext_check, m) {
   rat::for_each_op([&]<class Op>(Op*) { m.def(rat::schema_like(Op::kSchema, "int[] devices, ", "()").c_str()); });
