@@ -8,8 +8,7 @@ registers: one input and one output for each of the schema. In eager mode that c
 for autograd's work grows with every input and output, and torch.library looks up the schema argument by argument. There the ops
 go through an autograd.Function that shows autograd only what has a gradient: `args`, all arguments of the operator in a tuple,
 is opaque to it, and so are results that are only saved. Below it stands a second set of operators, torch.ops.rat_ext_eager, the
-same without an autograd to be switched off. What looks at operators, a dispatch mode or a subclass of tensors, sees those of
-torch.ops.rat_ext.
+same without an autograd that would have to be switched off.
 """
 
 from __future__ import annotations
@@ -53,35 +52,32 @@ _OPERATORS = {
         "rat_decode_step",
     )
 }
-# Arguments of these types alone, no dispatch mode, no profiler: nothing looks at operators.
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), int, float, bool))
-
-
 def _kernel(spec: Operator) -> Callable:
     """Calls an operator below autograd."""
     operator = _log.logged(spec)
 
-    def watched(*args: Any) -> Any:
+    def by_name(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
     # The function behind the operator's overload: OpOverload.__call__ is a function of Python's that calls it.
     eager = getattr(torch.ops.rat_ext_eager, spec.name).default._op
-    is_plain, modes = _PLAIN.issuperset, torch._C._len_torch_dispatch_stack
+    function_modes = torch._C._len_torch_function_stack  # make_fx(pre_dispatch=True) is one, and no dispatch mode
 
     def kernel(*args: Any) -> Any:
-        looking = modes() or profiler._is_profiler_enabled or not is_plain(map(type, args))
-        return (watched if looking else eager)(*args)
+        return (by_name if profiler._is_profiler_enabled or function_modes() else eager)(*args)
 
-    return watched if _log.ENABLED else kernel
+    return by_name if _log.ENABLED else kernel
 
 
 _KERNELS = {name: _kernel(spec) for name, spec in _OPERATORS.items()}
 
-# Tensors of the meta device are plain ones, and have rules of shapes in their own library alone.
-_META = torch.library.Library("rat_ext_eager", "IMPL", "Meta")
-for _name, _spec in _OPERATORS.items():
-    _META.impl(_name, _spec.overload)
+# Dispatch modes and subclasses of tensors, who look at operators, are shown those of torch.ops.rat_ext, as profilers and modes of
+# functions are above; so is the meta device, which has rules of shapes alone.
+_SHOWN_TO = [torch.library.Library("rat_ext_eager", "IMPL", key) for key in ("Python", "Meta")]
+for _library in _SHOWN_TO:
+    for _name, _spec in _OPERATORS.items():
+        _library.impl(_name, _spec.overload)
 
 
 def call_kernel(name: str, **given: Any) -> tuple:
