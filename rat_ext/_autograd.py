@@ -60,14 +60,41 @@ def _kernel(spec: Operator) -> Callable:
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
-    # The function behind the operator's overload: OpOverload.__call__ is a function of Python's that calls it.
-    eager = getattr(torch.ops.rat_ext_eager, spec.name).default._op
+    # The functions behind the operator's overloads: OpOverload.__call__ is a function of Python's that calls one.
+    packet = getattr(torch.ops.rat_ext_eager, spec.name)
+    whole, brief = packet.default._op, packet.brief._op
+    places, pick = _places(spec)
     function_modes = torch._C._len_torch_function_stack  # make_fx(pre_dispatch=True) is one, and no dispatch mode
 
     def kernel(*args: Any) -> Any:
-        return (by_name if profiler._is_profiler_enabled or function_modes() else eager)(*args)
+        if profiler._is_profiler_enabled or function_modes():
+            return by_name(*args)
+        for place in places:
+            if args[place] is not None:
+                return whole(*args)
+        return brief(*pick(args))
 
     return by_name if _log.ENABLED else kernel
+
+
+def _places(spec: Operator) -> tuple[tuple[int, ...], Callable[[tuple], tuple]]:
+    """Where the arguments are that the overload "brief" of an eager operator leaves out, and what picks the others."""
+    kept = [a.name for a in getattr(torch.ops.rat_ext_eager, spec.name).brief._schema.arguments]
+    left_out = tuple(i for i, n in enumerate(spec.arguments) if n not in kept)
+    return left_out, itemgetter(*(i for i, n in enumerate(spec.arguments) if n in kept))
+
+
+def _whole(spec: Operator) -> Callable:
+    """The operator, called with the arguments of the overload "brief"."""
+    left_out, _ = _places(spec)
+
+    def call(*brief: Any) -> Any:
+        args = list(brief)
+        for place in left_out:
+            args.insert(place, None)
+        return spec.overload(*args)
+
+    return call
 
 
 _KERNELS = {name: _kernel(spec) for name, spec in _OPERATORS.items()}
@@ -78,6 +105,7 @@ _SHOWN_TO = [torch.library.Library("rat_ext_eager", "IMPL", key) for key in ("Py
 for _library in _SHOWN_TO:
     for _name, _spec in _OPERATORS.items():
         _library.impl(_name, _spec.overload)
+        _library.impl(f"{_name}.brief", _whole(_spec))
 
 
 def call_kernel(name: str, **given: Any) -> tuple:

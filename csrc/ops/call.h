@@ -20,11 +20,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
 #include <forward_list>
 #include <initializer_list>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <sstream>
@@ -53,6 +55,7 @@ enum class Kind { tensor, maybe_tensor, integer, real, boolean };
 struct Parameter {
   std::string_view name;
   Kind kind = Kind::tensor;
+  bool seldom = false;  // an optional tensor that most calls do without
 };
 
 struct Signature {
@@ -70,6 +73,15 @@ consteval Kind kind_of(std::string_view type) {
   throw "a type that no schema has used yet";
 }
 
+// Of packed sequences, of a state that is continued or gets a gradient, of a pool in pages or FP8.
+consteval bool is_seldom(std::string_view name) {
+  constexpr std::string_view kNames[] = {"cu_seqlens",   "chunk_k",        "chunk_v",        "running_k",
+                                         "running_v",    "lengths",        "initial_state",  "dchunk_k_out",
+                                         "dchunk_v_out", "drunning_k_out", "drunning_v_out", "dfinal_state",
+                                         "page_table",   "scale_k",        "scale_v"};
+  return std::ranges::find(kNames, name) != std::end(kNames);
+}
+
 // "Type name, Type name": fills `list`, returns how many.
 consteval size_t parse_list(std::string_view text, std::array<Parameter, Signature::kMost>& list) {
   size_t count = 0;
@@ -77,7 +89,9 @@ consteval size_t parse_list(std::string_view text, std::array<Parameter, Signatu
     const std::string_view item = text.substr(0, text.find(", "));
     text.remove_prefix(item.size() < text.size() ? item.size() + 2 : item.size());
     const size_t space = item.find(' ');
-    list[count++] = {item.substr(space + 1), kind_of(item.substr(0, space))};
+    const std::string_view name = item.substr(space + 1);
+    const Kind kind = kind_of(item.substr(0, space));
+    list[count++] = {name, kind, kind == Kind::maybe_tensor && is_seldom(name)};
   }
   return count;
 }
@@ -208,7 +222,7 @@ class CallBase {
   ScalarType acc{};           // of tables, biases and running states: float32, or float64 beside float64
   int32_t device = kElsewhere;
   bool aligned = true;  // all rows so far
-  bool share = false;   // may results share memory? Where torch looks on (tracing, its checks of operators) they may not
+  bool share = false;  // may results share memory? Where torch looks on (tracing, its checks of operators) they may not
   std::string choices;  // of Mode::explain, a line for each family: phase, family, 1 where it is chosen, why
 
  private:
@@ -231,18 +245,21 @@ class Call : public CallBase {
  public:
   static constexpr Signature kSignature = parse(Op::kSchema);
 
-  // Takes the arguments from the stack. `devices`, of a checked call: where its tensors are, argument by argument.
-  Call(StableIValue* stack, Mode mode, const std::vector<int64_t>* devices = nullptr)
+  // Takes the arguments from the stack, which in a brief call has those alone that are not `seldom`. `devices`, of a checked call:
+  // where its tensors are, argument by argument.
+  Call(StableIValue* stack, Mode mode, bool brief = false, const std::vector<int64_t>* devices = nullptr)
       : CallBase(kSignature.op, Op::kState, mode) {
     for (size_t i = 0; i < kSignature.argument_count; ++i) {
+      if (brief && kSignature.arguments[i].seldom) continue;
       const Kind kind = kSignature.arguments[i].kind;
+      const StableIValue value = *stack++;
       if (kind == Kind::tensor) {
-        tensors_[i].emplace(Handle(torch::stable::detail::to<AtenTensorHandle>(stack[i])));
+        tensors_[i].emplace(Handle(torch::stable::detail::to<AtenTensorHandle>(value)));
       } else if (kind == Kind::maybe_tensor) {
-        auto x = torch::stable::detail::to<std::optional<AtenTensorHandle>>(stack[i]);
+        auto x = torch::stable::detail::to<std::optional<AtenTensorHandle>>(value);
         if (x) tensors_[i].emplace(Handle(*x));
       } else {
-        numbers_[i] = stack[i];
+        numbers_[i] = value;
       }
       if (devices && tensors_[i]) tensors_[i]->device = static_cast<int32_t>(devices->at(i));
     }

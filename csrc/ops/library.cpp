@@ -2,10 +2,12 @@
 //
 //   rat_ext          runs it
 //   rat_ext_eager    runs it for rat_ext/_autograd.py, which records the gradient itself: it has no autograd of its own, and its
-//                    results may share memory. Nothing that looks at operators (tracing, dispatch modes) meets it
+//                    results may share memory. The overload "brief" leaves out arguments that are seldom there, each of which
+//                    costs the host as much when it is None as when it is a tensor
 //   rat_ext_check    checks the arguments alone. Tensors are on the meta device; `devices` tells, argument by argument, where
 //                    those that they stand for are. What torch.ops.rat_ext.<op> would say of them is what this says
 //   rat_ext_explain  tells which kernels would run: a line "phase<tab>family<tab>1 or 0<tab>why" for each family, 1 where it is chosen
+#include <sstream>
 #include <string>
 
 #include "call.h"
@@ -35,9 +37,9 @@ void run_boxed(StableIValue* stack, uint64_t, uint64_t) {
   call.push_results(stack);
 }
 
-template <class Op>
+template <class Op, bool kBrief>
 void run_eager_boxed(StableIValue* stack, uint64_t, uint64_t) {
-  Call<Op> call(stack, Mode::run);
+  Call<Op> call(stack, Mode::run, kBrief);
   call.share = true;
   run(call);
   call.push_results(stack);
@@ -46,7 +48,7 @@ void run_eager_boxed(StableIValue* stack, uint64_t, uint64_t) {
 template <class Op>
 void check_boxed(StableIValue* stack, uint64_t, uint64_t) {
   const auto devices = torch::stable::detail::to<std::vector<int64_t>>(stack[0]);
-  Call<Op> call(stack + 1, Mode::check, &devices);
+  Call<Op> call(stack + 1, Mode::check, false, &devices);
   run(call);
 }
 
@@ -82,12 +84,28 @@ std::string schema_like(std::string schema, const char* first, const char* resul
   return schema.insert(schema.find('(') + 1, first);
 }
 
+// "op.brief(", those arguments that are not seldom, and the results.
+template <class Op>
+std::string brief_schema(Op* op) {
+  const std::string whole = Op::kSchema;
+  const size_t open = whole.find('('), close = whole.find(") -> ");
+  std::istringstream items(whole.substr(open + 1, close - open - 1));
+  std::string brief = name_of(op) + ".brief(", item;
+  for (size_t i = 0; std::getline(items >> std::ws, item, ','); ++i) {
+    if (!Call<Op>::kSignature.arguments[i].seldom) brief += (brief.back() == '(' ? "" : ", ") + item;
+  }
+  return brief + whole.substr(close);
+}
+
 void implement(StableLibrary& m) {
   for_each_op([&]<class Op>(Op* op) { m.impl(name_of(op).c_str(), run_boxed<Op>); });
 }
 
 void implement_eager(StableLibrary& m) {
-  for_each_op([&]<class Op>(Op* op) { m.impl(name_of(op).c_str(), run_eager_boxed<Op>); });
+  for_each_op([&]<class Op>(Op* op) {
+    m.impl(name_of(op).c_str(), run_eager_boxed<Op, false>);
+    m.impl((name_of(op) + ".brief").c_str(), run_eager_boxed<Op, true>);
+  });
 }
 
 }  // namespace
@@ -104,7 +122,10 @@ STABLE_TORCH_LIBRARY_IMPL(rat_ext, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY(rat_ext_eager, m) {
-  rat::for_each_op([&]<class Op>(Op*) { m.def(Op::kSchema); });
+  rat::for_each_op([&]<class Op>(Op* op) {
+    m.def(Op::kSchema);
+    m.def(rat::brief_schema(op).c_str());
+  });
 }
 STABLE_TORCH_LIBRARY_IMPL(rat_ext_eager, CPU, m) { rat::implement_eager(m); }
 STABLE_TORCH_LIBRARY_IMPL(rat_ext_eager, CUDA, m) { rat::implement_eager(m); }
