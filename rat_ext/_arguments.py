@@ -127,6 +127,7 @@ class Operator:
         self.lead = self.rows[0]
         self.sized = next(n for n in ("projection", "v", "x") if n in self.types)  # its shape tells tokens and head size
         self.tables = tuple(n for n in TABLES if n in self.types)
+        self.has_scale = "scale" in self.types
         self.has_state = "chunk_rows" in self.types  # takes the tensors of a RATCache, and returns them
         self.numbers = tuple((n, *_NUMBERS[t]) for n, t in self.types.items() if t in _NUMBERS and n not in MADE)
 
@@ -199,7 +200,7 @@ def _longest(op: str, given: Given, tokens: int) -> int:
     return tokens if limit is None else min(limit, tokens)
 
 
-def _take_state(op: str, given: Given, shape: Any, compiling: bool) -> None:
+def _take_state(op: str, given: Given, shape: tuple, compiling: bool) -> None:
     """The tensors of ``initial_state``, the chunk rows to allocate, and the host's bound of the lengths afterwards."""
     state: RATCache | None = given["initial_state"]
     chunk_size = given["chunk_size"]
@@ -253,11 +254,12 @@ def split_projection(op: str, given: Given) -> None:
     del given["projection"]
 
 
-def _default_scale(given: Given, shape: Any) -> float:
-    parts = 1
+def _default_scale(given: Given, shape: tuple) -> float:
+    dim = shape[-1] if shape else 1
     if "projection" in given:
         parts = 2 * given["num_groups"] + (3 if given["has_out_gate"] else 2) * given["num_heads"]
-    return max(shape[-1] // max(parts, 1), 1) ** -0.5 if shape else 1.0
+        dim = dim // parts if parts > 1 else dim
+    return dim**-0.5 if dim > 1 else 1.0
 
 
 def prepare(op: str, spec: Operator, given: Given, compiling: bool = False) -> tuple:
@@ -265,8 +267,8 @@ def prepare(op: str, spec: Operator, given: Given, compiling: bool = False) -> t
 
     Every small call pays for each line here, about as much as for a tensor that it allocates.
     """
-    shape = given[spec.sized].shape
-    if "scale" in given and given["scale"] is None:
+    shape = tuple(given[spec.sized].shape)
+    if spec.has_scale and given["scale"] is None:
         given["scale"] = _default_scale(given, shape)
     for name, exact, convert in spec.numbers:
         if type(given[name]) is not exact:
@@ -286,7 +288,7 @@ def prepare(op: str, spec: Operator, given: Given, compiling: bool = False) -> t
             if not x.is_floating_point():
                 wrong(op, name, "a floating dtype", str(x.dtype).removeprefix("torch."))
             given[name] = x.to(acc)
-        if x.requires_grad and name in WITHOUT_GRADIENT and torch.is_grad_enabled():
+        if name in WITHOUT_GRADIENT and x.requires_grad and torch.is_grad_enabled():
             wrong(op, name, "a tensor that needs no gradient (the op has none for it)", "one that does")
     pick = spec.pick
     if spec.has_state:

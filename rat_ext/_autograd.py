@@ -99,8 +99,8 @@ def _whole(spec: Operator) -> Callable:
 
 _KERNELS = {name: _kernel(spec) for name, spec in _OPERATORS.items()}
 
-# Dispatch modes and subclasses of tensors, who look at operators, are shown those of torch.ops.rat_ext, as profilers and modes of
-# functions are above; so is the meta device, which has rules of shapes alone.
+# Dispatch modes and subclasses of tensors look at operators: they are shown those of torch.ops.rat_ext, as profilers and modes
+# of functions are above. So is the meta device, which has rules of shapes alone.
 _SHOWN_TO = [torch.library.Library("rat_ext_eager", "IMPL", key) for key in ("Python", "Meta")]
 for _library in _SHOWN_TO:
     for _name, _spec in _OPERATORS.items():
