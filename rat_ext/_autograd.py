@@ -52,6 +52,8 @@ _OPERATORS = {
         "rat_decode_step",
     )
 }
+
+
 def _kernel(spec: Operator) -> Callable:
     """Calls an operator below autograd."""
     operator = _log.logged(spec)
