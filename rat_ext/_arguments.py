@@ -32,6 +32,8 @@ STATE = ("chunk_k", "chunk_v", "running_k", "running_v", "lengths")
 # What an operator takes and no public op: it is made here.
 MADE = ("chunk_rows",)
 POOL = ("page_table", "chunk_k", "chunk_v", "scale_k", "scale_v", "running_k", "running_v", "lengths", "error", "workspace")
+# Flags that a brief call leaves out, and tensors that are None.
+USUAL = {"return_state": False, "deterministic": True}
 
 
 def wrong(op: str, argument: str, expected: str, got: object) -> NoReturn:
@@ -120,16 +122,31 @@ class Operator:
         self.types = {a.name: str(a.type) for a in schema.arguments}
         self.arguments = tuple(self.types)
         self.results = tuple(r.name for r in schema.returns)
+        self.has_state = "chunk_rows" in self.types  # takes the tensors of a RATCache, and returns them
         self.pick = operator.itemgetter(*self.arguments)
         # Of a call without a state: its tensors are as absent as the state is.
         self.pick_without_state = operator.itemgetter(*("initial_state" if n in STATE else n for n in self.arguments))
+        # The overload "brief" of eager calls leaves out what most do without. `decisive`: arguments of the public op that tell
+        # whether a call is one, and their values then.
+        self.eager = getattr(torch.ops.rat_ext_eager, name)
+        self.brief = tuple(a.name for a in self.eager.brief._schema.arguments)
+        self.pick_brief = operator.itemgetter(*self.brief)
+        self.left_out = tuple((i, USUAL.get(n)) for i, n in enumerate(self.arguments) if n not in self.brief)
+        decisive = ["initial_state" if n in STATE and self.has_state else n for n in self.arguments if n not in self.brief]
+        self.decisive = tuple((n, USUAL.get(n)) for n in dict.fromkeys(decisive))
         self.rows = tuple(n for n in ROWS if n in self.types)
         self.lead = self.rows[0]
         self.sized = next(n for n in ("projection", "v", "x") if n in self.types)  # its shape tells tokens and head size
         self.tables = tuple(n for n in TABLES if n in self.types)
         self.has_scale = "scale" in self.types
-        self.has_state = "chunk_rows" in self.types  # takes the tensors of a RATCache, and returns them
         self.numbers = tuple((n, *_NUMBERS[t]) for n, t in self.types.items() if t in _NUMBERS and n not in MADE)
+
+    def whole(self, brief: tuple) -> list:
+        """All arguments, from those of a brief call."""
+        args = list(brief)
+        for place, usual in self.left_out:
+            args.insert(place, usual)
+        return args
 
 
 def check_types(op: str, spec: Operator, given: Given, names: dict[str, str]) -> None:
@@ -262,10 +279,13 @@ def _default_scale(given: Given, shape: tuple) -> float:
     return dim**-0.5 if dim > 1 else 1.0
 
 
-def prepare(op: str, spec: Operator, given: Given, compiling: bool = False) -> tuple:
+def prepare(op: str, spec: Operator, given: Given, compiling: bool = False, brief: bool = False) -> tuple:
     """The operator's arguments, in order. Adds to ``given`` what the operator takes and the public op does not.
 
     Every small call pays for each line here, about as much as for a tensor that it allocates.
+
+    Args:
+        brief: those of the overload "brief", which are fewer, where the call needs no others.
     """
     shape = tuple(given[spec.sized].shape)
     if spec.has_scale and given["scale"] is None:
@@ -290,9 +310,14 @@ def prepare(op: str, spec: Operator, given: Given, compiling: bool = False) -> t
             given[name] = x.to(acc)
         if name in WITHOUT_GRADIENT and x.requires_grad and torch.is_grad_enabled():
             wrong(op, name, "a tensor that needs no gradient (the op has none for it)", "one that does")
-    pick = spec.pick
     if spec.has_state:
         _take_state(op, given, shape, compiling)
-        if given["initial_state"] is None:
-            pick = spec.pick_without_state
-    return tuple([given.get(name) for name in spec.arguments]) if compiling else pick(given)
+    if compiling:
+        return tuple([given.get(name) for name in spec.arguments])
+    if brief:
+        for name, usual in spec.decisive:
+            if given[name] is not usual:
+                break
+        else:
+            return spec.pick_brief(given)
+    return (spec.pick_without_state if spec.has_state and given["initial_state"] is None else spec.pick)(given)

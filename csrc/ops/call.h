@@ -55,7 +55,7 @@ enum class Kind { tensor, maybe_tensor, integer, real, boolean };
 struct Parameter {
   std::string_view name;
   Kind kind = Kind::tensor;
-  bool seldom = false;  // an optional tensor that most calls do without
+  bool seldom = false;  // most calls do without it: an optional tensor, or a flag that has its usual value
 };
 
 struct Signature {
@@ -73,14 +73,18 @@ consteval Kind kind_of(std::string_view type) {
   throw "a type that no schema has used yet";
 }
 
-// Of packed sequences, of a state that is continued or gets a gradient, of a pool in pages or FP8.
-consteval bool is_seldom(std::string_view name) {
-  constexpr std::string_view kNames[] = {"cu_seqlens",   "chunk_k",        "chunk_v",        "running_k",
-                                         "running_v",    "lengths",        "initial_state",  "dchunk_k_out",
-                                         "dchunk_v_out", "drunning_k_out", "drunning_v_out", "dfinal_state",
-                                         "page_table",   "scale_k",        "scale_v"};
-  return std::ranges::find(kNames, name) != std::end(kNames);
+// Of packed sequences, of a state that is continued, returned or gets a gradient, of a pool in pages or FP8.
+consteval bool is_seldom(std::string_view name, Kind kind) {
+  constexpr std::string_view kTensors[] = {"cu_seqlens",   "chunk_k",        "chunk_v",        "running_k",
+                                           "running_v",    "lengths",        "initial_state",  "dchunk_k_out",
+                                           "dchunk_v_out", "drunning_k_out", "drunning_v_out", "dfinal_state",
+                                           "page_table",   "scale_k",        "scale_v"};
+  if (kind == Kind::boolean) return name == "return_state" || name == "deterministic";
+  return kind == Kind::maybe_tensor && std::ranges::find(kTensors, name) != std::end(kTensors);
 }
+
+// The value of a flag that is seldom given.
+constexpr bool usual(std::string_view name) { return name == "deterministic"; }
 
 // "Type name, Type name": fills `list`, returns how many.
 consteval size_t parse_list(std::string_view text, std::array<Parameter, Signature::kMost>& list) {
@@ -91,7 +95,7 @@ consteval size_t parse_list(std::string_view text, std::array<Parameter, Signatu
     const size_t space = item.find(' ');
     const std::string_view name = item.substr(space + 1);
     const Kind kind = kind_of(item.substr(0, space));
-    list[count++] = {name, kind, kind == Kind::maybe_tensor && is_seldom(name)};
+    list[count++] = {name, kind, is_seldom(name, kind)};
   }
   return count;
 }
@@ -250,8 +254,11 @@ class Call : public CallBase {
   Call(StableIValue* stack, Mode mode, bool brief = false, const std::vector<int64_t>* devices = nullptr)
       : CallBase(kSignature.op, Op::kState, mode) {
     for (size_t i = 0; i < kSignature.argument_count; ++i) {
-      if (brief && kSignature.arguments[i].seldom) continue;
       const Kind kind = kSignature.arguments[i].kind;
+      if (brief && kSignature.arguments[i].seldom) {
+        if (kind == Kind::boolean) numbers_[i] = torch::stable::detail::from(usual(kSignature.arguments[i].name));
+        continue;
+      }
       const StableIValue value = *stack++;
       if (kind == Kind::tensor) {
         tensors_[i].emplace(Handle(torch::stable::detail::to<AtenTensorHandle>(value)));
