@@ -1,5 +1,8 @@
 """Eager calls take operators of their own (torch.ops.rat_ext_eager), whose small results may share memory. Nobody notices."""
 
+import functools
+from unittest import mock
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -76,6 +79,37 @@ def test_same_results(device, dtype):
                     a, b = a[:, :, :4].nan_to_num(), b[:, :, :4].nan_to_num()
                 assert same_bits(a, b), where
     assert brief == 5
+
+
+def test_what_is_given_arrives(device):
+    """A call that needs more arguments than a brief one hands over all of them."""
+    op, case = (
+        _autograd._DIFFERENTIABLE["rat_attention"],
+        attention_case(device, torch.float32, **(SMALL | {"batch": 1}), rotary=False),
+    )
+    names, said = op.forward.arguments, []
+    tensors = {key: x.requires_grad_() for key, x in case.tensors.items()}
+    call = functools.partial(rat_ext.rat_attention, **tensors, chunk_size=16, **(case.options | {"return_state": True}))
+    cuts, (_, state) = cu_seqlens_of([20, 30], device), call()
+
+    def noted(name, function):
+        def kernel(*args):
+            said.append((name, dict(zip(names, args, strict=False))))
+            return function(*args)
+
+        return mock.patch.object(op, name, kernel)
+
+    with noted("kernel", op.kernel), noted("brief_kernel", op.brief_kernel):
+        call(return_state=False)
+        call()
+        call(return_state=False, deterministic=False)
+        call(return_state=False, cu_seqlens=cuts)
+        call(return_state=False, initial_state=state)
+    (first, _), *others = said
+    assert first == "brief_kernel" and [name for name, _ in others] == ["kernel"] * 4
+    given = [tuple(x[key] for key in ("return_state", "deterministic", "cu_seqlens", "lengths")) for _, x in others]
+    want = [(True, True, None, None), (False, False, None, None), (False, True, cuts, None), (False, True, None, state.lengths)]
+    assert given == want  # tensors by identity
 
 
 def test_small_results_share_memory(device):
