@@ -83,10 +83,8 @@ def test_same_results(device, dtype):
 
 def test_what_is_given_arrives(device):
     """A call that needs more arguments than a brief one hands over all of them."""
-    op, case = (
-        _autograd._DIFFERENTIABLE["rat_attention"],
-        attention_case(device, torch.float32, **(SMALL | {"batch": 1}), rotary=False),
-    )
+    op = _autograd._DIFFERENTIABLE["rat_attention"]
+    case = attention_case(device, torch.float32, **(SMALL | {"batch": 1}), rotary=False)
     names, said = op.forward.arguments, []
     tensors = {key: x.requires_grad_() for key, x in case.tensors.items()}
     call = functools.partial(rat_ext.rat_attention, **tensors, chunk_size=16, **(case.options | {"return_state": True}))
