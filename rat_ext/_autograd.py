@@ -54,50 +54,43 @@ _OPERATORS = {
 }
 
 
-def _kernels(spec: Operator) -> tuple[Callable, Callable]:
-    """What calls an operator below autograd: with all arguments, and with those of a brief call."""
-    operator = _log.logged(spec)
+def _by_name(spec: Operator, operator: Callable, overload: str) -> Callable:
+    """An operator of torch.ops.rat_ext, called as an overload of the eager one is."""
+    if overload == "default":
+        return operator
+    if overload == "brief":
+        return lambda *args: operator(*spec.whole(args))
+    return lambda *args: operator(*spec.whole(args))[0]  # "y"
+
+
+def _kernel(spec: Operator, overload: str) -> Callable:
+    """Calls an operator below autograd."""
+    operator = _by_name(spec, _log.logged(spec), overload)
 
     def by_name(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
-    def by_name_briefly(*args: Any) -> Any:
-        return by_name(*spec.whole(args))
-
-    if _log.ENABLED:
-        return by_name, by_name_briefly
-    # The functions behind the operator's overloads: OpOverload.__call__ is a function of Python's that calls one.
-    eager, eager_brief = spec.eager.default._op, spec.eager.brief._op
+    # The function behind the operator's overload: OpOverload.__call__ is a function of Python's that calls it.
+    eager = getattr(spec.eager, overload)._op
     function_modes = torch._C._len_torch_function_stack  # make_fx(pre_dispatch=True) is one, and no dispatch mode
 
     def kernel(*args: Any) -> Any:
         return (by_name if profiler._is_profiler_enabled or function_modes() else eager)(*args)
 
-    def brief(*args: Any) -> Any:
-        return (by_name_briefly if profiler._is_profiler_enabled or function_modes() else eager_brief)(*args)
-
-    return kernel, brief
+    return by_name if _log.ENABLED else kernel
 
 
-_KERNELS: dict[str, Callable] = {}
-_BRIEF: dict[str, Callable] = {}
-for _name, _spec in _OPERATORS.items():
-    _KERNELS[_name], _BRIEF[_name] = _kernels(_spec)
-
-
-def _by_name_brief(spec: Operator) -> Callable:
-    """The operator of torch.ops.rat_ext, for the arguments of a brief call."""
-    return lambda *args: spec.overload(*spec.whole(args))
-
+_KERNELS = {name: _kernel(spec, "default") for name, spec in _OPERATORS.items()}
+_BRIEF = {name: _kernel(spec, "brief") for name, spec in _OPERATORS.items()}
 
 # Dispatch modes and subclasses of tensors look at operators: they are shown those of torch.ops.rat_ext, as profilers and modes
 # of functions are above. So is the meta device, which has rules of shapes alone.
 _SHOWN_TO = [torch.library.Library("rat_ext_eager", "IMPL", key) for key in ("Python", "Meta")]
 for _library in _SHOWN_TO:
     for _name, _spec in _OPERATORS.items():
-        _library.impl(_name, _spec.overload)
-        _library.impl(f"{_name}.brief", _by_name_brief(_spec))
+        for _overload in _spec.eager.overloads():
+            _library.impl(f"{_name}.{_overload}".removesuffix(".default"), _by_name(_spec, _spec.overload, _overload))
 
 
 def call_kernel(name: str, **given: Any) -> tuple:
@@ -153,6 +146,7 @@ class Differentiable:
         self.forward, self.backward = _OPERATORS[name], _OPERATORS[f"{name}_backward"]
         self.kernel, self.backward_kernel = _KERNELS[name], _KERNELS[f"{name}_backward"]
         self.brief_kernel, self.brief_backward_kernel = _BRIEF[name], _BRIEF[f"{name}_backward"]
+        self.y_kernel = _kernel(self.forward, "y")
         arguments, results, brief = self.forward.arguments, self.forward.results, self.forward.brief
         wanted = self.backward.arguments
         incoming = [f"d{n}" for n in results]
@@ -174,7 +168,7 @@ class Differentiable:
         self._visible = [i for i in range(len(results)) if not hidden[i]]
         self._incoming = [self._visible.index(i) if d else None for i, d in enumerate(self._differentiable)]
 
-        self._recorded = _by_name_brief(self.backward)
+        self._recorded = _by_name(self.backward, self.backward.overload, "brief")
         self._eager = self._function(name, self._eager_forward, self._eager_backward)
         self._eager_brief = self._function(name, self._brief_forward, self._brief_backward)
         torch.library.register_autograd(f"rat_ext::{name}", self._traced_backward, setup_context=self._traced_context)
@@ -186,7 +180,7 @@ class Differentiable:
         elif len(args) < len(self.forward.arguments):
             if torch.is_grad_enabled():
                 return (self._eager_brief(args, *self._inputs_brief(args)),)
-            return self.brief_kernel(*args)[:1]
+            return (self.y_kernel(*args),)
         elif torch.is_grad_enabled():
             inputs = self._inputs_without_state if args[self._lengths] is None else self._inputs
             output = self._eager(args, *inputs(args))

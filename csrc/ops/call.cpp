@@ -352,6 +352,10 @@ void* CallBase::scratch(size_t bytes) {
   return reinterpret_cast<void*>(round_up(reinterpret_cast<uintptr_t>(kept_.front().data), kAlignment));
 }
 
+void* CallBase::scratch(std::string_view name, Shape sizes, ScalarType type) {
+  return scratch(static_cast<size_t>(bytes_of(name, sizes, type)));
+}
+
 // ---- the device ---------------------------------------------------------------------------------------------------------
 
 void* CallBase::current_stream() const {

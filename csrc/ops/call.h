@@ -212,6 +212,8 @@ class CallBase {
   void expect(int64_t elements);
   // Memory of a kernel, 256-byte aligned; lives as long as the call.
   void* scratch(size_t bytes);
+  // For a result that is not returned.
+  void* scratch(std::string_view name, Shape sizes, ScalarType type);
   void* current_stream() const;
   // Throws where the kernels cannot run: a GPU that is too old, a build without CUDA.
   void check_can_run() const;
@@ -226,6 +228,7 @@ class CallBase {
   ScalarType acc{};           // of tables, biases and running states: float32, or float64 beside float64
   int32_t device = kElsewhere;
   bool aligned = true;  // all rows so far
+  bool only_y = false;  // is the first result all that is returned? Others are scratch then
   bool share = false;  // may results share memory? Where torch looks on (tracing, its checks of operators) they may not
   std::string choices;  // of Mode::explain, a line for each family: phase, family, 1 where it is chosen, why
 
@@ -303,7 +306,7 @@ class Call : public CallBase {
 
   // Hands the results over to the stack.
   void push_results(StableIValue* stack) {
-    for (size_t i = 0; i < kSignature.result_count; ++i) {
+    for (size_t i = 0; i < (only_y ? 1 : kSignature.result_count); ++i) {
       if (kSignature.results[i].kind == Kind::tensor) {
         stack[i] = torch::stable::detail::from(results_[i].release());
       } else {
@@ -392,6 +395,7 @@ Rows copied_rows(Call<Op>& call, Shape sizes) {
 // Allocates a result. Its memory is uninitialised.
 template <Name name, class Op>
 void* make(Call<Op>& call, Shape sizes, ScalarType type) {
+  if (call.only_y && Call<Op>::template result<name>() > 0) return call.scratch(name.view(), sizes, type);
   Handle& x = call.returned(Call<Op>::template result<name>());
   x = call.empty(name.view(), sizes, type);
   return address_of(x);
