@@ -117,6 +117,7 @@ def order_of_backward(rank: int, world: int) -> list[list[str]]:
     with (
         mock.patch.object(Exchange, "send", noted("send", Exchange.send)),
         mock.patch.object(op, "backward_kernel", noted("attention", op.backward_kernel)),
+        mock.patch.object(op, "brief_backward_kernel", noted("attention", op.brief_backward_kernel)),
         mock.patch.dict(kernels, chunk_recurrence_backward=scan),
     ):
         y = rat_ext.rat_attention(**leaves, chunk_size=16, context_parallel=cp, **case.options)

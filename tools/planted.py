@@ -36,15 +36,15 @@ PYTHON = [
     Mutant(
         "scale by D",
         "rat_ext/_arguments.py",
-        r"parts, shape = 1, given",
-        "parts, shape = 2, given",
+        r"dim = shape\[-1\] if shape else 1",
+        "dim = shape[-1] // 2 if shape else 1",
         "tests/test_laws.py::test_scale_moves_between_q_and_scale",
     ),
     Mutant(
         "default scale",
         "rat_ext/_arguments.py",
-        r"// max\(parts, 1\), 1\) \*\* -0\.5",
-        "// max(parts, 1), 1) ** -0.25",
+        r"return dim\*\*-0\.5 if dim > 1",
+        "return dim**-0.25 if dim > 1",
         "tests/test_attention.py::test_optional_arguments",
     ),
     Mutant(
@@ -148,9 +148,23 @@ PYTHON = [
     Mutant(
         "second derivative in silence",
         "rat_ext/_autograd.py",
-        r"    if torch\.is_grad_enabled\(\):\n        return kernel\(\*args\)\n",
-        "",
+        r"return operator\(\*args\) if torch\.is_grad_enabled\(\) else kernel\(\*args\)",
+        "return kernel(*args)",
         "tests/test_autograd.py",
+    ),
+    Mutant(
+        "every call is brief",
+        "rat_ext/_arguments.py",
+        r"if given\[name\] is not usual:",
+        "if given[name] is ...:",
+        "tests/test_eager.py::test_what_is_given_arrives",
+    ),
+    Mutant(
+        "profilers see eager operators",
+        "rat_ext/_autograd.py",
+        r"\(by_name_briefly if profiler\._is_profiler_enabled or function_modes\(\) else eager_brief\)",
+        "eager_brief",
+        "tests/test_eager.py",
     ),
     Mutant(
         "running states of another dtype",
@@ -593,7 +607,7 @@ OPS = [
     Mutant(
         "tables with their strides",
         "csrc/ops/call.cpp",
-        r"if \(x\.tensor\.is_contiguous\(\)\) return aligned_data\(x\);",
+        r"if \(x\.is_contiguous\(\)\) return aligned_data\(x\);",
         "return x.data;",
         "tests/test_alignment.py::test_strides_of_small_tensors",
     ),
@@ -612,9 +626,30 @@ OPS = [
         "tests/test_recurrence.py::test_no_tokens_have_a_bias_without_gradient",
     ),
     Mutant(
+        "results in one place",
+        "csrc/ops/call.cpp",
+        r"  block_used_ = std::min\(block_bytes_, round_up\(block_used_ \+ static_cast<size_t>\(bytes\), kPlace\)\);\n",
+        "",
+        "tests/test_eager.py::test_same_results",
+    ),
+    Mutant(
+        "large results share memory",
+        "csrc/ops/call.cpp",
+        r" \|\| elements > kMost / element_size\(\)\) return;",
+        ") return;",
+        "tests/test_eager.py::test_large_results_do_not",
+    ),
+    Mutant(
+        "returned states share memory",
+        "csrc/ops/rat_attention.cpp",
+        r"if \(!return_state\) call\.expect",
+        "call.expect",
+        "tests/test_eager.py::test_large_results_do_not",
+    ),
+    Mutant(
         "strided states are misread",
         "csrc/ops/call.cpp",
-        r"if \(!x\.tensor\.is_contiguous\(\)\)",
+        r"if \(!x\.is_contiguous\(\)\)",
         "if (false)",
         "tests/test_state.py::test_a_state_that_is_not_contiguous_is_refused",
     ),
@@ -628,8 +663,8 @@ OPS = [
     Mutant(
         "expanded gradients",
         "csrc/ops/call.cpp",
-        r"if \(x\.tensor\.is_contiguous\(\)\) return aligned_data\(x\);\s*kept_",
-        "return aligned_data(x);\n  kept_",
+        r"if \(x\.is_contiguous\(\)\) return aligned_data\(x\);\s*return keep",
+        "return aligned_data(x);\n  return keep",
         "tests/test_autograd.py::test_an_expanded_gradient_of_a_state",
     ),
     Mutant(
