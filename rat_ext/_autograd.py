@@ -67,6 +67,29 @@ def call_kernel(name: str, **given: Any) -> tuple:
     return _below_autograd(_KERNELS[name], *(given.get(n) for n in _OPERATORS[name].arguments))
 
 
+def results_of(name: str, **given: Any) -> dict[str, Any]:
+    """:func:`call_kernel`, results by name."""
+    spec = _OPERATORS[name]
+    return dict(zip(spec.results, _below_autograd(_KERNELS[name], *(given.get(n) for n in spec.arguments)), strict=True))
+
+
+def call_forward(name: str, given: Given) -> dict[str, Any]:
+    """All results of an operator by name, those too that are only saved, for a forward that is written by hand.
+
+    ``given``: the arguments of the public op; afterwards those of the operator too.
+    """
+    spec = _OPERATORS[name]
+    _refuse_jit(name)
+    try:
+        args = prepare(name, spec, given)
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            _refuse_transforms(name, args)
+        return dict(zip(spec.results, _below_autograd(_KERNELS[name], *args), strict=True))
+    except (TypeError, AttributeError, RuntimeError, IndexError):
+        check_types(name, spec, given, _SHOWN[name])
+        raise
+
+
 # ---- gradients --------------------------------------------------------------------------------------------------------
 
 
