@@ -458,9 +458,7 @@ class _Call:
         self._check_tables()
 
     def _check_tables(self) -> None:
-        starts = self.layout.starts
-        longest = max((b - a for a, b in zip(starts[:-1], starts[1:], strict=True)), default=0)
-        need, cos = -(-longest // self.chunk_size), self.given.get("rotary_cos")
+        need, cos = -(-self.layout.longest // self.chunk_size), self.given.get("rotary_cos")
         if (cos is None) != (self.given.get("rotary_sin") is None):
             raise _wrong(self.op, "rotary_cos, rotary_sin", "both or neither", "one of them")
         if isinstance(cos, Tensor) and cos.dim() == 2 and cos.shape[0] < need:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,15 +40,26 @@ TOKENS_OF_A_ROW = 8
 
 @dataclasses.dataclass(frozen=True)
 class Leaving:
-    """The tokens of a run whose sequence goes on after it: ``whole`` chunks, the first of index ``first``, and ``tail`` more.
+    """The tokens of a run whose sequence goes on after it, from token ``at`` of the rank's row on.
 
-    ``at``: the first of them, in the rank's row.
+    In order: ``head`` that end a chunk of which earlier runs have ``offset`` tokens, ``whole`` chunks, ``tail`` of an open one.
+
+    Attributes:
+        first: index of the first chunk that closes here.
+        within: no chunk closes here that another run began: the run lies inside one.
     """
 
     at: int
+    head: int
     whole: int
     tail: int
     first: int
+    offset: int
+    within: bool
+
+    @property
+    def closed(self) -> int:
+        return self.whole + (self.head > 0)
 
 
 @dataclasses.dataclass
@@ -66,17 +77,38 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """What one rank gets of a run: the states of its whole chunks, and, if ``running``, the state at its end."""
+    """What one rank gets of a run: the states of ``closed`` chunks, and, if ``running``, the state at its end."""
 
     run: int
-    whole: int
+    closed: int
     running: bool
 
 
 @dataclasses.dataclass(frozen=True)
-class Entering:
-    """A sequence of a rank's row that continues: ``sources`` (run, first chunk, chunks); the run that has its open chunk."""
+class Way:
+    """A transfer. ``out``: for each rank, what it gets of this one; ``into``: for each rank, what this one gets of it."""
 
+    out: list[list[Message]]
+    into: list[list[Message]]
+
+    def only(self, running: bool) -> Way:
+        """Of running states alone, or of chunk states alone."""
+
+        def kept(messages: list[Message]) -> list[Message]:
+            cut = [Message(m.run, 0 if running else m.closed, running and m.running) for m in messages]
+            return [m for m in cut if m.closed or m.running]
+
+        return Way([kept(ms) for ms in self.out], [kept(ms) for ms in self.into])
+
+
+@dataclasses.dataclass(frozen=True)
+class Entering:
+    """The sequence that enters a run, number ``sequence`` of the rank's row.
+
+    ``sources``: (run, first chunk, chunks) of those before; ``running``: the run that has the open chunk's last token, or None.
+    """
+
+    run: int
     sequence: int
     sources: tuple[tuple[int, int, int], ...]
     running: int | None
@@ -86,54 +118,53 @@ class Plan:
     """How a row of packed sequences goes over ranks, for one chunk size. Arithmetic of the host, made once.
 
     Attributes:
-        fits: whether all ranks can take it: each state that is sent follows from tokens of one run, and chunk states of a rank
+        fits: whether all ranks can take it: no run that sends lies inside a chunk that others began, and chunk states of a rank
             need little more memory than they would have by sequence.
-        used: whether anything is sent.
-        out: for each rank, what it gets of this one.
-        into: for each rank, what this one gets of it.
+        ways: the transfers, in order: one; or of running states, then of chunk states, some of which follow from them; or none.
+        leaving: the runs of this rank whose states are sent.
+        entering: the sequences of this rank that continue.
         cu_seqlens, lengths: of the sequences of this rank's row; the tokens that each had before.
+        longest, bound, chunk_rows: the most tokens of a sequence in the row; in all; the most chunks that one had before.
     """
 
     def __init__(self, layout: Layout, chunk_size: int, rank: int, world: int):
         self.chunk_size = chunk_size
         self.runs = self._runs(layout, world)
-        self._find_leaving()
+        for run in self.runs:
+            run.leaving = None if run.outward is None else self._leaving(run, run.outward)
+        sources = [
+            [i for i in range(j) if self.runs[i].outward == run.inward] if run.inward else [] for j, run in enumerate(self.runs)
+        ]
         wanted: dict[tuple[int, int], bool] = {}  # a run and a rank: also the running state?
-        exact = True
-        entering: dict[int, list[tuple[Run, list[int], int | None]]] = {r: [] for r in range(world)}
-        for j, run in enumerate(self.runs):
-            if run.inward is None:
-                continue
-            sources = [i for i in range(j) if self.runs[i].outward == run.inward]
-            open_ = (run.begin - run.inward[0]) % chunk_size > 0
-            for i in sources:
-                sender = self.runs[i]
-                exact &= (max(sender.begin, run.inward[0]) - run.inward[0]) % chunk_size == 0
-                with_state = open_ and i == sources[-1]
-                wanted[i, run.owner] = wanted.get((i, run.owner), False) or with_state
-            entering[run.owner].append((run, sources, sources[-1] if open_ else None))
+        for run, before in zip(self.runs, sources, strict=True):
+            for i in before:
+                wanted[i, run.owner] = wanted.get((i, run.owner), False) or (self._open(run) and i == before[-1])
         rows = [self._row(layout, r) for r in range(world)]
         self.cu_seqlens, self.lengths = rows[rank]
         self.longest, self.bound, self.chunk_rows = self._sizes(*rows[rank])
-        self.fits = exact and all(self._small(*row) for row in rows)
-        messages = {key: self._message(key[0], running) for key, running in sorted(wanted.items())}
-        messages = {key: m for key, m in messages.items() if m.whole or m.running}
-        self.used = bool(messages)
+        self.fits = not any(self.left(i).within for i, _ in wanted) and all(self._small(*row) for row in rows)
+        messages = {(i, to): Message(i, self.left(i).closed, running) for (i, to), running in sorted(wanted.items())}
+        messages = {key: m for key, m in messages.items() if m.closed or m.running}
         owner = [run.owner for run in self.runs]
-        self.out = [[m for (i, to), m in messages.items() if to == r and owner[i] == rank] for r in range(world)]
-        self.into = [[m for (i, to), m in messages.items() if to == rank and owner[i] == r] for r in range(world)]
-        self.leaving = sorted({m.run for ms in self.out for m in ms})
-        self.entering: list[Entering] = []
-        for run, sources, running in entering[rank]:
-            found = []
-            for i in sources:
-                leaving = self.runs[i].leaving
-                assert leaving is not None
-                if leaving.whole:
-                    found.append((i, leaving.first, leaving.whole))
-            self.entering.append(Entering(bisect.bisect_right(self.cu_seqlens, run.at) - 1, tuple(found), running))
-        self._tensors: dict[Any, tuple[Tensor, Tensor]] = {}
-        self._chunks: dict[Any, Tensor] = {}
+        self.way = Way(
+            [[m for (i, to), m in messages.items() if to == r and owner[i] == rank] for r in range(world)],
+            [[m for (i, to), m in messages.items() if to == rank and owner[i] == r] for r in range(world)],
+        )
+        self.ways = [self.way] if messages else []
+        if any(self.left(m.run).head for m in messages.values()):
+            self.ways = [self.way.only(running=True), self.way.only(running=False)]
+        self.leaving = sorted({m.run for ms in self.way.out for m in ms})
+        self.entering = [
+            Entering(
+                j,
+                bisect.bisect_right(self.cu_seqlens, run.at) - 1,
+                tuple((i, self.left(i).first, self.left(i).closed) for i in sources[j] if self.left(i).closed),
+                sources[j][-1] if self._open(run) else None,
+            )
+            for j, run in enumerate(self.runs)
+            if run.owner == rank and run.inward is not None
+        ]
+        self._tensors: dict[Any, Tensor] = {}
 
     @staticmethod
     def _runs(layout: Layout, world: int) -> list[Run]:
@@ -150,18 +181,23 @@ class Plan:
             at[piece.owner] += piece.tokens
         return runs
 
-    def _find_leaving(self) -> None:
-        for run in self.runs:
-            if run.outward is not None:
-                start = max(run.begin, run.outward[0])
-                whole, tail = divmod(run.end - start, self.chunk_size)
-                first = (start - run.outward[0]) // self.chunk_size
-                run.leaving = Leaving(run.at + start - run.begin, whole, tail, first)
+    def _leaving(self, run: Run, sequence: Crossing) -> Leaving:
+        begin, size = max(run.begin, sequence[0]), self.chunk_size
+        tokens, (first, offset) = run.end - begin, divmod(begin - sequence[0], size)
+        within = offset > 0 and offset + tokens < size
+        head = 0 if within else -offset % size
+        whole, tail = divmod(tokens - head, size)
+        return Leaving(run.at + begin - run.begin, head, whole, tail, first, offset, within)
 
-    def _message(self, i: int, running: bool) -> Message:
+    def left(self, i: int) -> Leaving:
+        """What leaves run i."""
         leaving = self.runs[i].leaving
         assert leaving is not None
-        return Message(i, leaving.whole, running)
+        return leaving
+
+    def _open(self, run: Run) -> bool:
+        """Does its begin divide a chunk?"""
+        return run.inward is not None and (run.begin - run.inward[0]) % self.chunk_size > 0
 
     def _row(self, layout: Layout, rank: int) -> tuple[list[int], list[int]]:
         """cu_seqlens and lengths of a rank's row."""
@@ -189,48 +225,45 @@ class Plan:
 
     # ---- tensors, made once ----
 
-    def row(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cu_seqlens and lengths on a device."""
-        if device not in self._tensors:
-            made = [torch.tensor(x, dtype=torch.int32, device="cpu").to(device) for x in (self.cu_seqlens, self.lengths)]
-            self._tensors[device] = made[0], made[1]
-        return self._tensors[device]
+    def numbers(self, name: Any, values: Callable[[], Sequence[int]], device: torch.device) -> Tensor:
+        """int32 numbers on a device, by a name."""
+        key = name, device
+        if key not in self._tensors:
+            self._tensors[key] = torch.tensor(values(), dtype=torch.int32, device="cpu").to(device)
+        return self._tensors[key]
 
-    def slices(self, leaving: Leaving, tokens: int, device: torch.device) -> Iterator[tuple[int, int, int, int, Tensor]]:
-        """What is left of a run in slices: first token, tokens, first sequence, sequences, and cu_seqlens of these.
+    def slices(self, i: int, tokens: int, device: torch.device) -> Iterator[tuple[int, int, int, int, Tensor]]:
+        """The whole chunks and the tail of run i, each a sequence, in slices of so many tokens.
 
-        A chunk is a sequence, and so is the tail.
+        Of each: first token, tokens, first sequence, sequences, cu_seqlens.
         """
-        step = max(tokens // self.chunk_size, 1)
-        count = leaving.whole + (leaving.tail > 0)
+        leaving, size = self.left(i), self.chunk_size
+        step, count = max(tokens // size, 1), leaving.whole + (leaving.tail > 0)
         for first in range(0, count, step):
             n = min(step, count - first)
-            tail = leaving.tail if first + n == count else 0
-            key = (n, tail, device)
-            if key not in self._chunks:
-                ends = torch.arange(n + 1, dtype=torch.int32, device="cpu") * self.chunk_size
-                if tail:
-                    ends[-1] += tail - self.chunk_size
-                self._chunks[key] = ends.to(device)
-            length = n * self.chunk_size + (tail - self.chunk_size if tail else 0)
-            yield leaving.at + first * self.chunk_size, length, first, n, self._chunks[key]
+            length = min(n * size, (leaving.whole - first) * size + leaving.tail)
+            ends = self.numbers(("chunks", n, length), lambda n=n, end=length: [*range(0, n * size, size), end], device)
+            yield leaving.at + leaving.head + first * size, length, first, n, ends
 
     # ---- bytes ----
 
-    def bytes_of(self, messages: Sequence[Message], numbers: int, size: int, wide: int) -> int:
+    @staticmethod
+    def bytes_of(messages: Sequence[Message], numbers: int, size: int, wide: int) -> int:
         """Of states of ``numbers`` numbers: chunk states of ``size`` bytes each, running ones of ``wide``."""
-        return sum(2 * numbers * (m.whole * size + m.running * wide) for m in messages)
+        return sum(2 * numbers * (m.closed * size + m.running * wide) for m in messages)
 
     def bytes_by_kind(self, rank: int, numbers: int, size: int, wide: int) -> dict[str, int]:
         """What leaves this rank, as ContextParallel.bytes_sent says it."""
-        sent = [m for to, ms in enumerate(self.out) if to != rank for m in ms]
-        got = [m for source, ms in enumerate(self.into) if source != rank for m in ms]
-        early = [self.runs[m.run].begin < self.runs[-1].end // 2 for m in sent]
-        by_kind = {"running": self.bytes_of([dataclasses.replace(m, whole=0) for m in sent], numbers, size, wide)}
-        for kind, wanted in (("early", True), ("late", False)):
-            of_kind = [dataclasses.replace(m, running=False) for m, e in zip(sent, early, strict=True) if e == wanted]
-            by_kind[kind] = self.bytes_of(of_kind, numbers, size, wide)
-        return by_kind | {"backward": self.bytes_of(got, numbers, size, wide)}
+        sent, got = ([m for to, ms in enumerate(x) if to != rank for m in ms] for x in (self.way.out, self.way.into))
+        half = self.runs[-1].end // 2 if self.runs else 0
+        kinds: dict[str, list[Message]] = {"early": [], "late": []}
+        for m in sent:
+            kinds["early" if self.runs[m.run].begin < half else "late"].append(m)
+        return {
+            "running": self.bytes_of(sent, numbers, 0, wide),
+            **{kind: self.bytes_of(ms, numbers, size, 0) for kind, ms in kinds.items()},
+            "backward": self.bytes_of(got, numbers, size, wide),
+        }
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -255,38 +288,37 @@ def _turn(rows: Tensor, tables: tuple[Tensor, Tensor] | None, first: int, back: 
 
 
 class _Transfer:
-    """States of some runs for all ranks, or their gradients on the way back, as bytes."""
+    """States of some runs for all ranks, or their gradients on the way back, as bytes. ``parts``: the tensors, by rank."""
 
-    def __init__(self, group: Any, plan: Plan, shape: tuple[int, int], dtype: torch.dtype, device: torch.device):
-        self.group, self.plan, self.shape, self.dtype, self.device = group, plan, shape, dtype, device
-        self.acc = state_dtype(dtype)
+    def __init__(
+        self, group: Any, there: list[list[Message]], back: list[list[Message]], parts: list[Tensor], shape: Sequence[int],
+        dtype: torch.dtype, device: torch.device,
+    ):  # fmt: skip
+        self.back, self.shape, self.dtype, self.acc = back, shape, dtype, state_dtype(dtype)
+        self.numbers = shape[0] * shape[1]
+        sent, received = (
+            [Plan.bytes_of(ms, self.numbers, dtype.itemsize, self.acc.itemsize) for ms in way] for way in (there, back)
+        )
+        rows = torch.cat([_flat(x) for x in parts]) if parts else torch.empty(0, dtype=torch.uint8, device=device)
+        self.got = rows.new_empty(sum(received))
+        # The work holds what is sent until it is waited for.
+        self.rows = rows
+        self.work = dist.all_to_all_single(self.got, rows, received, sent, group=group, async_op=True)
 
-    def start(self, there: list[list[Message]], back: list[list[Message]], parts: list[Tensor]) -> None:
-        """``parts``: what is sent, by rank; ``there`` and ``back``: what that is, and what comes."""
-        numbers, size, wide = self.shape[0] * self.shape[1], self.dtype.itemsize, self.acc.itemsize
-        sent, received = ([self.plan.bytes_of(ms, numbers, size, wide) for ms in way] for way in (there, back))
-        kind = {"dtype": torch.uint8, "device": self.device}
-        self.rows = torch.cat([_flat(x) for x in parts]) if parts else torch.empty(0, **kind)
-        self.got, self.back = torch.empty(sum(received), **kind), back
-        self.work = dist.all_to_all_single(self.got, self.rows, received, sent, group=self.group, async_op=True)
-
-    def finish(self) -> Iterator[tuple[Message, Tensor | None, Tensor]]:
-        """Of each message that came, by rank: running states ``(2, H, D)``, chunk states ``(2, chunks, H, D)``."""
+    def finish(self) -> Iterator[tuple[Message, Tensor | None, Tensor | None]]:
+        """Of each message that came, by rank: running states ``(2, H, D)``, chunk states ``(2, chunks, H, D)``; or None."""
         self.work.wait()
-        got, at = self.got, 0
-        del self.work, self.rows, self.got  # this lives as long as the graph
-
-        def take(count: int, dtype: torch.dtype) -> Tensor:
-            nonlocal at
-            shape = (2, *([count] if count >= 0 else []), *self.shape)
-            end = at + abs(count) * 2 * self.shape[0] * self.shape[1] * dtype.itemsize
-            part, at = got[at:end], end
-            return part.view(dtype).view(shape)
-
+        at = 0
         for messages in self.back:
             for m in messages:
-                running = take(-1, self.acc) if m.running else None
-                yield m, running, take(m.whole, self.dtype)
+                running = chunks = None
+                if m.running:
+                    end = at + 2 * self.numbers * self.acc.itemsize
+                    running, at = self.got[at:end].view(self.acc).view(2, *self.shape), end
+                if m.closed:
+                    end = at + 2 * m.closed * self.numbers * self.dtype.itemsize
+                    chunks, at = self.got[at:end].view(self.dtype).view(2, m.closed, *self.shape), end
+                yield m, running, chunks
 
 
 class _Row(torch.autograd.Function):
@@ -297,149 +329,237 @@ class _Row(torch.autograd.Function):
         ctx: Any, group: Any, op: str, plan: Plan, options: Given, names: Sequence[str], bias: Tensor | None, *rows: Tensor
     ) -> Tensor:
         given = options | dict(zip(names, rows, strict=True)) | {"gate_bias": bias}
-        heads, dim, places = _places(given)
         lead = rows[0]
-        acc = state_dtype(lead.dtype)
-        transfer = _Transfer(group, plan, (heads, dim), lead.dtype, lead.device)
-        tables = None if given["rotary_cos"] is None else (given["rotary_cos"].to(acc), given["rotary_sin"].to(acc))
-        if plan.used:
-            states = {i: _states(plan, i, places, bias, tables, lead.dtype) for i in plan.leaving}
-            parts = []
-            for m in (m for messages in plan.out for m in messages):
-                running, chunks = states[m.run]
-                parts += [*(running if m.running else ()), *chunks]
-            transfer.start(plan.out, plan.into, parts)
-        cu_seqlens, lengths = plan.row(lead.device)
+        shape = _places(given)[0]
+        cu_seqlens = plan.numbers("cu_seqlens", lambda: plan.cu_seqlens, lead.device)
         given |= {"cu_seqlens": cu_seqlens, "max_seqlen": plan.longest, "initial_state": None, "return_state": False}
         if plan.entering:
-            sequences = len(plan.lengths)
-            chunk_k, chunk_v = lead.new_empty(2, sequences, heads, plan.chunk_rows, dim).unbind(0)
-            running = lead.new_zeros(2, sequences, heads, dim, dtype=acc)
-        if plan.used:
-            came = {m.run: (running_of, chunks) for m, running_of, chunks in transfer.finish()}
-            for e in plan.entering:
-                for run, first, count in e.sources:
-                    for to, chunks in zip((chunk_k, chunk_v), came[run][1], strict=True):
-                        to[e.sequence, :, first : first + count] = chunks.transpose(0, 1)
-                if e.running is not None:
-                    running[:, e.sequence] = came[e.running][0]
+            n, (heads, dim) = len(plan.lengths), shape
+            chunk_k, chunk_v = lead.new_empty(2, n, heads, plan.chunk_rows, dim).unbind(0)
+            running = lead.new_zeros(2, n, heads, dim, dtype=state_dtype(lead.dtype))
+        states = {i: _states(plan, i, given) for i in plan.leaving}
+        before: dict[int, Tensor] = {}  # by run, the running states that came
+        chunks_of: dict[int, Tensor] = {}
+        ready: dict[int, list[Tensor]] = {}  # chunk states of this rank's runs, as they are sent
+        for way in plan.ways:
+            parts: list[Tensor] = []
+            for m in (m for messages in way.out for m in messages):
+                if m.running:
+                    parts += [x[-1] for x in states[m.run]]
+                if m.closed:
+                    if m.run not in ready:
+                        ready[m.run] = _closed(plan, m.run, given, states[m.run], before)
+                    parts += ready[m.run]
+            transfer = _Transfer(group, way.out, way.into, parts, shape, lead.dtype, lead.device)
+            for m, came, chunks in transfer.finish():
+                if came is not None:
+                    before[m.run] = came
+                if chunks is not None:
+                    chunks_of[m.run] = chunks
+        for e in plan.entering:
+            for run, first, count in e.sources:
+                for to, chunks in zip((chunk_k, chunk_v), chunks_of[run], strict=True):
+                    to[e.sequence, :, first : first + count] = chunks.transpose(0, 1)
+            if e.running is not None:
+                running[:, e.sequence] = before[e.running]
         if plan.entering:
+            lengths = plan.numbers("lengths", lambda: plan.lengths, lead.device)
             # What the op adds to the bound, the longest sequence's tokens, makes it that of the longest with its past.
             bound = plan.bound - plan.longest
             given["initial_state"] = RATCache(chunk_k, chunk_v, *running.unbind(0), lengths, plan.chunk_size, bound)
-        results = call_forward(op, given)
-        ctx.group, ctx.op, ctx.plan, ctx.names, ctx.transfer = group, op, plan, names, transfer
-        saved = given | results
+        saved = given | call_forward(op, given)
+        # call_forward has put the tensors of the state among the arguments.
+        ctx.group, ctx.op, ctx.plan, ctx.names, ctx.shape = group, op, plan, names, shape
         ctx.tensors = [name for name, x in saved.items() if isinstance(x, Tensor)]
         ctx.given = {name: x for name, x in saved.items() if not isinstance(x, (Tensor, RATCache))}
         ctx.save_for_backward(*(saved[name] for name in ctx.tensors))
-        return results["y"]
+        return saved["y"]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        op, plan, transfer = ctx.op, ctx.plan, ctx.transfer
+        plan: Plan = ctx.plan
         given = ctx.given | dict(zip(ctx.tensors, ctx.saved_tensors, strict=True))
-        grads = results_of(f"{op}_backward", **given, dy=dy)
-        dbias = grads["dgate_bias"]
-        if plan.used:
-            back: dict[int, list] = {}
-            for e in plan.entering:
-                for run, first, count in e.sources:
-                    of_run = [grads[n][e.sequence, :, first : first + count].transpose(0, 1) for n in ("dchunk_k", "dchunk_v")]
-                    back.setdefault(run, [None, None])[1] = _plus(back.get(run, [None, None])[1], of_run)
-                if e.running is not None:
-                    of_run = [grads[n][e.sequence] for n in ("drunning_k", "drunning_v")]
-                    back.setdefault(e.running, [None, None])[0] = of_run
-            parts = []
-            for m in (m for messages in plan.into for m in messages):
-                running, chunks = back[m.run]
-                parts += [*(running if m.running else ()), *(chunks if m.whole else ())]
-            transfer.start(plan.into, plan.out, parts)
-            totals: dict[int, Any] = {}
-            for m, running, chunks in transfer.finish():  # of rank after rank: the bits do not depend on timing
-                before = totals.get(m.run, (None, None))
-                chunks = chunks.to(transfer.acc)
-                totals[m.run] = (
-                    running if before[0] is None else before[0] if running is None else before[0] + running,
-                    chunks if before[1] is None else before[1] + chunks,
-                )
-            for i, (running, chunks) in totals.items():
-                more = _backward_of_states(plan, i, given, grads, running, chunks)
-                if dbias is not None and more is not None:
-                    dbias = dbias + more
-        return None, None, None, None, None, dbias, *(grads["d" + name] for name in ctx.names)
+        grads = results_of(f"{ctx.op}_backward", **given, dy=dy)
+        dbias = [grads["dgate_bias"]]
+        chunks_of: dict[int, list[Tensor]] = {}  # gradients of the chunk states that came, by run
+        runnings: dict[int, list[Tensor]] = {}
+        for e in plan.entering:
+            for run, first, count in e.sources:
+                more = [grads[name][e.sequence, :, first : first + count].transpose(0, 1) for name in ("dchunk_k", "dchunk_v")]
+                chunks_of[run] = [a + b for a, b in zip(chunks_of[run], more, strict=True)] if run in chunks_of else more
+            if e.running is not None:
+                runnings[e.running] = [grads[name][e.sequence] for name in ("drunning_k", "drunning_v")]
+        totals: dict[int, Tensor] = {}  # of this rank's runs: the running states' (2, H, D),
+        totals_of_chunks: dict[int, Tensor] = {}  # and the chunk states' (2, chunks, H, D)
+        for way in reversed(plan.ways):
+            parts: list[Tensor] = []
+            for m in (m for messages in way.into for m in messages):
+                parts += [*(runnings[m.run] if m.running else ()), *(chunks_of[m.run] if m.closed else ())]
+            transfer = _Transfer(ctx.group, way.into, way.out, parts, ctx.shape, dy.dtype, dy.device)
+            for m, came, chunks in transfer.finish():  # of rank after rank: the bits do not depend on timing
+                if came is not None:
+                    totals[m.run] = totals[m.run] + came if m.run in totals else came
+                if chunks is not None:
+                    chunks = chunks.to(transfer.acc)
+                    totals_of_chunks[m.run] = totals_of_chunks[m.run] + chunks if m.run in totals_of_chunks else chunks
+            if way is plan.ways[-1]:
+                dstates = {i: _opened(plan, i, given, totals_of_chunks.get(i)) for i in plan.leaving}
+                for i in plan.leaving:
+                    if dstates[i] is not None and plan.left(i).head:
+                        dbias.append(_backward_of_head(plan, i, given, grads, dstates[i]))
+        for i in plan.leaving:
+            dbias.append(_backward_of_states(plan, i, given, grads, dstates[i], totals.get(i)))
+        return None, None, None, None, None, _sum(dbias), *(grads["d" + name] for name in ctx.names)
 
 
-def _plus(a: list[Tensor] | None, b: list[Tensor]) -> list[Tensor]:
-    return b if a is None else [x + y for x, y in zip(a, b, strict=True)]
+def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:
+    there = [x for x in terms if x is not None]
+    return sum(there[1:], there[0]) if there else None
 
 
-def _places(given: Given) -> tuple[int, int, list[tuple[Tensor, Columns | None]]]:
-    """H, D, and where k, v and gate are."""
+# ---- states of a run, from tokens of the rank's row ----------------------------------------------------------------------
+
+
+def _places(given: Given) -> tuple[tuple[int, int], list[tuple[Tensor, Columns | None]]]:
+    """(H, D), and where k, v and gate are."""
     if "projection" not in given:
-        heads, dim = given["v"].shape[2:]
-        return heads, dim, [(given[name], None) for name in ("k", "v", "gate")]
+        return given["v"].shape[2:], [(given[name], None) for name in ("k", "v", "gate")]
     projection, heads, groups = given["projection"], given["num_heads"], given["num_groups"]
     dim = projection.shape[-1] // (2 * groups + (3 if given["has_out_gate"] else 2) * heads)
     columns = ((groups, groups), (2 * groups, heads), (2 * groups + heads, heads))
-    return heads, dim, [(projection, (at * dim, n, dim)) for at, n in columns]
+    return (heads, dim), [(projection, (at * dim, n, dim)) for at, n in columns]
 
 
-def _states(
-    plan: Plan, i: int, places: list, bias: Tensor | None, tables: tuple[Tensor, Tensor] | None, dtype: torch.dtype
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Of a run: k~ and v~ at its end, and of its whole chunks, keys turned."""
-    leaving = plan.runs[i].leaving
-    assert leaving is not None
+def _cut(given: Given, at: int, tokens: int) -> list[Tensor]:
+    """k, v and gate of some tokens."""
+    return [view(x, at, tokens, columns) for x, columns in _places(given)[1]]
+
+
+def _scan(x: Tensor, gate: Tensor, given: Given, chunk_size: int, **more: Any) -> Tensor:
+    """States at the ends of sequences, ``(N, H, D)``."""
+    with passing():
+        return call_kernel(
+            "chunk_recurrence", x=x, gate=gate, gate_bias=given["gate_bias"], chunk_size=chunk_size, return_state=True, **more
+        )[1]
+
+
+def _states(plan: Plan, i: int, given: Given) -> list[Tensor]:
+    """k~ and v~ of a run's whole chunks and of its tail, ``(chunks, H, D)``."""
+    (heads, dim), places = _places(given)
+    lead = places[0][0]
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for at, tokens, _, sequences, ends in plan.slices(leaving, SLICE, places[0][0].device):
-        k, v, gate = (view(x, at, tokens, columns) for x, columns in places)
-        for x, to in zip((k, v), found, strict=True):
-            with passing():
-                to.append(
-                    call_kernel(
-                        "chunk_recurrence", x=x, gate=gate, gate_bias=bias, cu_seqlens=ends if sequences > 1 else None,
-                        chunk_size=min(plan.chunk_size, tokens), return_state=True,
-                    )[1]
-                )  # fmt: skip
-    k, v = (x[0] if len(x) == 1 else torch.cat(x) for x in found)
-    whole = leaving.whole
-    return [k[-1], v[-1]], [_turn(k[:whole], tables, leaving.first).to(dtype), v[:whole].to(dtype)]
+    for at, tokens, _, sequences, ends in plan.slices(i, SLICE, lead.device):
+        *rows, gate = _cut(given, at, tokens)
+        for x, to in zip(rows, found, strict=True):
+            more = {"cu_seqlens": ends} if sequences > 1 else {}
+            to.append(_scan(x, gate, given, min(plan.chunk_size, tokens), **more))
+    none = [lead.new_empty(0, heads, dim, dtype=state_dtype(lead.dtype))]
+    return [x[0] if len(x) == 1 else torch.cat(x or none) for x in found]
+
+
+def _before_head(plan: Plan, i: int) -> Entering:
+    return next(e for e in plan.entering if e.run == i)
+
+
+def _closed(plan: Plan, i: int, given: Given, states: list[Tensor], before: dict[int, Tensor]) -> list[Tensor]:
+    """k~, turned, and v~ of the chunks that close in a run, in the dtype of the op."""
+    leaving, lead = plan.left(i), states[0]
+    rows = [x[: leaving.whole] for x in states]
+    if leaving.head:
+        *tokens, gate = _cut(given, leaving.at, leaving.head)
+        source = _before_head(plan, i).running
+        assert source is not None
+        lengths = plan.numbers(("offset", i), lambda: [leaving.offset], lead.device)
+        heads = [
+            _scan(x, gate, given, plan.chunk_size, initial_state=state[None], lengths=lengths)
+            for x, state in zip(tokens, before[source], strict=True)
+        ]
+        rows = [torch.cat(x) for x in zip(heads, rows, strict=True)]
+    dtype = _places(given)[1][0][0].dtype
+    return [_turn(rows[0], given, leaving.first).to(dtype), rows[1].to(dtype)]
+
+
+def _turn(rows: Tensor, given: Given, first: int, back: bool = False) -> Tensor:
+    """Keys ``(chunks, H, D)``, turned by the index of their chunk; ``back``: turned back."""
+    if given["rotary_cos"] is None or not rows.shape[0]:
+        return rows
+    cos, sin = (given[name][first : first + rows.shape[0], None, None].to(rows.dtype) for name in ("rotary_cos", "rotary_sin"))
+    halves = rows.unflatten(-1, (2, -1))
+    turned, crossed = halves * cos, halves * sin
+    (low, high), (low_crossed, high_crossed) = turned.unbind(-2), crossed.unbind(-2)
+    low.add_(high_crossed, alpha=1 if back else -1)
+    high.add_(low_crossed, alpha=-1 if back else 1)
+    return turned.flatten(-2)
+
+
+# ---- their gradients, added to those of the tokens -----------------------------------------------------------------------
+
+
+def _opened(plan: Plan, i: int, given: Given, chunks: Tensor | None) -> list[Tensor] | None:
+    """Gradients of k~ and v~ of closed chunks, of those of what was sent."""
+    return None if chunks is None else [_turn(chunks[0], given, plan.left(i).first, back=True), chunks[1]]
+
+
+def _scan_back(
+    given: Given, grads: dict[str, Tensor], at: int, tokens: int, chunk_size: int, dstates: Sequence[Tensor], **more: Any
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Adds what follows from gradients of states to those of some tokens. Returns the bias's and those of initial states."""
+    *rows, gate = _cut(given, at, tokens)
+    *drows, dgate = _cut(given | {name.removeprefix("d"): x for name, x in grads.items() if x is not None}, at, tokens)
+    dbias, initial = [], []
+    # No token but the last of a chunk has a gradient: one row of zeros stands for all. y is not read, only checked.
+    dy = gate.new_zeros(gate.shape[-1]).expand(gate.shape)
+    for i, (x, dx, dstate) in enumerate(zip(rows, drows, dstates, strict=True)):
+        own = {name: values[i] if name == "initial_state" else values for name, values in more.items()}
+        more_x, more_gate, of_bias, of_initial = call_kernel(
+            "chunk_recurrence_backward", dy=dy, dfinal_state=dstate, x=x, gate=gate, gate_bias=given["gate_bias"], y=gate,
+            chunk_size=chunk_size, **own,
+        )  # fmt: skip
+        dx += more_x
+        dgate += more_gate
+        dbias.append(of_bias)
+        initial.append(of_initial)
+    return _sum(dbias), initial
+
+
+def _backward_of_head(plan: Plan, i: int, given: Given, grads: dict[str, Tensor], dstates: list[Tensor]) -> Tensor | None:
+    """Of the chunk that another run began: the gradient of its running state is added to the op's."""
+    leaving, n = plan.left(i), _before_head(plan, i).sequence
+    names = ("running_k", "running_v")
+    dbias, initial = _scan_back(
+        given, grads, leaving.at, leaving.head, plan.chunk_size, [x[:1] for x in dstates],
+        initial_state=[given[name][n : n + 1] for name in names],
+        lengths=plan.numbers(("offset", i), lambda: [leaving.offset], dstates[0].device),
+    )  # fmt: skip
+    for name, more in zip(names, initial, strict=True):
+        grads[f"d{name}"][n : n + 1] += more
+    return dbias
 
 
 def _backward_of_states(
-    plan: Plan, i: int, given: Given, grads: dict[str, Tensor], running: Tensor | None, chunks: Tensor
+    plan: Plan, i: int, given: Given, grads: dict[str, Tensor], dstates: list[Tensor] | None, running: Tensor | None
 ) -> Tensor | None:
-    """Adds what follows from gradients of a run's states to those of its tokens. Returns the bias's."""
-    leaving = plan.runs[i].leaving
-    assert leaving is not None
-    tables = None
-    if given["rotary_cos"] is not None:
-        tables = given["rotary_cos"].to(chunks.dtype), given["rotary_sin"].to(chunks.dtype)
-    dstates = [_turn(chunks[0], tables, leaving.first, back=True), chunks[1]]
+    """Of the whole chunks, and of the tail."""
+    leaving = plan.left(i)
+    parts: list[list[Tensor]] = [[], []]
+    if dstates is not None and leaving.whole:
+        parts = [[x[leaving.head > 0 :]] for x in dstates]
     if leaving.tail:
-        last = chunks.new_zeros(2, *chunks.shape[2:]) if running is None else running
-        dstates = [torch.cat((x, end[None])) for x, end in zip(dstates, last, strict=True)]
-    places = _places(given)[2]
-    to = _places({**given, **{n.removeprefix("d"): x for n, x in grads.items() if x is not None}})[2]
-    dbias: Tensor | None = None
-    for at, tokens, first, sequences, ends in plan.slices(leaving, SLICE // 2, chunks.device):
-        *rows, gate = (view(x, at, tokens, columns) for x, columns in places)
-        *drows, dgate = (view(x, at, tokens, columns) for x, columns in to)
-        # No token but the last of a chunk has a gradient: one row of zeros stands for all. y is not read, only checked.
-        dy = gate.new_zeros(gate.shape[-1]).expand(gate.shape)
-        for x, dx, dstate in zip(rows, drows, dstates, strict=True):
-            more_x, more_gate, more, _ = call_kernel(
-                "chunk_recurrence_backward", dy=dy, dfinal_state=dstate[first : first + sequences], x=x, gate=gate,
-                gate_bias=given["gate_bias"], cu_seqlens=ends if sequences > 1 else None, y=gate,
-                chunk_size=min(plan.chunk_size, tokens),
-            )  # fmt: skip
-            dx += more_x
-            dgate += more_gate
-            if more is not None:
-                dbias = more if dbias is None else dbias + more
-    return dbias
+        like = parts[0][0] if parts[0] else running
+        assert like is not None
+        ends = like.new_zeros(2, *like.shape[1:]) if running is None else running
+        parts = [[*x, end[None]] for x, end in zip(parts, ends, strict=True)]
+    rows = [x[0] if len(x) == 1 else torch.cat(x) for x in parts if x]
+    dbias = []
+    for at, tokens, first, sequences, ends in plan.slices(i, SLICE // 2, given["cu_seqlens"].device):
+        cut = [x[first : first + sequences] for x in rows]
+        own = {"cu_seqlens": ends} if sequences > 1 else {}
+        dbias.append(_scan_back(given, grads, at, tokens, min(plan.chunk_size, tokens), cut, **own)[0])
+    return _sum(dbias)
+
+
+# ---- the call ------------------------------------------------------------------------------------------------------------
 
 
 def whole_row(group: Any, op: str, plan: Plan, given: Given) -> Tensor:
