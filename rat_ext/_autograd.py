@@ -208,7 +208,8 @@ def _is_batched(x: Tensor | None) -> bool:
     return x is not None and (known.is_batchedtensor(x) or known.is_legacy_batchedtensor(x))
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+def refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    """The backward of a gradient."""
     raise RuntimeError("rat_ext: the ops have first derivatives only; this needs a second one (create_graph=True?)")
 
 
@@ -332,7 +333,7 @@ _register_fake(_OPERATORS["rat_decode_step"], _in_place_shapes)
 for _name, _spec in _OPERATORS.items():
     if _name.endswith("_backward"):
         _register_fake(_spec, _gradient_shapes(_spec))
-        torch.library.register_autograd(f"rat_ext::{_name}", _no_second_derivative)
+        torch.library.register_autograd(f"rat_ext::{_name}", refuse_second_derivative)
 
 _DIFFERENTIABLE = {n: Differentiable(n) for n in ("rat_attention", "rat_attention_packed", "chunk_recurrence")}
 

@@ -22,10 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._arguments import ROWS, Given
-from .._autograd import call_forward, call_kernel, results_of
+from .._autograd import call_forward, call_kernel, refuse_second_derivative, results_of
 from ..cache import RATCache, state_dtype
 from .checkpoint import passing
 from .layout import Crossing, Layout
@@ -376,8 +375,18 @@ class _Row(torch.autograd.Function):
         return saved["y"]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
+        with torch.no_grad():
+            dbias, *grads = _Row.gradients(ctx, dy)
+        if torch.is_grad_enabled():
+            there = [g for g in (dbias, *grads) if g is not None]
+            refused = _Once.apply(len(there), *there, dy, *ctx.saved_tensors)
+            dbias, grads = (None, refused) if dbias is None else (refused[0], refused[1:])
+        return None, None, None, None, None, dbias, *grads
+
+    @staticmethod
+    def gradients(ctx: Any, dy: Tensor) -> list[Tensor | None]:
+        """Of the bias and of the rows."""
         plan: Plan = ctx.plan
         given = ctx.given | dict(zip(ctx.tensors, ctx.saved_tensors, strict=True))
         grads = results_of(f"{ctx.op}_backward", **given, dy=dy)
@@ -410,7 +419,20 @@ class _Row(torch.autograd.Function):
                         dbias.append(_backward_of_head(plan, i, given, grads, dstates[i]))
         for i in plan.leaving:
             dbias.append(_backward_of_states(plan, i, given, grads, dstates[i], totals.get(i)))
-        return None, None, None, None, None, _sum(dbias), *(grads["d" + name] for name in ctx.names)
+        return [_sum(dbias), *(grads["d" + name] for name in ctx.names)]
+
+
+class _Once(torch.autograd.Function):
+    """Gradients, of which there is no derivative by anything."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        refuse_second_derivative(ctx)
+        return (None, *grads)
 
 
 def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:
