@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -241,7 +242,8 @@ class Plan:
         for first in range(0, count, step):
             n = min(step, count - first)
             length = min(n * size, (leaving.whole - first) * size + leaving.tail)
-            ends = self.numbers(("chunks", n, length), lambda n=n, end=length: [*range(0, n * size, size), end], device)
+            starts = range(0, n * size, size)
+            ends = self.numbers(("chunks", n, length), functools.partial(lambda *x: [*x[0], x[1]], starts, length), device)
             yield leaving.at + leaving.head + first * size, length, first, n, ends
 
     # ---- bytes ----
@@ -267,23 +269,6 @@ class Plan:
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1).view(torch.uint8)
-
-
-def _turn(rows: Tensor, tables: tuple[Tensor, Tensor] | None, first: int, back: bool = False) -> Tensor:
-    """Keys ``(chunks, H, D)``, turned by the index of their chunk; ``back``: turned back. Of a tensor of its own."""
-    if tables is None or not rows.shape[0]:
-        return rows
-    cos, sin = (table[first : first + rows.shape[0], None, None] for table in tables)
-    halves = rows.unflatten(-1, (2, -1))
-    turned, crossed = halves * cos, halves * sin
-    low, high = turned.unbind(-2)
-    if back:
-        low.add_(crossed.select(-2, 1))
-        high.sub_(crossed.select(-2, 0))
-    else:
-        low.sub_(crossed.select(-2, 1))
-        high.add_(crossed.select(-2, 0))
-    return turned.flatten(-2)
 
 
 class _Transfer:
@@ -365,7 +350,7 @@ class _Row(torch.autograd.Function):
             lengths = plan.numbers("lengths", lambda: plan.lengths, lead.device)
             # What the op adds to the bound, the longest sequence's tokens, makes it that of the longest with its past.
             bound = plan.bound - plan.longest
-            given["initial_state"] = RATCache(chunk_k, chunk_v, *running.unbind(0), lengths, plan.chunk_size, bound)
+            given["initial_state"] = RATCache(chunk_k, chunk_v, running[0], running[1], lengths, plan.chunk_size, bound)
         saved = given | call_forward(op, given)
         # call_forward has put the tensors of the state among the arguments.
         ctx.group, ctx.op, ctx.plan, ctx.names, ctx.shape = group, op, plan, names, shape
@@ -414,9 +399,9 @@ class _Row(torch.autograd.Function):
                     totals_of_chunks[m.run] = totals_of_chunks[m.run] + chunks if m.run in totals_of_chunks else chunks
             if way is plan.ways[-1]:
                 dstates = {i: _opened(plan, i, given, totals_of_chunks.get(i)) for i in plan.leaving}
-                for i in plan.leaving:
-                    if dstates[i] is not None and plan.left(i).head:
-                        dbias.append(_backward_of_head(plan, i, given, grads, dstates[i]))
+                for i, states in dstates.items():
+                    if states is not None and plan.left(i).head:
+                        dbias.append(_backward_of_head(plan, i, given, grads, states))
         for i in plan.leaving:
             dbias.append(_backward_of_states(plan, i, given, grads, dstates[i], totals.get(i)))
         return [_sum(dbias), *(grads["d" + name] for name in ctx.names)]
@@ -555,6 +540,7 @@ def _backward_of_head(plan: Plan, i: int, given: Given, grads: dict[str, Tensor]
         lengths=plan.numbers(("offset", i), lambda: [leaving.offset], dstates[0].device),
     )  # fmt: skip
     for name, more in zip(names, initial, strict=True):
+        assert more is not None
         grads[f"d{name}"][n : n + 1] += more
     return dbias
 
