@@ -242,8 +242,7 @@ class Plan:
         for first in range(0, count, step):
             n = min(step, count - first)
             length = min(n * size, (leaving.whole - first) * size + leaving.tail)
-            starts = range(0, n * size, size)
-            ends = self.numbers(("chunks", n, length), functools.partial(lambda *x: [*x[0], x[1]], starts, length), device)
+            ends = self.numbers(("chunks", n, length), functools.partial(_ends, n, size, length), device)
             yield leaving.at + leaving.head + first * size, length, first, n, ends
 
     # ---- bytes ----
@@ -265,6 +264,11 @@ class Plan:
             **{kind: self.bytes_of(ms, numbers, size, 0) for kind, ms in kinds.items()},
             "backward": self.bytes_of(got, numbers, size, wide),
         }
+
+
+def _ends(n: int, size: int, length: int) -> list[int]:
+    """cu_seqlens of n sequences of ``size`` tokens but for the last."""
+    return [*range(0, n * size, size), length]
 
 
 def _flat(x: Tensor) -> Tensor:
