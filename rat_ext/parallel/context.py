@@ -18,6 +18,8 @@ Order, of the backward: attention of all pieces; gradients of late states start;
 of the early piece. No transfer starts before attention is done, though those of late states could: attention of late pieces
 takes ranks unlike times, of both pieces of a rank the same, and where a GPU's copies wait for another GPU they hold
 multiprocessors meanwhile, which attention would have to do without.
+
+Packed sequences, of which few cross a cut, go another way where they can: packed.py.
 """
 
 from __future__ import annotations
