@@ -271,42 +271,54 @@ def _ends(n: int, size: int, length: int) -> list[int]:
     return [*range(0, n * size, size), length]
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1).view(torch.uint8)
+States = tuple[Sequence[Tensor] | None, Sequence[Tensor] | None]  # running ones (H, D) of k and v; chunk ones (chunks, H, D)
 
 
-class _Transfer:
-    """States of some runs for all ranks, or their gradients on the way back, as bytes. ``parts``: the tensors, by rank."""
+def _transfer(
+    group: Any, there: list[list[Message]], back: list[list[Message]], states: Callable[[Message], States],
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device,
+) -> Iterator[tuple[Message, Tensor | None, Tensor | None]]:  # fmt: skip
+    """Sends ``there``, by rank, and gives each message of ``back``, by rank, its running states ``(2, H, D)`` and chunk states
+    ``(2, chunks, H, D)``, or None.
 
-    def __init__(
-        self, group: Any, there: list[list[Message]], back: list[list[Message]], parts: list[Tensor], shape: Sequence[int],
-        dtype: torch.dtype, device: torch.device,
-    ):  # fmt: skip
-        self.back, self.shape, self.dtype, self.acc = back, shape, dtype, state_dtype(dtype)
-        self.numbers = shape[0] * shape[1]
-        sent, received = (
-            [Plan.bytes_of(ms, self.numbers, dtype.itemsize, self.acc.itemsize) for ms in way] for way in (there, back)
-        )
-        rows = torch.cat([_flat(x) for x in parts]) if parts else torch.empty(0, dtype=torch.uint8, device=device)
-        self.got = rows.new_empty(sum(received))
-        # The work holds what is sent until it is waited for.
-        self.rows = rows
-        self.work = dist.all_to_all_single(self.got, rows, received, sent, group=group, async_op=True)
+    All as bytes, which every backend can move; chunk states in ``dtype``. Nothing could be computed meanwhile.
+    """
+    acc, (heads, dim) = state_dtype(dtype), shape
+    wide, narrow = 2 * heads * dim * acc.itemsize, 2 * heads * dim * dtype.itemsize
+    sent, received = ([sum(m.running * wide + m.closed * narrow for m in ms) for ms in way] for way in (there, back))
+    rows = torch.empty(sum(sent), dtype=torch.uint8, device=device)
+    at = 0
+    for messages in there:
+        for m in messages:
+            running, chunks = states(m)
+            if m.running:
+                assert running is not None
+                torch.cat(list(running), out=rows[at : at + wide].view(acc).view(2 * heads, dim))
+                at += wide
+            if m.closed:
+                assert chunks is not None
+                end = at + m.closed * narrow
+                torch.cat(list(chunks), out=rows[at:end].view(dtype).view(2 * m.closed, heads, dim))
+                at = end
+    got = rows.new_empty(sum(received))
+    dist.all_to_all_single(got, rows, received, sent, group=group)
+    at = 0
+    for messages in back:
+        for m in messages:
+            running_of = chunks_of = None
+            if m.running:
+                running_of = got[at : at + wide].view(acc).view(2, heads, dim)
+                at += wide
+            if m.closed:
+                end = at + m.closed * narrow
+                chunks_of = got[at:end].view(dtype).view(2, m.closed, heads, dim)
+                at = end
+            yield m, running_of, chunks_of
 
-    def finish(self) -> Iterator[tuple[Message, Tensor | None, Tensor | None]]:
-        """Of each message that came, by rank: running states ``(2, H, D)``, chunk states ``(2, chunks, H, D)``; or None."""
-        self.work.wait()
-        at = 0
-        for messages in self.back:
-            for m in messages:
-                running = chunks = None
-                if m.running:
-                    end = at + 2 * self.numbers * self.acc.itemsize
-                    running, at = self.got[at:end].view(self.acc).view(2, *self.shape), end
-                if m.closed:
-                    end = at + 2 * m.closed * self.numbers * self.dtype.itemsize
-                    chunks, at = self.got[at:end].view(self.dtype).view(2, m.closed, *self.shape), end
-                yield m, running, chunks
+
+def _ends(n: int, size: int, length: int) -> list[int]:
+    """cu_seqlens of n sequences of ``size`` tokens but for the last."""
+    return [*range(0, n * size, size), length]
 
 
 class _Row(torch.autograd.Function):
@@ -321,29 +333,26 @@ class _Row(torch.autograd.Function):
         shape = _places(given)[0]
         cu_seqlens = plan.numbers("cu_seqlens", lambda: plan.cu_seqlens, lead.device)
         given |= {"cu_seqlens": cu_seqlens, "max_seqlen": plan.longest, "initial_state": None, "return_state": False}
-        if plan.entering:
-            n, (heads, dim) = len(plan.lengths), shape
-            chunk_k, chunk_v = lead.new_empty(2, n, heads, plan.chunk_rows, dim).unbind(0)
-            running = lead.new_zeros(2, n, heads, dim, dtype=state_dtype(lead.dtype))
-        states = {i: _states(plan, i, given) for i in plan.leaving}
+        scans = {i: _states(plan, i, given) for i in plan.leaving}
         before: dict[int, Tensor] = {}  # by run, the running states that came
         chunks_of: dict[int, Tensor] = {}
         ready: dict[int, list[Tensor]] = {}  # chunk states of this rank's runs, as they are sent
+
+        def states(m: Message) -> States:
+            if m.closed and m.run not in ready:
+                ready[m.run] = _closed(plan, m.run, given, scans[m.run], before)
+            return [x[-1] for x in scans[m.run]] if m.running else None, ready.get(m.run)
+
         for way in plan.ways:
-            parts: list[Tensor] = []
-            for m in (m for messages in way.out for m in messages):
-                if m.running:
-                    parts += [x[-1] for x in states[m.run]]
-                if m.closed:
-                    if m.run not in ready:
-                        ready[m.run] = _closed(plan, m.run, given, states[m.run], before)
-                    parts += ready[m.run]
-            transfer = _Transfer(group, way.out, way.into, parts, shape, lead.dtype, lead.device)
-            for m, came, chunks in transfer.finish():
+            for m, came, chunks in _transfer(group, way.out, way.into, states, shape, lead.dtype, lead.device):
                 if came is not None:
                     before[m.run] = came
                 if chunks is not None:
                     chunks_of[m.run] = chunks
+        if plan.entering:
+            n, (heads, dim) = len(plan.lengths), shape
+            chunk_k, chunk_v = lead.new_empty(2, n, heads, plan.chunk_rows, dim).unbind(0)
+            running = lead.new_zeros(2, n, heads, dim, dtype=state_dtype(lead.dtype))
         for e in plan.entering:
             for run, first, count in e.sources:
                 for to, chunks in zip((chunk_k, chunk_v), chunks_of[run], strict=True):
@@ -388,18 +397,19 @@ class _Row(torch.autograd.Function):
                 chunks_of[run] = [a + b for a, b in zip(chunks_of[run], more, strict=True)] if run in chunks_of else more
             if e.running is not None:
                 runnings[e.running] = [grads[name][e.sequence] for name in ("drunning_k", "drunning_v")]
+
+        def states_of(m: Message) -> States:
+            return runnings.get(m.run), chunks_of.get(m.run)
+
         totals: dict[int, Tensor] = {}  # of this rank's runs: the running states' (2, H, D),
         totals_of_chunks: dict[int, Tensor] = {}  # and the chunk states' (2, chunks, H, D)
         for way in reversed(plan.ways):
-            parts: list[Tensor] = []
-            for m in (m for messages in way.into for m in messages):
-                parts += [*(runnings[m.run] if m.running else ()), *(chunks_of[m.run] if m.closed else ())]
-            transfer = _Transfer(ctx.group, way.into, way.out, parts, ctx.shape, dy.dtype, dy.device)
-            for m, came, chunks in transfer.finish():  # of rank after rank: the bits do not depend on timing
+            # Rank after rank: the bits do not depend on timing.
+            for m, came, chunks in _transfer(ctx.group, way.into, way.out, states_of, ctx.shape, dy.dtype, dy.device):
                 if came is not None:
                     totals[m.run] = totals[m.run] + came if m.run in totals else came
                 if chunks is not None:
-                    chunks = chunks.to(transfer.acc)
+                    chunks = chunks.to(state_dtype(dy.dtype))
                     totals_of_chunks[m.run] = totals_of_chunks[m.run] + chunks if m.run in totals_of_chunks else chunks
             if way is plan.ways[-1]:
                 dstates = {i: _opened(plan, i, given, totals_of_chunks.get(i)) for i in plan.leaving}
@@ -474,7 +484,7 @@ def _before_head(plan: Plan, i: int) -> Entering:
 
 
 def _closed(plan: Plan, i: int, given: Given, states: list[Tensor], before: dict[int, Tensor]) -> list[Tensor]:
-    """k~, turned, and v~ of the chunks that close in a run, in the dtype of the op."""
+    """k~, turned, and v~ of the chunks that close in a run."""
     leaving, lead = plan.left(i), states[0]
     rows = [x[: leaving.whole] for x in states]
     if leaving.head:
@@ -487,21 +497,21 @@ def _closed(plan: Plan, i: int, given: Given, states: list[Tensor], before: dict
             for x, state in zip(tokens, before[source], strict=True)
         ]
         rows = [torch.cat(x) for x in zip(heads, rows, strict=True)]
-    dtype = _places(given)[1][0][0].dtype
-    return [_turn(rows[0], given, leaving.first).to(dtype), rows[1].to(dtype)]
+    return [_turn(rows[0], given, leaving.first), rows[1]]
 
 
 def _turn(rows: Tensor, given: Given, first: int, back: bool = False) -> Tensor:
     """Keys ``(chunks, H, D)``, turned by the index of their chunk; ``back``: turned back."""
     if given["rotary_cos"] is None or not rows.shape[0]:
         return rows
-    cos, sin = (given[name][first : first + rows.shape[0], None, None].to(rows.dtype) for name in ("rotary_cos", "rotary_sin"))
-    halves = rows.unflatten(-1, (2, -1))
-    turned, crossed = halves * cos, halves * sin
-    (low, high), (low_crossed, high_crossed) = turned.unbind(-2), crossed.unbind(-2)
-    low.add_(high_crossed, alpha=1 if back else -1)
-    high.add_(low_crossed, alpha=-1 if back else 1)
-    return turned.flatten(-2)
+    count, heads, dim = rows.shape
+    cos, sin = (given[name].narrow(0, first, count).unsqueeze(1).to(rows.dtype) for name in ("rotary_cos", "rotary_sin"))
+    halves = rows.view(count, heads, 2, dim // 2)
+    turned = halves * cos.unsqueeze(1)
+    (low, high), (x1, x2) = turned.unbind(2), halves.unbind(2)
+    low.addcmul_(x2, sin, value=1 if back else -1)
+    high.addcmul_(x1, sin, value=-1 if back else 1)
+    return turned.view(count, heads, dim)
 
 
 # ---- their gradients, added to those of the tokens -----------------------------------------------------------------------
