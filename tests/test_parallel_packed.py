@@ -29,6 +29,8 @@ CASES = {
     "float32, projection": dict(sequences=[33, 90, 8, 40], chunk_size=16, dtype=torch.float32, one=True),
     "bfloat16, projection": dict(sequences=[33, 90, 8, 40], chunk_size=4, dtype=torch.bfloat16, out_gate=False, one=True),
     "no bias, no rotation": dict(sequences=[50, 40], chunk_size=5, gate_bias=False, rotary=False, out_gate=False),
+    "bfloat16, by the recurrence": dict(sequences=[30, 61, 0, 44, 7, 58], chunk_size=16, dtype=torch.bfloat16, few=0),
+    "projection, by the recurrence": dict(sequences=[33, 90, 8, 40], chunk_size=16, dtype=torch.float32, one=True, few=0),
     "over all ranks": dict(sequences=[3, 200, 3], chunk_size=8),
     "over all ranks, bfloat16": dict(sequences=[3, 200, 3], chunk_size=8, dtype=torch.bfloat16, one=True),
     "one": dict(sequences=[160], chunk_size=16),
@@ -46,12 +48,12 @@ def compare_all(rank: int, world: int) -> dict[str, str]:
     found = {}
     for name, arguments in CASES.items():
         arguments = {"dtype": ranks.EXACT, "dim": 16} | arguments
-        one, cuts = arguments.pop("one", False), arguments.pop("cuts", None)
+        one, cuts, few = arguments.pop("one", False), arguments.pop("cuts", None), arguments.pop("few", packed.FEW)
         case = testing.attention_case(ranks.KIND, **arguments)
         exact, eager, grads, floor = testing.define(case)
         case.op = "rat_attention_packed" if one else case.op
         starts = list(itertools.accumulate([0, *arguments["sequences"]]))
-        with ANY():
+        with ANY(), mock.patch.object(packed, "FEW", few):
             cp = ContextParallel(cu_seqlens=starts, cuts=cuts if cuts and len(cuts) == 2 * world + 1 else None)
             actual = testing.evaluate_on_ranks(cp, case, grads)
         if rank == 0:
@@ -116,7 +118,8 @@ def anywhere_cut(rank: int, world: int) -> dict[str, int]:
             sent.append(sum(n for to, n in enumerate(parts) if to != rank))
             return send(output, rows, received, parts, **options)
 
-        with ANY(), mock.patch.object(dist, "all_to_all_single", counted):
+        few = mock.patch.object(packed, "FEW", draw.choice([0, 30, packed.FEW]))  # of which the op gives the states
+        with ANY(), few, mock.patch.object(dist, "all_to_all_single", counted):
             cp = ContextParallel(cu_seqlens=starts, cuts=cuts)
             plan = cp._plan(cp._layout(tokens), size)
             mine = [cp.shard(x.detach()).requires_grad_() for x in leaves[:-1]] + [bias]
@@ -195,10 +198,9 @@ def test_one_call_has_to_fit():
 # ---- how much is called -------------------------------------------------------------------------------------------------
 
 
-def calls_made(rank: int, world: int) -> dict[str, int]:
-    """Of a row in which one sequence crosses each cut."""
+def calls_made(rank: int, world: int) -> list[dict[str, int]]:
+    """Of a row in which one sequence crosses each cut, and few tokens leave a rank, or many."""
     case = testing.attention_case(ranks.KIND, torch.float32, dim=16, chunk_size=8, sequences=[110, 80, 120, 90])
-    cp = ContextParallel(cu_seqlens=[0, 110, 190, 310, 400])
     said: list[str] = []
 
     def noted(name, function):
@@ -210,18 +212,25 @@ def calls_made(rank: int, world: int) -> dict[str, int]:
 
     kernels = {name: noted(name, kernel) for name, kernel in _autograd._KERNELS.items()}
     sending = mock.patch.object(dist, "all_to_all_single", noted("send", dist.all_to_all_single))
+    found = []
     with ANY(), sending, mock.patch.dict(_autograd._KERNELS, kernels):
-        leaves = {key: cp.shard(x).requires_grad_() if x.dim() == 4 else x for key, x in case.tensors.items()}
-        options = {key: x for key, x in case.options.items() if key != "cu_seqlens"}
-        rat_ext.rat_attention(**leaves, chunk_size=8, context_parallel=cp, **options).sum().backward()
-    return {name: said.count(name) for name in set(said)}
+        for few in (packed.FEW, 0):
+            cp = ContextParallel(cu_seqlens=[0, 110, 190, 310, 400])
+            leaves = {key: cp.shard(x).requires_grad_() if x.dim() == 4 else x for key, x in case.tensors.items()}
+            options = {key: x for key, x in case.options.items() if key != "cu_seqlens"}
+            with mock.patch.object(packed, "FEW", few):
+                rat_ext.rat_attention(**leaves, chunk_size=8, context_parallel=cp, **options).sum().backward()
+            found.append({name: said.count(name) for name in set(said)})
+            said.clear()
+    return found
 
 
 def test_a_rank_makes_one_call(tmp_path):
-    """And a recurrence for k and v of what leaves it."""
-    once = {"rat_attention": 1, "rat_attention_backward": 1, "send": 2}
+    """And one more for the states of what leaves it, or a recurrence over k and v."""
+    few, many = ranks.run("test_parallel_packed:calls_made", 2, tmp_path)
+    assert few == {"rat_attention": 2, "rat_attention_backward": 2, "send": 2}
     scans = {"chunk_recurrence": 2, "chunk_recurrence_backward": 2}
-    assert ranks.run("test_parallel_packed:calls_made", 2, tmp_path) == once | scans
+    assert many == {"rat_attention": 1, "rat_attention_backward": 1, "send": 2} | scans
 
 
 def a_layer(rank: int, world: int) -> tuple[list[str], float]:

@@ -4,7 +4,8 @@ Few sequences cross a cut; the others lie on one rank and need nothing from othe
 sequences' ends would cost the host more than short sequences cost a GPU, and put together y, and every gradient, from pieces.
 Here a rank makes one call over its whole row, of sequences of which some continue from states:
 
-1. states that others need: the recurrence alone over the tokens of sequences that leave this rank, a chunk each a sequence;
+1. states that others need: the op over the tokens of a sequence that leaves this rank, for its states alone where they are few;
+   else the recurrence, a chunk each a sequence, of which nothing is kept;
 2. one transfer, running and chunk states together;
 3. the op over the row.
 
@@ -33,9 +34,16 @@ from .parts import Columns, view
 
 # Tokens over which the recurrence alone runs at once: what it writes for each is gone after them. Backward half as many.
 SLICE = 65536
+# Tokens of which the op gives the states: it takes the host half as long as the recurrence over k, that over v, rotation and
+# rounding, and attention, which nobody reads, takes a GPU less than that.
+FEW = 8192
 # Chunk states of sequences that continue are rows of one tensor, as many for each sequence as for the longest. More rows than
 # tokens in a compact row may be by one for so many tokens.
 TOKENS_OF_A_ROW = 8
+
+RUNNING = ("running_k_out", "running_v_out")  # results of the op
+CHUNKS = ("chunk_k_out", "chunk_v_out")
+SAVED = ("y", "lse", *CHUNKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Leaving:
     Attributes:
         first: index of the first chunk that closes here.
         within: no chunk closes here that another run began: the run lies inside one.
+        size: L.
     """
 
     at: int
@@ -56,9 +65,16 @@ class Leaving:
     first: int
     offset: int
     within: bool
+    size: int
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return self.head + self.whole * self.size + self.tail
 
     @property
     def closed(self) -> int:
+        """Chunks that close here."""
         return self.whole + (self.head > 0)
 
 
@@ -187,7 +203,7 @@ class Plan:
         within = offset > 0 and offset + tokens < size
         head = 0 if within else -offset % size
         whole, tail = divmod(tokens - head, size)
-        return Leaving(run.at + begin - run.begin, head, whole, tail, first, offset, within)
+        return Leaving(run.at + begin - run.begin, head, whole, tail, first, offset, within, size)
 
     def left(self, i: int) -> Leaving:
         """What leaves run i."""
@@ -271,7 +287,7 @@ def _ends(n: int, size: int, length: int) -> list[int]:
     return [*range(0, n * size, size), length]
 
 
-States = tuple[Sequence[Tensor] | None, Sequence[Tensor] | None]  # running ones (H, D) of k and v; chunk ones (chunks, H, D)
+States = tuple[Sequence[Tensor] | None, Sequence[Tensor] | None]  # of k and v: running ones (H, D); of chunks, (H, chunks, D)
 
 
 def _transfer(
@@ -279,7 +295,7 @@ def _transfer(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device,
 ) -> Iterator[tuple[Message, Tensor | None, Tensor | None]]:  # fmt: skip
     """Sends ``there``, by rank, and gives each message of ``back``, by rank, its running states ``(2, H, D)`` and chunk states
-    ``(2, chunks, H, D)``, or None.
+    ``(2, H, chunks, D)``, or None.
 
     All as bytes, which every backend can move; chunk states in ``dtype``. Nothing could be computed meanwhile.
     """
@@ -298,7 +314,7 @@ def _transfer(
             if m.closed:
                 assert chunks is not None
                 end = at + m.closed * narrow
-                torch.cat(list(chunks), out=rows[at:end].view(dtype).view(2 * m.closed, heads, dim))
+                torch.cat(list(chunks), out=rows[at:end].view(dtype).view(2 * heads, m.closed, dim))
                 at = end
     got = rows.new_empty(sum(received))
     dist.all_to_all_single(got, rows, received, sent, group=group)
@@ -311,7 +327,7 @@ def _transfer(
                 at += wide
             if m.closed:
                 end = at + m.closed * narrow
-                chunks_of = got[at:end].view(dtype).view(2, m.closed, heads, dim)
+                chunks_of = got[at:end].view(dtype).view(2, heads, m.closed, dim)
                 at = end
             yield m, running_of, chunks_of
 
@@ -333,15 +349,17 @@ class _Row(torch.autograd.Function):
         shape = _places(given)[0]
         cu_seqlens = plan.numbers("cu_seqlens", lambda: plan.cu_seqlens, lead.device)
         given |= {"cu_seqlens": cu_seqlens, "max_seqlen": plan.longest, "initial_state": None, "return_state": False}
-        scans = {i: _states(plan, i, given) for i in plan.leaving}
+        of_op = {i: _by_op(plan, i, given) for i in plan.leaving if _few(plan, i)}
+        scans = {i: _states(plan, i, given) for i in plan.leaving if i not in of_op}
         before: dict[int, Tensor] = {}  # by run, the running states that came
         chunks_of: dict[int, Tensor] = {}
-        ready: dict[int, list[Tensor]] = {}  # chunk states of this rank's runs, as they are sent
 
         def states(m: Message) -> States:
-            if m.closed and m.run not in ready:
-                ready[m.run] = _closed(plan, m.run, given, scans[m.run], before)
-            return [x[-1] for x in scans[m.run]] if m.running else None, ready.get(m.run)
+            if m.run in of_op:
+                found = of_op[m.run]
+                return [found[name][0] for name in RUNNING], [found[name][0] for name in CHUNKS]
+            running = [x[-1] for x in scans[m.run]] if m.running else None
+            return running, _closed(plan, m.run, given, scans[m.run], before) if m.closed else None
 
         for way in plan.ways:
             for m, came, chunks in _transfer(group, way.out, way.into, states, shape, lead.dtype, lead.device):
@@ -351,25 +369,25 @@ class _Row(torch.autograd.Function):
                     chunks_of[m.run] = chunks
         if plan.entering:
             n, (heads, dim) = len(plan.lengths), shape
-            chunk_k, chunk_v = lead.new_empty(2, n, heads, plan.chunk_rows, dim).unbind(0)
+            rows_of = lead.new_empty(2, n, heads, plan.chunk_rows, dim)
             running = lead.new_zeros(2, n, heads, dim, dtype=state_dtype(lead.dtype))
         for e in plan.entering:
             for run, first, count in e.sources:
-                for to, chunks in zip((chunk_k, chunk_v), chunks_of[run], strict=True):
-                    to[e.sequence, :, first : first + count] = chunks.transpose(0, 1)
+                rows_of[:, e.sequence, :, first : first + count] = chunks_of[run]
             if e.running is not None:
                 running[:, e.sequence] = before[e.running]
         if plan.entering:
             lengths = plan.numbers("lengths", lambda: plan.lengths, lead.device)
             # What the op adds to the bound, the longest sequence's tokens, makes it that of the longest with its past.
             bound = plan.bound - plan.longest
-            given["initial_state"] = RATCache(chunk_k, chunk_v, running[0], running[1], lengths, plan.chunk_size, bound)
+            given["initial_state"] = RATCache(rows_of[0], rows_of[1], running[0], running[1], lengths, plan.chunk_size, bound)
         saved = given | call_forward(op, given)
         # call_forward has put the tensors of the state among the arguments.
         ctx.group, ctx.op, ctx.plan, ctx.names, ctx.shape = group, op, plan, names, shape
         ctx.tensors = [name for name, x in saved.items() if isinstance(x, Tensor)]
         ctx.given = {name: x for name, x in saved.items() if not isinstance(x, (Tensor, RATCache))}
-        ctx.save_for_backward(*(saved[name] for name in ctx.tensors))
+        ctx.of_op = list(of_op)
+        ctx.save_for_backward(*(saved[name] for name in ctx.tensors), *(x[name] for x in of_op.values() for name in SAVED))
         return saved["y"]
 
     @staticmethod
@@ -386,14 +404,16 @@ class _Row(torch.autograd.Function):
     def gradients(ctx: Any, dy: Tensor) -> list[Tensor | None]:
         """Of the bias and of the rows."""
         plan: Plan = ctx.plan
-        given = ctx.given | dict(zip(ctx.tensors, ctx.saved_tensors, strict=True))
+        saved = list(ctx.saved_tensors)
+        given = ctx.given | dict(zip(ctx.tensors, saved, strict=False))
+        of_op = dict(zip(ctx.of_op, _batched(saved[len(ctx.tensors) :], len(SAVED)), strict=True))
         grads = results_of(f"{ctx.op}_backward", **given, dy=dy)
         dbias = [grads["dgate_bias"]]
         chunks_of: dict[int, list[Tensor]] = {}  # gradients of the chunk states that came, by run
         runnings: dict[int, list[Tensor]] = {}
         for e in plan.entering:
             for run, first, count in e.sources:
-                more = [grads[name][e.sequence, :, first : first + count].transpose(0, 1) for name in ("dchunk_k", "dchunk_v")]
+                more = [grads[name][e.sequence, :, first : first + count] for name in ("dchunk_k", "dchunk_v")]
                 chunks_of[run] = [a + b for a, b in zip(chunks_of[run], more, strict=True)] if run in chunks_of else more
             if e.running is not None:
                 runnings[e.running] = [grads[name][e.sequence] for name in ("drunning_k", "drunning_v")]
@@ -401,23 +421,25 @@ class _Row(torch.autograd.Function):
         def states_of(m: Message) -> States:
             return runnings.get(m.run), chunks_of.get(m.run)
 
-        totals: dict[int, Tensor] = {}  # of this rank's runs: the running states' (2, H, D),
-        totals_of_chunks: dict[int, Tensor] = {}  # and the chunk states' (2, chunks, H, D)
+        came: dict[int, tuple[list[Tensor], list[Tensor]]] = {i: ([], []) for i in plan.leaving}
+        opened: dict[int, list[Tensor]] = {}
         for way in reversed(plan.ways):
             # Rank after rank: the bits do not depend on timing.
-            for m, came, chunks in _transfer(ctx.group, way.into, way.out, states_of, ctx.shape, dy.dtype, dy.device):
-                if came is not None:
-                    totals[m.run] = totals[m.run] + came if m.run in totals else came
-                if chunks is not None:
-                    chunks = chunks.to(state_dtype(dy.dtype))
-                    totals_of_chunks[m.run] = totals_of_chunks[m.run] + chunks if m.run in totals_of_chunks else chunks
-            if way is plan.ways[-1]:
-                dstates = {i: _opened(plan, i, given, totals_of_chunks.get(i)) for i in plan.leaving}
-                for i, states in dstates.items():
-                    if states is not None and plan.left(i).head:
-                        dbias.append(_backward_of_head(plan, i, given, grads, states))
-        for i in plan.leaving:
-            dbias.append(_backward_of_states(plan, i, given, grads, dstates[i], totals.get(i)))
+            for m, *states in _transfer(ctx.group, way.into, way.out, states_of, ctx.shape, dy.dtype, dy.device):
+                for x, to in zip(states, came[m.run], strict=True):
+                    if x is not None:
+                        to.append(x)
+            if way is plan.ways[-1]:  # chunk states, of which some follow from running ones
+                opened = {i: _opened(plan, i, given, came[i][1]) for i in plan.leaving if i not in of_op and came[i][1]}
+                for i, dstates in opened.items():
+                    if plan.left(i).head:
+                        dbias.append(_backward_of_head(plan, i, given, grads, dstates))
+        for i, (running, chunks) in came.items():
+            total = _total(running)
+            if i in of_op:
+                dbias.append(_backward_of_op(plan, i, given, grads, of_op[i], total, _total(chunks)))
+            else:
+                dbias.append(_backward_of_states(plan, i, given, grads, opened.get(i), total))
         return [_sum(dbias), *(grads["d" + name] for name in ctx.names)]
 
 
@@ -432,6 +454,18 @@ class _Once(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         refuse_second_derivative(ctx)
         return (None, *grads)
+
+
+def _batched(x: list, n: int) -> list[list]:
+    return [x[i : i + n] for i in range(0, len(x), n)]
+
+
+def _total(came: Sequence[Tensor]) -> Tensor | None:
+    """Of what came from several ranks, in float32."""
+    if len(came) < 2:
+        return came[0] if came else None
+    acc = state_dtype(came[0].dtype)
+    return _sum([x.to(acc) for x in came])
 
 
 def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:
@@ -455,6 +489,31 @@ def _places(given: Given) -> tuple[tuple[int, int], list[tuple[Tensor, Columns |
 def _cut(given: Given, at: int, tokens: int) -> list[Tensor]:
     """k, v and gate of some tokens."""
     return [view(x, at, tokens, columns) for x, columns in _places(given)[1]]
+
+
+def _few(plan: Plan, i: int) -> bool:
+    leaving = plan.left(i)
+    return leaving.tokens <= FEW and not leaving.offset
+
+
+def _op_of(plan: Plan, i: int, given: Given) -> Given:
+    """The arguments of the op over what leaves a run. Its chunks are turned as those of the sequence."""
+    leaving = plan.left(i)
+    k, v, gate = _cut(given, leaving.at, leaving.tokens)
+    tables = {}
+    for name in ("rotary_cos", "rotary_sin"):
+        table = given[name]
+        tables[name] = None if table is None else table[leaving.first :].to(state_dtype(k.dtype))
+    return tables | {
+        "q": k, "k": k, "v": v, "gate": gate, "gate_bias": given["gate_bias"], "chunk_size": plan.chunk_size,
+        "scale": k.shape[-1] ** -0.5, "chunk_rows": leaving.whole, "return_state": True, "deterministic": given["deterministic"],
+    }  # fmt: skip
+
+
+def _by_op(plan: Plan, i: int, given: Given) -> dict[str, Tensor]:
+    """What the op gives, with all states of a run among it."""
+    with passing():
+        return results_of("rat_attention", **_op_of(plan, i, given))
 
 
 def _scan(x: Tensor, gate: Tensor, given: Given, chunk_size: int, **more: Any) -> Tensor:
@@ -484,7 +543,7 @@ def _before_head(plan: Plan, i: int) -> Entering:
 
 
 def _closed(plan: Plan, i: int, given: Given, states: list[Tensor], before: dict[int, Tensor]) -> list[Tensor]:
-    """k~, turned, and v~ of the chunks that close in a run."""
+    """k~, turned, and v~ of the chunks that close in a run, ``(H, chunks, D)``."""
     leaving, lead = plan.left(i), states[0]
     rows = [x[: leaving.whole] for x in states]
     if leaving.head:
@@ -497,7 +556,7 @@ def _closed(plan: Plan, i: int, given: Given, states: list[Tensor], before: dict
             for x, state in zip(tokens, before[source], strict=True)
         ]
         rows = [torch.cat(x) for x in zip(heads, rows, strict=True)]
-    return [_turn(rows[0], given, leaving.first), rows[1]]
+    return [_turn(rows[0], given, leaving.first).transpose(0, 1), rows[1].transpose(0, 1)]
 
 
 def _turn(rows: Tensor, given: Given, first: int, back: bool = False) -> Tensor:
@@ -517,9 +576,12 @@ def _turn(rows: Tensor, given: Given, first: int, back: bool = False) -> Tensor:
 # ---- their gradients, added to those of the tokens -----------------------------------------------------------------------
 
 
-def _opened(plan: Plan, i: int, given: Given, chunks: Tensor | None) -> list[Tensor] | None:
-    """Gradients of k~ and v~ of closed chunks, of those of what was sent."""
-    return None if chunks is None else [_turn(chunks[0], given, plan.left(i).first, back=True), chunks[1]]
+def _opened(plan: Plan, i: int, given: Given, came: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of k~ and v~ of closed chunks, ``(chunks, H, D)``, of those of what was sent."""
+    total = _total(came)
+    assert total is not None
+    chunks = total.to(state_dtype(total.dtype)).transpose(1, 2).contiguous()
+    return [_turn(chunks[0], given, plan.left(i).first, back=True), chunks[1]]
 
 
 def _scan_back(
@@ -542,6 +604,29 @@ def _scan_back(
         dbias.append(of_bias)
         initial.append(of_initial)
     return _sum(dbias), initial
+
+
+def _backward_of_op(
+    plan: Plan,
+    i: int,
+    given: Given,
+    grads: dict[str, Tensor],
+    saved: Sequence[Tensor],
+    running: Tensor | None,
+    chunks: Tensor | None,
+) -> Tensor | None:
+    """Of all states, where the op gave them. q of that call was k, of a y that nobody read: it has no gradient."""
+    leaving = plan.left(i)
+    y = saved[0]
+    more = _op_of(plan, i, given) | dict(zip(SAVED, saved, strict=True)) | {"dy": y.new_zeros(1).expand(y.shape)}
+    for names, dstates, dtype in ((RUNNING, running, state_dtype(y.dtype)), (CHUNKS, chunks, y.dtype)):
+        if dstates is not None:
+            more |= {f"d{name}": x[None].to(dtype) for name, x in zip(names, dstates, strict=True)}
+    found = results_of("rat_attention_backward", **more)
+    to = _cut(given | {name.removeprefix("d"): x for name, x in grads.items() if x is not None}, leaving.at, leaving.tokens)
+    for x, name in zip(to, ("dk", "dv", "dgate"), strict=True):
+        x += found[name]
+    return found["dgate_bias"]
 
 
 def _backward_of_head(plan: Plan, i: int, given: Given, grads: dict[str, Tensor], dstates: list[Tensor]) -> Tensor | None:
