@@ -506,7 +506,8 @@ def _op_of(plan: Plan, i: int, given: Given) -> Given:
         tables[name] = None if table is None else table[leaving.first :].to(state_dtype(k.dtype))
     return tables | {
         "q": k, "k": k, "v": v, "gate": gate, "gate_bias": given["gate_bias"], "chunk_size": plan.chunk_size,
-        "scale": k.shape[-1] ** -0.5, "chunk_rows": leaving.whole, "return_state": True, "deterministic": given["deterministic"],
+        "scale": k.shape[-1] ** -0.5, "chunk_rows": leaving.whole, "return_state": True,
+        "deterministic": given["deterministic"],
     }  # fmt: skip
 
 
