@@ -282,11 +282,6 @@ class Plan:
         }
 
 
-def _ends(n: int, size: int, length: int) -> list[int]:
-    """cu_seqlens of n sequences of ``size`` tokens but for the last."""
-    return [*range(0, n * size, size), length]
-
-
 States = tuple[Sequence[Tensor] | None, Sequence[Tensor] | None]  # of k and v: running ones (H, D); of chunks, (H, chunks, D)
 
 
