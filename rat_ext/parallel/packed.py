@@ -348,13 +348,15 @@ class _Row(torch.autograd.Function):
         scans = {i: _states(plan, i, given) for i in plan.leaving if i not in of_op}
         before: dict[int, Tensor] = {}  # by run, the running states that came
         chunks_of: dict[int, Tensor] = {}
+        ready: dict[int, list[Tensor]] = {}  # chunk states that the recurrence gave, as they are sent to any rank
 
         def states(m: Message) -> States:
             if m.run in of_op:
                 found = of_op[m.run]
                 return [found[name][0] for name in RUNNING], [found[name][0] for name in CHUNKS]
-            running = [x[-1] for x in scans[m.run]] if m.running else None
-            return running, _closed(plan, m.run, given, scans[m.run], before) if m.closed else None
+            if m.closed and m.run not in ready:
+                ready[m.run] = _closed(plan, m.run, given, scans[m.run], before)
+            return [x[-1] for x in scans[m.run]] if m.running else None, ready.get(m.run)
 
         for way in plan.ways:
             for m, came, chunks in _transfer(group, way.out, way.into, states, shape, lead.dtype, lead.device):
