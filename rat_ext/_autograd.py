@@ -104,6 +104,29 @@ def _once(operator: Callable, kernel: Callable, args: tuple) -> Any:
     return operator(*args) if torch.is_grad_enabled() else kernel(*args)
 
 
+def results_of(name: str, **given: Any) -> dict[str, Any]:
+    """:func:`call_kernel`, results by name."""
+    spec = _OPERATORS[name]
+    return dict(zip(spec.results, _below_autograd(_KERNELS[name], *(given.get(n) for n in spec.arguments)), strict=True))
+
+
+def call_forward(name: str, given: Given) -> dict[str, Any]:
+    """All results of an operator by name, those too that are only saved, for a forward that is written by hand.
+
+    ``given``: the arguments of the public op; afterwards those of the operator too.
+    """
+    spec = _OPERATORS[name]
+    _refuse_jit(name)
+    try:
+        args = prepare(name, spec, given)
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            _refuse_transforms(name, args)
+        return dict(zip(spec.results, _below_autograd(_KERNELS[name], *args), strict=True))
+    except (TypeError, AttributeError, RuntimeError, IndexError):
+        check_types(name, spec, given, _SHOWN[name])
+        raise
+
+
 # ---- gradients --------------------------------------------------------------------------------------------------------
 
 
@@ -253,7 +276,8 @@ def _is_batched(x: Tensor | None) -> bool:
     return x is not None and (known.is_batchedtensor(x) or known.is_legacy_batchedtensor(x))
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+def refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    """The backward of a gradient."""
     raise RuntimeError("rat_ext: the ops have first derivatives only; this needs a second one (create_graph=True?)")
 
 
@@ -377,7 +401,7 @@ _register_fake(_OPERATORS["rat_decode_step"], _in_place_shapes)
 for _name, _spec in _OPERATORS.items():
     if _name.endswith("_backward"):
         _register_fake(_spec, _gradient_shapes(_spec))
-        torch.library.register_autograd(f"rat_ext::{_name}", _no_second_derivative)
+        torch.library.register_autograd(f"rat_ext::{_name}", refuse_second_derivative)
 
 _DIFFERENTIABLE = {n: Differentiable(n) for n in ("rat_attention", "rat_attention_packed", "chunk_recurrence")}
 
