@@ -35,7 +35,7 @@ from .parts import Columns, view
 # Tokens over which the recurrence alone runs at once: what it writes for each is gone after them. Backward half as many.
 SLICE = 65536
 # Tokens of which the op gives the states: it takes the host half as long as the recurrence over k, that over v, rotation and
-# rounding, and attention, which nobody reads, takes a GPU less than that.
+# rounding, and attention, which nobody reads, takes a GPU less than that. In the backward the host is ahead: the recurrence.
 FEW = 8192
 # Chunk states of sequences that continue are rows of one tensor, as many for each sequence as for the longest. More rows than
 # tokens in a compact row may be by one for so many tokens.
@@ -43,7 +43,6 @@ TOKENS_OF_A_ROW = 8
 
 RUNNING = ("running_k_out", "running_v_out")  # results of the op
 CHUNKS = ("chunk_k_out", "chunk_v_out")
-SAVED = ("y", "lse", *CHUNKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,8 +382,7 @@ class _Row(torch.autograd.Function):
         ctx.group, ctx.op, ctx.plan, ctx.names, ctx.shape = group, op, plan, names, shape
         ctx.tensors = [name for name, x in saved.items() if isinstance(x, Tensor)]
         ctx.given = {name: x for name, x in saved.items() if not isinstance(x, (Tensor, RATCache))}
-        ctx.of_op = list(of_op)
-        ctx.save_for_backward(*(saved[name] for name in ctx.tensors), *(x[name] for x in of_op.values() for name in SAVED))
+        ctx.save_for_backward(*(saved[name] for name in ctx.tensors))
         return saved["y"]
 
     @staticmethod
@@ -401,9 +399,7 @@ class _Row(torch.autograd.Function):
     def gradients(ctx: Any, dy: Tensor) -> list[Tensor | None]:
         """Of the bias and of the rows."""
         plan: Plan = ctx.plan
-        saved = list(ctx.saved_tensors)
-        given = ctx.given | dict(zip(ctx.tensors, saved, strict=False))
-        of_op = dict(zip(ctx.of_op, _batched(saved[len(ctx.tensors) :], len(SAVED)), strict=True))
+        given = ctx.given | dict(zip(ctx.tensors, ctx.saved_tensors, strict=True))
         grads = results_of(f"{ctx.op}_backward", **given, dy=dy)
         dbias = [grads["dgate_bias"]]
         chunks_of: dict[int, list[Tensor]] = {}  # gradients of the chunk states that came, by run
@@ -427,16 +423,12 @@ class _Row(torch.autograd.Function):
                     if x is not None:
                         to.append(x)
             if way is plan.ways[-1]:  # chunk states, of which some follow from running ones
-                opened = {i: _opened(plan, i, given, came[i][1]) for i in plan.leaving if i not in of_op and came[i][1]}
+                opened = {i: _opened(plan, i, given, came[i][1]) for i in plan.leaving if came[i][1]}
                 for i, dstates in opened.items():
                     if plan.left(i).head:
                         dbias.append(_backward_of_head(plan, i, given, grads, dstates))
-        for i, (running, chunks) in came.items():
-            total = _total(running)
-            if i in of_op:
-                dbias.append(_backward_of_op(plan, i, given, grads, of_op[i], total, _total(chunks)))
-            else:
-                dbias.append(_backward_of_states(plan, i, given, grads, opened.get(i), total))
+        for i, (running, _) in came.items():
+            dbias.append(_backward_of_states(plan, i, given, grads, opened.get(i), _total(running)))
         return [_sum(dbias), *(grads["d" + name] for name in ctx.names)]
 
 
@@ -451,10 +443,6 @@ class _Once(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         refuse_second_derivative(ctx)
         return (None, *grads)
-
-
-def _batched(x: list, n: int) -> list[list]:
-    return [x[i : i + n] for i in range(0, len(x), n)]
 
 
 def _total(came: Sequence[Tensor]) -> Tensor | None:
@@ -602,29 +590,6 @@ def _scan_back(
         dbias.append(of_bias)
         initial.append(of_initial)
     return _sum(dbias), initial
-
-
-def _backward_of_op(
-    plan: Plan,
-    i: int,
-    given: Given,
-    grads: dict[str, Tensor],
-    saved: Sequence[Tensor],
-    running: Tensor | None,
-    chunks: Tensor | None,
-) -> Tensor | None:
-    """Of all states, where the op gave them. q of that call was k, of a y that nobody read: it has no gradient."""
-    leaving = plan.left(i)
-    y = saved[0]
-    more = _op_of(plan, i, given) | dict(zip(SAVED, saved, strict=True)) | {"dy": y.new_zeros(1).expand(y.shape)}
-    for names, dstates, dtype in ((RUNNING, running, state_dtype(y.dtype)), (CHUNKS, chunks, y.dtype)):
-        if dstates is not None:
-            more |= {f"d{name}": x[None].to(dtype) for name, x in zip(names, dstates, strict=True)}
-    found = results_of("rat_attention_backward", **more)
-    to = _cut(given | {name.removeprefix("d"): x for name, x in grads.items() if x is not None}, leaving.at, leaving.tokens)
-    for x, name in zip(to, ("dk", "dv", "dgate"), strict=True):
-        x += found[name]
-    return found["dgate_bias"]
 
 
 def _backward_of_head(plan: Plan, i: int, given: Given, grads: dict[str, Tensor], dstates: list[Tensor]) -> Tensor | None:
