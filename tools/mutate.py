@@ -85,10 +85,9 @@ ARITHMETIC = {
 }  # fmt: skip
 PAIRS = (
     "min max", "any all", "k v", "q k", "cos sin", "begin end", "first last", "start stop", "float32 float64", "int32 int64",
-    "amax amin", "maximum minimum", "zeros empty", "ones zeros", "heads groups", "num_heads num_groups",
-    "rows columns",
-    "key value", "tokens length", "lengths slots", "x gate", "before after", "left right", "mean sum", "floor ceil", "extend append",
-    "rotary_cos rotary_sin", "shape stride", "before count", "rank world", "train eval",
+    "amax amin", "maximum minimum", "zeros empty", "ones zeros", "heads groups", "num_heads num_groups", "rows columns",
+    "key value", "tokens length", "lengths slots", "x gate", "before after", "left right", "mean sum", "floor ceil",
+    "extend append", "rotary_cos rotary_sin", "shape stride", "before count", "rank world", "train eval",
 )  # fmt: skip
 OTHER = {a: b for pair in PAIRS for x, y in [pair.split()] for a, b in ((y, x), (x, y))}
 WRAPPERS = {"list", "tuple", "sorted", "set", "dict", "int", "float", "bool", "abs", "reversed"}
