@@ -929,6 +929,20 @@ def test_gradients_beside_a_cache(model, device):
     assert model.model.embed_tokens.weight.grad is not None
 
 
+def test_a_cache_that_records_beside_a_bias_that_learns(device):
+    """Gradients are refused where the tokens would carry one; a bias alone has none, by way of a cache in place."""
+    model, ids = model_of("rat", device), tokens_of(device, 2, 9)
+    for name, p in model.named_parameters():
+        p.requires_grad_("gate_bias" in name)
+    caches = [RATModelCache(model.config) for _ in range(2)]
+    for cache in caches:
+        cache.activate_past_recording()
+    for part in (ids[:, :4], ids[:, 4:5], ids[:, 5:]):
+        y = model(part, past_key_values=caches[0]).logits
+        with torch.no_grad():
+            assert torch.equal(y, model(part, past_key_values=caches[1]).logits) and not y.requires_grad
+
+
 def test_chunked_prefill(model, device):
     ids = tokens_of(device, 2, 23)
     options = dict(max_new_tokens=8, do_sample=False)
