@@ -477,8 +477,8 @@ PYTHON = [
     Mutant(
         "warmup rounded down",
         "rat_ext/train/run.py",
-        r"math\.ceil\(recipe\.warmup \* recipe\.steps\)",
-        "int(recipe.warmup * recipe.steps)",
+        r"math\.ceil\(share \* steps\)",
+        "int(share * steps)",
         "tests/test_train_run.py::test_the_optimizer_is_the_papers",
     ),
     Mutant(
@@ -599,6 +599,48 @@ PYTHON = [
         r'name\.endswith\("check"\)\)',
         'name.startswith("check"))',
         "tests/test_demo.py::test_doctor_is_not_well_with_a_wrong_op",
+    ),
+    Mutant(
+        "a shared page counts once in a copy",
+        "rat_ext/cache.py",
+        r"            for page in row:\n                self\.counts\[page\] \+= 1",
+        "            for page in row:\n                self.counts[page] = 1",
+        "tests/test_serving.py::test_a_page_is_free_when_its_last_owner_goes",
+    ),
+    Mutant(
+        "modes of requests that left",
+        "rat_ext/models/generator.py",
+        r"self\.modes\[request\.mode\] -= 1",
+        "self.modes[request.mode] = 1",
+        "tests/test_generator.py::test_the_books_of_a_generator",
+    ),
+    Mutant(
+        "a prefill of the last prompt's tokens",
+        "rat_ext/models/generator.py",
+        r"tokens \+= len\(self\.waiting\[0\]\.prompt\)",
+        "tokens = len(self.waiting[0].prompt)",
+        "tests/test_generator.py::test_the_books_of_a_generator",
+    ),
+    Mutant(
+        "checkpoints by name",
+        "rat_ext/train/trainer.py",
+        r"key=lambda path: int\(path\.name\.rpartition\(\"-\"\)\[2\]\)",
+        "key=lambda path: path.name",
+        "tests/test_train_run.py::test_checkpoints_are_in_the_order_of_their_steps",
+    ),
+    Mutant(
+        "what was read forgets its bounds",
+        "rat_ext/cache.py",
+        r"            copy\._set_bounds\(list\(range\(len\(bounds\)\)\), bounds, 0\)",
+        "            pass",
+        "tests/test_cache.py::test_bounds_of_what_was_read",
+    ),
+    Mutant(
+        "no heads of size 0",
+        "rat_ext/rotary.py",
+        r"head_dim % 2 or head_dim < 0:",
+        "head_dim % 2 or head_dim < 1:",
+        "tests/test_limits.py",
     ),
 ]
 
@@ -1123,6 +1165,13 @@ CPU = [
         r"if \(t\.last && b\.dfinal\)",
         "if (b.dfinal)",
         "tests/test_long_chunks.py tests/test_recurrence.py",
+    ),
+    Mutant(
+        "e4m3: a NaN before other values",
+        "csrc/cpu/tile.inl",
+        r"    if \(amax != amax\) break;\n",
+        "",
+        "tests/test_decode_pool.py::test_one_value_that_is_not_finite_makes_a_state_nan",
     ),
 ]
 
@@ -1680,6 +1729,41 @@ CUDA = [
         r"join\.outer_v = in\.initial_v;",
         "join.outer_v = in.initial_k;",
         "tests/test_long_chunks.py tests/test_state.py",
+    ),
+    Mutant(
+        "recurrence fwd: final v from k",
+        "csrc/cuda/recurrence/forward.cu",
+        r"store_floats\(p\.running_v \+ at, v_state\)",
+        "store_floats(p.running_v + at, k_state)",
+        "tests/test_state.py",
+    ),
+    Mutant(
+        "recurrence fwd: fp8 values keep the keys' scale",
+        "csrc/cuda/recurrence/forward.cu",
+        r"quantise<W>\(pool\.quantised\.v, pool\.scale_v,",
+        "quantise<W>(pool.quantised.v, pool.scale_k,",
+        "tests/test_serving.py::test_any_order_of_calls",
+    ),
+    Mutant(
+        "segments bwd: own gradient without scale",
+        "csrc/cuda/recurrence/segments.cu",
+        r"ds\[u\] = in\.scale \* p\.ds_self\[scalars \+ t\];",
+        "ds[u] = p.ds_self[scalars + t];",
+        "tests/test_long_chunks.py",
+    ),
+    Mutant(
+        "reverse: what later segments hand to v is that of k",
+        "csrc/cuda/recurrence/reverse.cu",
+        r"segment_at\(s, tile\.item, lane\.head, kStreams, 1\) \+ lane\.d, v_grad",
+        "segment_at(s, tile.item, lane.head, kStreams, 0) + lane.d, v_grad",
+        "tests/test_long_chunks.py",
+    ),
+    Mutant(
+        "reduce: a quarter of the shares",
+        "csrc/cuda/attention/rotate_reduce.cu",
+        r"    sum\.w \+= x\.w;\n",
+        "",
+        "tests/test_many_chunks.py",
     ),
 ]
 
