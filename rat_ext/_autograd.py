@@ -107,7 +107,7 @@ def _once(operator: Callable, kernel: Callable, args: tuple) -> Any:
 def results_of(name: str, **given: Any) -> dict[str, Any]:
     """:func:`call_kernel`, results by name."""
     spec = _OPERATORS[name]
-    return dict(zip(spec.results, _below_autograd(_KERNELS[name], *(given.get(n) for n in spec.arguments)), strict=True))
+    return dict(zip(spec.results, call_kernel(name, **given), strict=True))
 
 
 def call_forward(name: str, given: Given) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def call_forward(name: str, given: Given) -> dict[str, Any]:
         args = prepare(name, spec, given)
         if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
             _refuse_transforms(name, args)
-        return dict(zip(spec.results, _below_autograd(_KERNELS[name], *args), strict=True))
+        return dict(zip(spec.results, _KERNELS[name](*args), strict=True))
     except (TypeError, AttributeError, RuntimeError, IndexError):
         check_types(name, spec, given, _SHOWN[name])
         raise
