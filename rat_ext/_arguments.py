@@ -32,6 +32,8 @@ STATE = ("chunk_k", "chunk_v", "running_k", "running_v", "lengths")
 # What an operator takes and no public op: it is made here.
 MADE = ("chunk_rows",)
 POOL = ("page_table", "chunk_k", "chunk_v", "scale_k", "scale_v", "running_k", "running_v", "lengths", "error", "workspace")
+# Flags that a brief call leaves out, and tensors that are None.
+USUAL = {"return_state": False, "deterministic": True}
 
 
 def wrong(op: str, argument: str, expected: str, got: object) -> NoReturn:
@@ -120,12 +122,31 @@ class Operator:
         self.types = {a.name: str(a.type) for a in schema.arguments}
         self.arguments = tuple(self.types)
         self.results = tuple(r.name for r in schema.returns)
+        self.has_state = "chunk_rows" in self.types  # takes the tensors of a RATCache, and returns them
         self.pick = operator.itemgetter(*self.arguments)
+        # Of a call without a state: its tensors are as absent as the state is.
+        self.pick_without_state = operator.itemgetter(*("initial_state" if n in STATE else n for n in self.arguments))
+        # The overload "brief" of eager calls leaves out what most do without. `decisive`: arguments of the public op that tell
+        # whether a call is one, and their values then.
+        self.eager = getattr(torch.ops.rat_ext_eager, name)
+        self.brief = tuple(a.name for a in self.eager.brief._schema.arguments)
+        self.pick_brief = operator.itemgetter(*self.brief)
+        self.left_out = tuple((i, USUAL.get(n)) for i, n in enumerate(self.arguments) if n not in self.brief)
+        decisive = ["initial_state" if n in STATE and self.has_state else n for n in self.arguments if n not in self.brief]
+        self.decisive = tuple((n, USUAL.get(n)) for n in dict.fromkeys(decisive))
         self.rows = tuple(n for n in ROWS if n in self.types)
         self.lead = self.rows[0]
+        self.sized = next(n for n in ("projection", "v", "x") if n in self.types)  # its shape tells tokens and head size
         self.tables = tuple(n for n in TABLES if n in self.types)
-        self.has_state = "chunk_rows" in self.types  # takes the tensors of a RATCache, and returns them
+        self.has_scale = "scale" in self.types
         self.numbers = tuple((n, *_NUMBERS[t]) for n, t in self.types.items() if t in _NUMBERS and n not in MADE)
+
+    def whole(self, brief: tuple) -> list:
+        """All arguments, from those of a brief call."""
+        args = list(brief)
+        for place, usual in self.left_out:
+            args.insert(place, usual)
+        return args
 
 
 def check_types(op: str, spec: Operator, given: Given, names: dict[str, str]) -> None:
@@ -168,9 +189,6 @@ def _cast(names: tuple[str, ...], given: Given, device: str) -> None:
             given[name] = x.to(dtype)
 
 
-_NO_STATE = dict.fromkeys(STATE)
-
-
 def take_pool(given: Given, cache: RATCache) -> None:
     """The tensors of a cache that is updated in place; its scratch is the caller's to make."""
     tensors = cache.tensors()
@@ -199,15 +217,14 @@ def _longest(op: str, given: Given, tokens: int) -> int:
     return tokens if limit is None else min(limit, tokens)
 
 
-def _take_state(op: str, given: Given, compiling: bool) -> None:
+def _take_state(op: str, given: Given, shape: tuple, compiling: bool) -> None:
     """The tensors of ``initial_state``, the chunk rows to allocate, and the host's bound of the lengths afterwards."""
     state: RATCache | None = given["initial_state"]
-    chunk_size, shape = given["chunk_size"], given["projection" if "projection" in given else "v"].shape
+    chunk_size = given["chunk_size"]
     tokens = shape[1] if len(shape) > 1 else 0
-    step = max(chunk_size, 1)
+    step = chunk_size if chunk_size > 1 else 1
     longest = _longest(op, given, tokens) if given["cu_seqlens"] is not None or given["max_seqlen"] is not None else tokens
     if state is None:
-        given.update(_NO_STATE)
         given["bound"] = longest
         if given["cu_seqlens"] is not None and not given["return_state"]:
             chunks = tokens // step + max(given["cu_seqlens"].numel() - 1, 0)
@@ -254,27 +271,34 @@ def split_projection(op: str, given: Given) -> None:
     del given["projection"]
 
 
-def _default_scale(given: Given) -> float:
+def _default_scale(given: Given, shape: tuple) -> float:
+    dim = shape[-1] if shape else 1
     if "projection" in given:
         parts = 2 * given["num_groups"] + (3 if given["has_out_gate"] else 2) * given["num_heads"]
-        shape = given["projection"].shape
-    else:
-        parts, shape = 1, given["v"].shape
-    return max(shape[-1] // max(parts, 1), 1) ** -0.5 if shape else 1.0
+        dim = dim // parts if parts > 1 else dim
+    return dim**-0.5 if dim > 1 else 1.0
 
 
-def prepare(op: str, spec: Operator, given: Given, compiling: bool = False) -> tuple:
-    """The operator's arguments, in order. Adds to ``given`` what the operator takes and the public op does not."""
-    if given.get("scale", 1.0) is None:
-        given["scale"] = _default_scale(given)
+def prepare(op: str, spec: Operator, given: Given, compiling: bool = False, brief: bool = False) -> tuple:
+    """The operator's arguments, in order. Adds to ``given`` what the operator takes and the public op does not.
+
+    Every small call pays for each line here, about as much as for a tensor that it allocates.
+
+    Args:
+        brief: those of the overload "brief", which are fewer, where the call needs no others.
+    """
+    shape = tuple(given[spec.sized].shape)
+    if spec.has_scale and given["scale"] is None:
+        given["scale"] = _default_scale(given, shape)
     for name, exact, convert in spec.numbers:
         if type(given[name]) is not exact:
             given[name] = convert(op, name, given[name])
     lead = given[spec.lead]
-    device = "cuda" if lead.is_cuda else "cpu"  # asking a torch.device for its type makes a string each time
-    if torch.is_autocast_enabled(device) and (lead.is_cuda or lead.is_cpu):
-        _cast(spec.rows, given, device)
-        lead = given[spec.lead]
+    if compiling or torch._C._is_any_autocast_enabled():
+        device = "cuda" if lead.is_cuda else "cpu"  # asking a torch.device for its type makes a string each time
+        if torch.is_autocast_enabled(device) and (lead.is_cuda or lead.is_cpu):
+            _cast(spec.rows, given, device)
+            lead = given[spec.lead]
     acc = state_dtype(lead.dtype)
     for name in spec.tables:
         x = given[name]
@@ -284,8 +308,16 @@ def prepare(op: str, spec: Operator, given: Given, compiling: bool = False) -> t
             if not x.is_floating_point():
                 wrong(op, name, "a floating dtype", str(x.dtype).removeprefix("torch."))
             given[name] = x.to(acc)
-        if x.requires_grad and name in WITHOUT_GRADIENT and torch.is_grad_enabled():
+        if name in WITHOUT_GRADIENT and x.requires_grad and torch.is_grad_enabled():
             wrong(op, name, "a tensor that needs no gradient (the op has none for it)", "one that does")
     if spec.has_state:
-        _take_state(op, given, compiling)
-    return tuple([given[name] for name in spec.arguments]) if compiling else spec.pick(given)
+        _take_state(op, given, shape, compiling)
+    if compiling:
+        return tuple([given.get(name) for name in spec.arguments])
+    if brief:
+        for name, usual in spec.decisive:
+            if given[name] is not usual:
+                break
+        else:
+            return spec.pick_brief(given)
+    return (spec.pick_without_state if spec.has_state and given["initial_state"] is None else spec.pick)(given)

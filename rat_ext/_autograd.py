@@ -7,7 +7,8 @@ Each op has its gradient twice, from the same operator. Tracing takes the operat
 registers: one input and one output for each of the schema. In eager mode that costs the host more than a small op costs a GPU,
 for autograd's work grows with every input and output, and torch.library looks up the schema argument by argument. There the ops
 go through an autograd.Function that shows autograd only what has a gradient: `args`, all arguments of the operator in a tuple,
-is opaque to it, and so are results that are only saved.
+is opaque to it, and so are results that are only saved. Below it stands a second set of operators, torch.ops.rat_ext_eager, the
+same without an autograd that would have to be switched off.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _log
@@ -51,23 +52,114 @@ _OPERATORS = {
         "rat_decode_step",
     )
 }
-_KERNELS = {name: _log.logged(spec) for name, spec in _OPERATORS.items()}
 
 
-def _below_autograd(kernel: Callable, *args: Any) -> Any:
-    """Calls the kernel itself where nothing is recorded. Else a second derivative may be wanted: the operator refuses it."""
-    if torch.is_grad_enabled():
-        return kernel(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return kernel(*args)
+def _by_name(spec: Operator, operator: Callable, overload: str) -> Callable:
+    """An operator of torch.ops.rat_ext, called as an overload of the eager one is."""
+    if overload == "default":
+        return operator
+    if overload == "brief":
+        return lambda *args: operator(*spec.whole(args))
+    return lambda *args: operator(*spec.whole(args))[0]  # "y"
+
+
+def _kernel(spec: Operator, overload: str) -> Callable:
+    """Calls an operator below autograd."""
+    operator = _by_name(spec, _log.logged(spec), overload)
+
+    def by_name(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    # The function behind the operator's overload: OpOverload.__call__ is a function of Python's that calls it.
+    eager = getattr(spec.eager, overload)._op
+    function_modes = torch._C._len_torch_function_stack  # make_fx(pre_dispatch=True) is one, and no dispatch mode
+
+    def kernel(*args: Any) -> Any:
+        return (by_name if profiler._is_profiler_enabled or function_modes() else eager)(*args)
+
+    return by_name if _log.ENABLED else kernel
+
+
+_KERNELS = {name: _kernel(spec, "default") for name, spec in _OPERATORS.items()}
+_BRIEF = {name: _kernel(spec, "brief") for name, spec in _OPERATORS.items()}
+
+# Dispatch modes and subclasses of tensors look at operators: they are shown those of torch.ops.rat_ext, as profilers and modes
+# of functions are above. So is the meta device, which has rules of shapes alone.
+_SHOWN_TO = [torch.library.Library("rat_ext_eager", "IMPL", key) for key in ("Python", "Meta")]
+for _library in _SHOWN_TO:
+    for _name, _spec in _OPERATORS.items():
+        for _overload in _spec.eager.overloads():
+            _library.impl(f"{_name}.{_overload}".removesuffix(".default"), _by_name(_spec, _spec.overload, _overload))
 
 
 def call_kernel(name: str, **given: Any) -> tuple:
     """What an operator returns, for a backward that is written by hand. Arguments that are left out are None."""
-    return _below_autograd(_KERNELS[name], *(given.get(n) for n in _OPERATORS[name].arguments))
+    spec = _OPERATORS[name]
+    return _once(spec.overload, _KERNELS[name], tuple([given.get(n) for n in spec.arguments]))
+
+
+def _once(operator: Callable, kernel: Callable, args: tuple) -> Any:
+    """What the kernel returns, where nothing is recorded. Else a second derivative may be wanted: the operator refuses it."""
+    return operator(*args) if torch.is_grad_enabled() else kernel(*args)
+
+
+def results_of(name: str, **given: Any) -> dict[str, Any]:
+    """:func:`call_kernel`, results by name."""
+    spec = _OPERATORS[name]
+    return dict(zip(spec.results, call_kernel(name, **given), strict=True))
+
+
+def call_forward(name: str, given: Given) -> dict[str, Any]:
+    """All results of an operator by name, those too that are only saved, for a forward that is written by hand.
+
+    ``given``: the arguments of the public op; afterwards those of the operator too.
+    """
+    spec = _OPERATORS[name]
+    _refuse_jit(name)
+    try:
+        args = prepare(name, spec, given)
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            _refuse_transforms(name, args)
+        return dict(zip(spec.results, _KERNELS[name](*args), strict=True))
+    except (TypeError, AttributeError, RuntimeError, IndexError):
+        check_types(name, spec, given, _SHOWN[name])
+        raise
 
 
 # ---- gradients --------------------------------------------------------------------------------------------------------
+
+
+class _Passing:
+    """What passes from a forward to its backward.
+
+    Args:
+        there: names of what is at hand after the forward, arguments and results.
+        incoming: names of the gradients that come in.
+        wanted: names of the backward's arguments, in order.
+        backward: the backward's operator.
+    """
+
+    def __init__(self, there: tuple, incoming: list, wanted: tuple, backward: Operator) -> None:
+        saved = [n for n in wanted if n in there and backward.types[n].endswith(("Tensor", "Tensor]"))]
+        numbers = [n for n in wanted if n in there and n not in saved]
+        self._saved = itemgetter(*(there.index(n) for n in saved))
+        self._numbers = itemgetter(*(there.index(n) for n in (*numbers, numbers[0])))  # two at least, to get a tuple
+        at_hand = [*incoming, *saved, *numbers]
+        self._order = itemgetter(*(at_hand.index(n) for n in wanted))
+        self._y = len(incoming) + saved.index("y")
+
+    def save(self, ctx: Any, args: tuple, output: tuple) -> None:
+        everything = args + output
+        ctx.numbers = self._numbers(everything)
+        ctx.save_for_backward(*self._saved(everything))
+
+    def arguments(self, ctx: Any, incoming: tuple) -> tuple:
+        """The backward's."""
+        at_hand = (*incoming, *ctx.saved_tensors, *ctx.numbers)
+        if incoming[0] is None:
+            at_hand = (torch.zeros_like(at_hand[self._y]), *at_hand[1:])
+        return self._order(at_hand)
 
 
 class Differentiable:
@@ -76,26 +168,20 @@ class Differentiable:
     def __init__(self, name: str) -> None:
         self.forward, self.backward = _OPERATORS[name], _OPERATORS[f"{name}_backward"]
         self.kernel, self.backward_kernel = _KERNELS[name], _KERNELS[f"{name}_backward"]
-        arguments, results = self.forward.arguments, self.forward.results
-        there = (*arguments, *results)  # what is at hand after the forward
+        self.brief_kernel, self.brief_backward_kernel = _BRIEF[name], _BRIEF[f"{name}_backward"]
+        self.y_kernel = _kernel(self.forward, "y")
+        arguments, results, brief = self.forward.arguments, self.forward.results, self.forward.brief
         wanted = self.backward.arguments
         incoming = [f"d{n}" for n in results]
-
-        # The backward reads (gradients of all results, saved tensors, numbers), put in the order of its schema.
-        saved = [n for n in wanted if n in there and self.backward.types[n].endswith(("Tensor", "Tensor]"))]
-        numbers = [n for n in wanted if n in there and n not in saved]
-        self._saved = itemgetter(*(there.index(n) for n in saved))
-        self._numbers = itemgetter(*(there.index(n) for n in (*numbers, numbers[0])))  # two at least, to get a tuple
-        at_hand = [*incoming, *saved, *numbers]
-        self._order = itemgetter(*(at_hand.index(n) for n in wanted))
-        self._y = len(incoming) + saved.index("y")
+        self._passing = _Passing((*arguments, *results), incoming, wanted, self.backward)
+        self._passing_brief = _Passing((*brief, *results), ["dy"], self.backward.brief, self.backward)
 
         # Arguments with a gradient, in the order of the backward's results. Those of a state come last; often there is none.
         inputs = [n.removeprefix("d") for n in self.backward.results]
-        self._inputs = itemgetter(*(arguments.index(n) for n in inputs))
-        self._inputs_without_state = itemgetter(
-            *(arguments.index(n) for n in inputs if n not in STATE and n != "initial_state")
-        )
+        without_state = [n for n in inputs if n not in STATE and n != "initial_state"]
+        self._inputs = itemgetter(*map(arguments.index, inputs))
+        self._inputs_without_state = itemgetter(*map(arguments.index, without_state))
+        self._inputs_brief = itemgetter(*map(brief.index, without_state))
         self._lengths = arguments.index("lengths")
         self._gradients_of_arguments = [inputs.index(n) if n in inputs else None for n in arguments]
 
@@ -105,35 +191,29 @@ class Differentiable:
         self._visible = [i for i in range(len(results)) if not hidden[i]]
         self._incoming = [self._visible.index(i) if d else None for i, d in enumerate(self._differentiable)]
 
-        self._eager = self._eager_function(name)
+        self._recorded = _by_name(self.backward, self.backward.overload, "brief")
+        self._eager = self._function(name, self._eager_forward, self._eager_backward)
+        self._eager_brief = self._function(name, self._brief_forward, self._brief_backward)
         torch.library.register_autograd(f"rat_ext::{name}", self._traced_backward, setup_context=self._traced_context)
 
     def __call__(self, args: tuple, compiling: bool) -> tuple:
-        """y alone, or y and the returned state."""
+        """y alone, or y and the returned state. ``args``: all of the operator's, or those of a brief call."""
         if compiling:
             output = self.forward.overload(*args)
+        elif len(args) < len(self.forward.arguments):
+            if torch.is_grad_enabled():
+                return (self._eager_brief(args, *self._inputs_brief(args)),)
+            return (self.y_kernel(*args),)
         elif torch.is_grad_enabled():
             inputs = self._inputs_without_state if args[self._lengths] is None else self._inputs
             output = self._eager(args, *inputs(args))
             return output if isinstance(output, tuple) else (output,)
         else:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = self.kernel(*args)
+            output = self.kernel(*args)
         return output[:1] if output[-1] is None else self._shown(output)
 
     def _shown(self, output: tuple) -> tuple:
         return tuple(output[i] for i in self._visible)
-
-    def _save(self, ctx: Any, args: tuple, output: tuple) -> None:
-        everything = (*args, *output)
-        ctx.numbers = self._numbers(everything)[:-1]
-        ctx.save_for_backward(*self._saved(everything))
-
-    def _gradients(self, ctx: Any, kernel: Callable, incoming: tuple) -> tuple:
-        at_hand = (*incoming, *ctx.saved_tensors, *ctx.numbers)
-        if incoming[0] is None:
-            at_hand = (torch.zeros_like(at_hand[self._y]), *at_hand[1:])
-        return _below_autograd(kernel, *self._order(at_hand))
 
     # Tracing: context and gradient of the operator.
 
@@ -142,29 +222,40 @@ class Differentiable:
         without = [x for i, x in enumerate(output) if x is not None and (not self._differentiable[i] or (no_state and i > 0))]
         ctx.mark_non_differentiable(*without)
         ctx.set_materialize_grads(False)
-        self._save(ctx, inputs, output)
+        self._passing.save(ctx, inputs, output)
 
     def _traced_backward(self, ctx: Any, *incoming: Tensor | None) -> tuple:
-        grads = self._gradients(ctx, self.backward.overload, incoming)
+        operator = self.backward.overload
+        grads = _once(operator, operator, self._passing.arguments(ctx, incoming))
         return tuple(None if i is None else grads[i] for i in self._gradients_of_arguments)
 
-    # Eager mode: a function of all arguments of the operator in a tuple, and of those that may have a gradient.
+    # Eager mode: functions of all arguments of the operator in a tuple, and of those that may have a gradient.
 
-    def _eager_function(self, name: str) -> Callable:
-        def forward(ctx: Any, args: tuple, *inputs: Tensor | None) -> Tensor | tuple:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = self.kernel(*args)
-            self._save(ctx, args, output)
-            if output[-1] is None:  # no state is returned, and autograd gives zeros for a gradient of y that is missing
-                return output[0]
-            ctx.set_materialize_grads(False)
-            return self._shown(output)
+    def _eager_forward(self, ctx: Any, args: tuple, *inputs: Tensor | None) -> Tensor | tuple:
+        output = self.kernel(*args)
+        self._passing.save(ctx, args, output)
+        if output[-1] is None:  # no state is returned, and autograd gives zeros for a gradient of y that is missing
+            return output[0]
+        ctx.set_materialize_grads(False)
+        return self._shown(output)
 
+    def _eager_backward(self, ctx: Any, *grads: Tensor | None) -> tuple:
+        incoming = tuple(grads[i] if i is not None and i < len(grads) else None for i in self._incoming)
+        # Gradients past the last input (of a state that was not given) are None, which autograd takes.
+        return _once(self.backward.overload, self.backward_kernel, self._passing.arguments(ctx, incoming))
+
+    def _brief_forward(self, ctx: Any, args: tuple, *inputs: Tensor | None) -> Tensor:
+        output = self.brief_kernel(*args)
+        self._passing_brief.save(ctx, args, output)
+        return output[0]
+
+    def _brief_backward(self, ctx: Any, *grads: Tensor) -> tuple:
+        return _once(self._recorded, self.brief_backward_kernel, self._passing_brief.arguments(ctx, grads))
+
+    def _function(self, name: str, forward: Callable, gradients: Callable) -> Callable:
         def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-            incoming = tuple(grads[i] if i is not None and i < len(grads) else None for i in self._incoming)
             try:
-                # Gradients past the last input (of a state that was not given) are None, which autograd takes.
-                return None, *self._gradients(ctx, self.backward_kernel, incoming)
+                return None, *gradients(ctx, *grads)
             except RuntimeError:
                 if not any(map(_is_batched, grads)):
                     raise
@@ -185,7 +276,8 @@ def _is_batched(x: Tensor | None) -> bool:
     return x is not None and (known.is_batchedtensor(x) or known.is_legacy_batchedtensor(x))
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+def refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    """The backward of a gradient."""
     raise RuntimeError("rat_ext: the ops have first derivatives only; this needs a second one (create_graph=True?)")
 
 
@@ -309,7 +401,7 @@ _register_fake(_OPERATORS["rat_decode_step"], _in_place_shapes)
 for _name, _spec in _OPERATORS.items():
     if _name.endswith("_backward"):
         _register_fake(_spec, _gradient_shapes(_spec))
-        torch.library.register_autograd(f"rat_ext::{_name}", _no_second_derivative)
+        torch.library.register_autograd(f"rat_ext::{_name}", refuse_second_derivative)
 
 _DIFFERENTIABLE = {n: Differentiable(n) for n in ("rat_attention", "rat_attention_packed", "chunk_recurrence")}
 
@@ -348,7 +440,7 @@ def call(name: str, given: Given, op: str | None = None) -> Any:
     try:
         if compiling:
             check_types(op, spec, given, _SHOWN[op])
-        args = prepare(op, spec, given, compiling)
+        args = prepare(op, spec, given, compiling, brief=True)
         if not compiling and (forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()):
             _refuse_transforms(op, args)
         result = _DIFFERENTIABLE[name](args, compiling)
@@ -421,13 +513,13 @@ def _in_place(name: str, op: str, given: Given, cache: RATCache) -> Tensor:
             given["workspace"] = cache.decode_workspace()
         if compiling:
             check_types(op, spec, given, _SHOWN_CACHE)
-        args = prepare(op, spec, given, compiling)
+        args = prepare(op, spec, given, compiling, brief=True)
         if compiling:
             y = spec.overload(*args)
         else:
             if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
                 _refuse_transforms(op, args)
-            y = _KERNELS[name](*args)
+            y = (_BRIEF if len(args) < len(spec.arguments) else _KERNELS)[name](*args)
     except (TypeError, AttributeError, RuntimeError, IndexError):
         check_types(op, spec, given, _SHOWN_CACHE)
         raise

@@ -298,6 +298,26 @@ def test_bounds(device):
     assert pool.length_bound == 0 and not pool.lengths.any()
 
 
+def test_bounds_of_what_was_read():
+    """Each entry has its own, and so has what is made of it."""
+    pool = RATCache.empty(4, H, D, L, 40)
+    pool.write([1, 2], filled(torch.device("cpu"), 2, 20))
+    pool.write([2], filled(torch.device("cpu"), 1, 3))
+    for taken in (
+        pool.read([0, 1, 2]),
+        pool.read(torch.tensor([0, 1, 2])),
+        pool.read([0, 1, 2]).clone(),
+        pool.clone().read([0, 1, 2]),
+    ):
+        assert [taken._bound(n) for n in range(3)] == [0, 20, 3] and taken.length_bound == 20
+        other = RATCache.empty(3, H, D, L, 40)
+        other.write([2, 1, 0], taken)
+        assert [other._bound(n) for n in range(3)] == [3, 20, 0]
+        taken.reset([1])
+        assert taken.length_bound == 3 and other.length_bound == pool.length_bound == 20
+        assert taken.reserve(100).length_bound == taken.detach().length_bound == 3
+
+
 def test_bounds_where_the_device_knows_the_slots(device):
     """Where the host cannot know the slots, the bound stays one; with either, it is never above the capacity."""
     pool = RATCache.empty(4, H, D, L, 40, device=device)

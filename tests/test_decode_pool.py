@@ -263,6 +263,21 @@ def test_e4m3_scales(device, value):
         assert got[0, 3].isnan()
 
 
+@pytest.mark.parametrize("place", [0, 5, 15])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_one_value_that_is_not_finite_makes_a_state_nan(device, value, place):
+    """All of it, wherever the value stands, whatever comes after it; the other heads' stay as they are."""
+    random = Random(6, device, torch.float32)
+    pool = Pool(random, [0], 2, 16, 1, rows=2, fp8=True)
+    x = {key: random.normal(1, 2, 16) for key in ("q", "k", "v", "gate")}
+    x["gate"] -= 100.0
+    x["v"][0, 1, place] = value
+    pool.step(x)
+    got = pool.chunk_v[0, :, 0].float() * pool.scale_v[0, :, 0, None]
+    assert got[1].isnan().all()
+    torch.testing.assert_close(got[0], x["v"][0, 0], rtol=0.07, atol=1e-2)
+
+
 BAD = {
     "a slot outside the pool": (1, 1, 7, {"slots": [0, 7, 2]}),
     "a full cache": (2, 1, 1, {"lengths": [3, 51, 5]}),

@@ -1,5 +1,7 @@
 """rat_ext.models.Generator: tokens of transformers' own generate, whatever else is in the batch."""
 
+import random
+
 import pytest
 import torch
 
@@ -303,6 +305,116 @@ def test_cancelled_requests(model):
     assert last.tokens == hugging_face(model, prompts[2], 10)
     generator.cancel(last)
     assert last.finished == "length"
+
+
+@pytest.mark.parametrize("limit", [1, 9, 17])
+def test_the_books_of_a_generator(model, device, limit):
+    """Prefills are as full as they may be, steps no dearer and no more than they must be, and slots are held by who goes on."""
+    draw = random.Random(limit)
+    generator = Generator(model, 3, 40, prefill_tokens=limit)
+    prefill, compute = generator._prefill, generator._compute
+
+    def joining(batch, slots):
+        counts = [len(request.prompt) for request in batch]
+        assert len(batch) == len(slots) == len(set(slots)) and (len(batch) == 1 or sum(counts) <= limit)
+        if generator.waiting and generator.unused:
+            assert sum(counts) + len(generator.waiting[0].prompt) > limit
+        assert [generator.owner[slot] for slot in slots] == batch
+        prefill(batch, slots)
+
+    def computing(mode, reads):
+        assert mode == max(request.mode for request in generator.owner if request is not None)
+        compute(mode, reads)
+
+    generator._prefill, generator._compute = joining, computing
+    requests = []
+    choices = [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}, {"temperature": 0.5, "top_p": 0.5}]
+    for _ in range(40):
+        for _ in range(draw.choice((0, 0, 1, 2))):
+            prompt = [draw.randrange(V) for _ in range(draw.randint(1, 9))]
+            options = draw.choice(choices) | {"stop": draw.sample(range(V), draw.choice((0, 16)))}
+            requests.append(generator.submit(prompt, draw.randint(1, 8), seed=draw.randrange(99), **options))
+        if requests and draw.random() < 0.1:
+            generator.cancel(draw.choice(requests))
+        busy = generator.step()
+        owners = generator.owner
+        held = [slot for slot, request in enumerate(owners) if request is not None]
+        assert sorted([*held, *generator.unused]) == [0, 1, 2] and generator.running == len(held)
+        assert generator.modes == [sum(owners[slot].mode == mode for slot in held) for mode in (GREEDY, SAMPLED, FILTERED)]
+        assert busy == bool(held or generator.waiting or generator.sent)
+        if device.type == "cpu":  # where the host has read every token
+            assert not generator.sent and all(owners[slot].finished is None for slot in held)
+            assert generator.rows.slot.tolist() == [slot if slot in held else -1 for slot in range(3)]
+            lengths = [len(owners[slot].prompt) + len(owners[slot].tokens) - 1 for slot in held]
+            assert generator.rows.length[held].tolist() == lengths
+            assert [generator.base[slot] + generator.steps for slot in held] == [n + 1 for n in lengths]
+    generator.run()
+    assert generator.modes == [0, 0, 0] and generator.running == 0 and not generator.waiting and not generator.sent
+    for request in requests:
+        ended, count = request.finished, len(request.tokens)
+        assert ended in ("stop", "length", "cancelled") and count <= request.max_new_tokens
+        assert not set(request.tokens[:-1]) & set(request.stop)
+        assert ended != "length" or (count == request.max_new_tokens and request.tokens[-1] not in request.stop)
+        assert ended != "stop" or request.tokens[-1] in request.stop
+
+
+def test_steps_of_one_request(model):
+    """The prefill gives the first token, each step one more; a prefill is no step."""
+    for tokens in (1, 2, 5):
+        generator, calls = Generator(model, 2, 40), []
+        compute = generator._compute
+        generator._compute = lambda *args, calls=calls, compute=compute: (calls.append(1), compute(*args))
+        generator.generate([[1, 2, 3]], tokens)
+        assert generator.steps == tokens - 1
+        if generator.device.type == "cpu":
+            assert len(calls) == tokens - 1
+
+
+MOST = 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "call", "taken", "refused"),
+    [
+        ("max_batch", lambda g, n: Generator(g.model, n, 40), 1, 0),
+        ("max_length", lambda g, n: Generator(g.model, 1, n), 2, 1),
+        ("prefill_tokens", lambda g, n: Generator(g.model, 1, 40, prefill_tokens=n), 1, 0),
+        ("prompt", lambda g, n: g.submit([n], 5), V - 1, V),
+        ("prompt", lambda g, n: g.submit([3, n], 5), 0, -1),
+        ("prompt", lambda g, n: g.submit([1] * n, 20), 20, 21),
+        ("max_new_tokens", lambda g, n: g.submit([1], n), 1, 0),
+        ("temperature", lambda g, n: g.submit([1], 5, temperature=n), 0, -1e-300),
+        ("temperature", lambda g, n: g.submit([1], 5, temperature=n), torch.finfo(torch.float32).max, 3.5e38),
+        ("top_k", lambda g, n: g.submit([1], 5, top_k=n), 0, -1),
+        ("top_k", lambda g, n: g.submit([1], 5, top_k=n), MOST, MOST + 1),
+        ("top_p", lambda g, n: g.submit([1], 5, top_p=n), 1, 1.0000001),
+        ("top_p", lambda g, n: g.submit([1], 5, top_p=n), 5e-324, 0),
+        ("seed", lambda g, n: g.submit([1], 5, seed=n), MOST, MOST + 1),
+        ("seed", lambda g, n: g.submit([1], 5, seed=n), -MOST - 1, -MOST - 2),
+        ("stop", lambda g, n: g.submit([1], 5, stop=n), MOST, MOST + 1),
+        ("stop", lambda g, n: g.submit([1], 5, stop=n), 0, -1),
+        ("stop", lambda g, n: g.submit([1], 5, stop=range(n)), STOPS, STOPS + 1),
+        ("max_batch", lambda g, n: [g.submit([1], 5, wait=False) for _ in range(n)], 2, 3),
+    ],
+)
+def test_limits(argument, call, taken, refused):
+    """A number at its limit is taken, the next one is refused."""
+    model = model_of("cpu")
+    call(Generator(model, 2, 40), taken)
+    with pytest.raises(ValueError, match=rf"^rat_ext\.Generator\.\w+: {argument}: expected .+, got "):
+        call(Generator(model, 2, 40), refused)
+
+
+def test_modes():
+    """What a request needs of a step, by its options."""
+    for mode, options in (
+        (GREEDY, {}),
+        (GREEDY, {"top_k": 3, "top_p": 0.5}),
+        (SAMPLED, {"temperature": 0.1}),
+        (FILTERED, {"temperature": 0.1, "top_k": 1}),
+        (FILTERED, {"temperature": 0.1, "top_p": 0.99}),
+    ):
+        assert Generator(model_of("cpu"), 1, 40).submit([1], 2, **options).mode == mode
 
 
 # ---- choosing ----------------------------------------------------------------------------------------------------------

@@ -197,3 +197,21 @@ def test_some_files_run_again(tool, tmp_path, capsys):
     found = json.loads(path.read_text())
     assert found["failed"] == [] and found["families"]["auto"]["tests/test_a.py"]["passed"] == 2
     assert found["again"] == {"tests/test_a.py [auto]": "2"} and found["date"] == "1"
+
+
+def test_a_file_that_skips_itself_counts_once_under_its_own_name(tool, tmp_path):
+    """Every process collects it, and pytest reports no class for it."""
+    whole = '<testcase classname="" name="tests.test_titan" time="0"><skipped message="no torchtitan"/></testcase>'
+    case = '<testcase classname="tests.test_ops" name="test_{}" time="1.0">{}</testcase>'
+    jobs = []
+    for number, inside in enumerate(["", '<skipped message="needs 2 GPUs"/>', '<failure message="wrong"/>']):
+        report = tmp_path / f"{number}.xml"
+        report.write_text(f"<testsuites><testsuite>{whole}{case.format(number, inside)}</testsuite></testsuites>")
+        jobs.append(tool.Job(f"part-{number}", "auto", []))
+        jobs[-1].read(report)
+    assert tool.by_file(jobs) == {
+        "tests/test_ops.py": {"passed": 1, "skipped": 1, "failed": 1, "seconds": 3.0},
+        "tests/test_titan.py": {"passed": 0, "skipped": 1, "failed": 0, "seconds": 0.0},
+    }
+    assert jobs[1].missing == {"tests/test_ops.py::test_1 [auto]": "needs 2 GPUs"}
+    assert jobs[2].failures == ["tests/test_ops.py::test_2 [auto]"]

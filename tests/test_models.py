@@ -827,6 +827,85 @@ def test_a_cache_of_another_batch_or_that_is_full(model, device):
                 model(tokens_of(device, 2, 3), past_key_values=cache)
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("early", [False, True])
+def test_what_a_cache_tells_transformers(model, device, static, early):
+    """Each property and method that generate asks, before and after a call."""
+    cache = RATModelCache(model.config, 40, static=static)
+    layers = model.config.num_hidden_layers
+    kind = "static" if static else "dynamic"
+    if early:
+        cache.early_initialization(2, 4, 8, torch.float32, device)
+    made = early and static
+    assert (cache.batch_size, cache.is_initialized, cache.nbytes > 0) == (2 if made else -1, made, made)
+    for seen in (0, 9, 10):
+        assert cache.get_seq_length() == cache.get_seq_length(1) == cache.seen == seen
+        assert cache.get_max_length() == cache.get_max_cache_shape() == (40 if static else -1)
+        assert cache.get_mask_sizes(3) == (seen + 3, 0) and cache.has_previous_state() == (seen > 0)
+        assert (cache.is_compileable, cache.is_croppable) == (False, True)
+        assert cache.is_sliding == cache.is_linear == [False] * layers and len(cache.states) == layers
+        with torch.no_grad():
+            model(tokens_of(device, 2, 9 if seen == 0 else 1), past_key_values=cache)
+        now = 9 if seen == 0 else seen + 1
+        assert (cache.batch_size, cache.is_initialized) == (2, True)
+        assert repr(cache) == f"RATModelCache({layers} layers, 2 rows, {now} tokens, {kind})"
+    with pytest.raises(ValueError, match="RATModelCache.update: a call: expected none"):
+        cache.update(None, None, 0)
+
+
+def test_a_static_cache_takes_max_length_columns(model, device):
+    ids = tokens_of(device, 2, 12)
+    cache = RATModelCache(model.config, 12, static=True)
+    with torch.no_grad():
+        model(ids[:, :10], past_key_values=cache)
+        last = model(ids[:, 10:], past_key_values=cache).logits
+        torch.testing.assert_close(last, model(ids).logits[:, 10:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_a_static_cache(model, device, dtype):
+    """To the byte: no row, column or layer too many."""
+    config, length = model.config, 22
+    heads, dim = config.num_attention_heads, config.head_dim
+    token = heads * dim * dtype.itemsize * 2
+    each = {
+        "rat": length // config.chunk_sizes[0] * token + 2 * heads * dim * 4 + 4,
+        "rnn": heads * dim * 4,
+        "attention": length * token,
+        "sliding_attention": (config.sliding_window + 2) * token,
+    }
+    cache = RATModelCache(config, length, static=True, batch=3, dtype=dtype, device=device)
+    assert cache.nbytes == 3 * sum(each[kind] for kind in config.layer_types)
+    assert {x.shape[0] for layer in cache.states for x in layer.tensors().values()} == {3}
+    assert cache.lengths.tolist() == [0, 0, 0] and cache.lengths.dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("name", "taken", "refused"),
+    [
+        *((name, 1, 0) for name in ("vocab_size", "num_hidden_layers", "num_groups", "intermediate_size", "chunk_size")),
+        ("num_groups", 4, 8),
+        ("chunk_size", [1, 3], [1, 0]),
+        ("sliding_window", 0, -1),
+        ("max_position_embeddings", 1, 0),
+        ("rms_norm_eps", 0.0, -5e-324),
+        ("initializer_range", 0.0, -5e-324),
+        ("rope_theta", 5e-324, 0.0),
+        ("rope_theta", 1.7e308, float("inf")),
+        ("num_attention_heads", 1, 0),
+        ("hidden_size", 32, 16),  # heads of 8
+        ("hidden_size", 1024, 1056),  # heads of 256
+    ],
+)
+def test_limits_of_a_configuration(name, taken, refused):
+    """A number at its limit is taken, the next one is refused."""
+    assert getattr(config_of(num_attention_heads=4, **{name: taken}) if name != "num_attention_heads" else
+                   config_of(num_groups=1, num_attention_heads=taken), name) == taken  # fmt: skip
+    shown = "num_attention_heads" if name == "hidden_size" else name
+    with pytest.raises(ValueError, match=f"^rat_ext.RATConfig: {shown}: expected .+, got "):
+        config_of(**{name: refused})
+
+
 def test_memory_of_the_states(device):
     """The 1.3B models at T = 4096, bfloat16, per sequence: chunk states are a sixteenth of keys and values."""
     sizes = {}
@@ -848,6 +927,20 @@ def test_gradients_beside_a_cache(model, device):
     torch.testing.assert_close(step.logits[:, 0], model(ids).logits[:, -1], rtol=1e-4, atol=1e-4)
     step.logits.sum().backward()
     assert model.model.embed_tokens.weight.grad is not None
+
+
+def test_a_cache_that_records_beside_a_bias_that_learns(device):
+    """Gradients are refused where the tokens would carry one; a bias alone has none, by way of a cache in place."""
+    model, ids = model_of("rat", device), tokens_of(device, 2, 9)
+    for name, p in model.named_parameters():
+        p.requires_grad_("gate_bias" in name)
+    caches = [RATModelCache(model.config) for _ in range(2)]
+    for cache in caches:
+        cache.activate_past_recording()
+    for part in (ids[:, :4], ids[:, 4:5], ids[:, 5:]):
+        y = model(part, past_key_values=caches[0]).logits
+        with torch.no_grad():
+            assert torch.equal(y, model(part, past_key_values=caches[1]).logits) and not y.requires_grad
 
 
 def test_chunked_prefill(model, device):

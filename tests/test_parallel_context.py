@@ -7,6 +7,7 @@ import itertools
 import traceback
 from unittest import mock
 
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -117,6 +118,7 @@ def order_of_backward(rank: int, world: int) -> list[list[str]]:
     with (
         mock.patch.object(Exchange, "send", noted("send", Exchange.send)),
         mock.patch.object(op, "backward_kernel", noted("attention", op.backward_kernel)),
+        mock.patch.object(op, "brief_backward_kernel", noted("attention", op.brief_backward_kernel)),
         mock.patch.dict(kernels, chunk_recurrence_backward=scan),
     ):
         y = rat_ext.rat_attention(**leaves, chunk_size=16, context_parallel=cp, **case.options)
@@ -251,6 +253,23 @@ def test_scale_of_attention(window):
     cp = ContextParallel(cu_seqlens=[0, 20, 90])
     y = attention(q, k, v, cp, window=window, scale=0.5)
     torch.testing.assert_close(y, attention(2 * q, k, v, cp, window=window))  # by default 1 / 4
+
+
+def test_arguments_of_attention():
+    q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
+    cp = ContextParallel(tokens=9)
+    whole = attention(q, k, v, cp)
+    assert torch.equal(whole, attention(q, k, v, cp, window=np.int64(8), scale=np.float64(8**-0.5)))
+    torch.testing.assert_close(attention(q, k, v, cp, window=0), v)  # a token sees itself alone
+    assert not torch.allclose(whole, attention(q, k, v, cp, window=7))
+    for options, words in (
+        ({"window": -1}, "window: expected at least 0 or None, got -1"),
+        ({"window": 1.5}, "window: expected an int, got float 1.5"),
+        ({"window": True}, "window: expected an int, got bool True"),
+        ({"scale": "x"}, "scale: expected a float or None, got str 'x'"),
+    ):
+        with pytest.raises(ValueError, match=f"attention: {words}$"):
+            attention(q, k, v, cp, **options)
 
 
 # ---- a process alone ----------------------------------------------------------------------------------------------------

@@ -22,6 +22,15 @@ def test_context_parallel(tmp_path):
     assert found and not any(found.values()), {name: wrong for name, wrong in found.items() if wrong}
 
 
+def test_packed_sequences_in_one_call(tmp_path):
+    found = ranks.run("test_parallel_packed:compare_all", 2, tmp_path, **GPUS)
+    assert found and not any(found.values()), {name: wrong for name, wrong in found.items() if wrong}
+
+
+def test_more_sequences_than_a_grid_has_rows(tmp_path):
+    assert max(ranks.run("test_parallel_packed:more_than_a_grid_has_rows", 2, tmp_path, **GPUS).values()) < 1e-5
+
+
 @pytest.mark.parametrize(
     "function",
     ["context:model_of_ranks", "context:dense_on_ranks", "models:rows_over_ranks", "models:heads_over_ranks",

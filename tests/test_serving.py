@@ -339,6 +339,9 @@ class Serving(RuleBasedStateMachine):
         assert all(row == [*kept, *([-1] * (len(row) - len(kept)))] for row, kept in zip(table, rows, strict=True))
         held = [page for row in rows for page in row]
         assert self.pool.free_pages == pages - len(set(held))
+        book = self.pool._pages()  # the host's, kept from call to call or read from the table again
+        assert book.rows == rows and book.counts == [held.count(page) for page in range(pages)]
+        assert sorted(book.unused) == [page for page in range(pages) if page not in held]
         for slot, row in enumerate(rows):
             assert len(set(row)) == len(row)
             writable = max(lengths[slot] - self.budgets[slot], 0) // self.chunk_size // self.pool.chunk_k.shape[2]
@@ -540,6 +543,23 @@ def test_a_slot_takes_its_capacity():
     pool = pool_of("cpu", page_chunks=8)
     pool.allocate([0], pool.capacity)
     assert (pool.page_table[0] >= 0).all() and (pool.page_table[1:] < 0).all()
+
+
+@pytest.mark.parametrize("way", [RATCache.clone, copy.deepcopy, lambda pool: pool.reserve(100), lambda pool: pool])
+def test_a_page_is_free_when_its_last_owner_goes(way):
+    """Also in a copy, which reads the table again to learn who holds what."""
+    pool = pool_of("cpu", page_chunks=2, num_pages=10)
+    pool.allocate([0], 40)  # five pages
+    pool.lengths[0] = pool.length_bound = 40
+    pool.fork([0, 0], [1, 2], 16)  # two of them for three
+    pool = way(pool)
+    assert pool.free_pages == 5
+    for slot, free in ((1, 5), (0, 8), (2, 10)):
+        pool.reset([slot])
+        assert pool.free_pages == free and (pool.page_table[slot] < 0).all()
+    pool.allocate([3, 1], [32, 48])
+    taken = pool.page_table[pool.page_table >= 0].tolist()
+    assert sorted(taken) == list(range(10)) and pool.free_pages == 0
 
 
 def test_out_of_pages():

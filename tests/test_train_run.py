@@ -205,6 +205,85 @@ def test_it_learns_and_writes_what_it_says(trained, base):
     assert result["eval_bits_per_byte"] == pytest.approx(total / count / math.log(2) * len(held) / held.bytes, rel=1e-4)
 
 
+def test_every_setting_reaches_the_trainer(base, monkeypatch):
+    """None has its default, so that one that is left out, or taken for another, shows."""
+    run = load(base, "settings", steps=7, micro_batch=2, learning_rate=3e-3, min_learning_rate=2e-5, warmup=0.3)
+    recipe = run.train
+    recipe.betas, recipe.weight_decay, recipe.clip, recipe.seed, recipe.bf16 = [0.8, 0.85], 0.03, 0.7, 11, True
+    recipe.checkpointing, recipe.log_every, recipe.save_every, recipe.keep = True, 3, 5, 4
+    recipe.eval_every, recipe.eval_windows, recipe.compile = 6, 2, True
+    run.trainer = {"logging_first_step": True, "accelerator_config": {"even_batches": False}}
+    seen = {}
+
+    def make(kind, found):
+        seen.update(found)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "make", make)
+    with pytest.raises(KeyboardInterrupt):
+        runs.pretrain(run)
+    gpu = torch.cuda.is_available()
+    both = {
+        "output_dir": str(run.output), "per_device_train_batch_size": 2, "learning_rate": 3e-3, "weight_decay": 0.03,
+        "max_grad_norm": 0.7, "logging_steps": 3, "logging_nan_inf_filter": False, "save_strategy": "steps", "save_steps": 5,
+        "bf16": True, "use_cpu": not gpu, "gradient_checkpointing": True, "seed": 11, "data_seed": 11, "report_to": "none",
+        "disable_tqdm": True, "ddp_find_unused_parameters": False, "logging_first_step": True,
+        "accelerator_config": {"non_blocking": gpu, "even_batches": False},
+    }  # fmt: skip
+    assert seen == both | {
+        "max_steps": 7, "gradient_accumulation_steps": recipe.tokens_per_step // recipe.length // 2, "adam_beta1": 0.8,
+        "adam_beta2": 0.85, "warmup_steps": 3, "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr": 2e-5}, "torch_compile": True, "eval_strategy": "steps", "eval_steps": 6,
+        "per_device_eval_batch_size": 2, "train_sampling_strategy": "sequential", "dataloader_drop_last": True,
+        "remove_unused_columns": False, "prediction_loss_only": True,
+    }  # fmt: skip
+    section = configs.Sft(
+        micro_batch=2, learning_rate=3e-3, weight_decay=0.03, clip=0.7, seed=11, bf16=True, checkpointing=True, log_every=3,
+        save_every=5,
+    )  # fmt: skip
+    assert runs.arguments(run, section, max_length=9) == both | {"max_length": 9}
+    section.bf16 = None
+    assert runs.arguments(run, section)["bf16"] == gpu
+
+
+def test_the_defaults_of_fine_tuning():
+    assert dataclasses.asdict(configs.Sft()) == {
+        "epochs": 1.0, "batch": 32, "micro_batch": 4, "length": 4096, "learning_rate": 2e-5, "warmup": 0.03,
+        "weight_decay": 0.0, "clip": 1.0, "seed": 0, "bf16": None, "checkpointing": False, "fsdp": False, "log_every": 10,
+        "save_every": 500, "keep": 2,
+    }  # fmt: skip
+    assert dataclasses.asdict(configs.Lora()) == {
+        "r": 16, "alpha": 32, "dropout": 0.0, "modules": ["in_proj", "out_proj"], "merge": True,
+    }  # fmt: skip
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    from rat_ext.train.trainer import checkpoints
+
+    for name in ("checkpoint-100", "checkpoint-9", "checkpoint-10", "checkpoint-x", "checkpoint-7.tmp", ".checkpoint-8"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+    assert checkpoints(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 seconds"), (59.9, "59.9 seconds"), (60, "1.0 minutes"), (3599, "60.0 minutes"), (3600, "1.0 hours"),
+        (86399, "24.0 hours"), (86400, "1.0 days"), (216000, "2.5 days"),
+    ],
+)  # fmt: skip
+def test_durations(seconds, text):
+    assert runs._duration(seconds) == text
+
+
+@pytest.mark.parametrize(("windows", "micro", "ranks", "each"), [(8, 8, 1, 1), (8, 2, 1, 4), (8, 2, 4, 1), (24, 2, 3, 4)])
+def test_shares_of_a_step(windows, micro, ranks, each):
+    assert runs.shares(windows, micro, ranks) == each
+    with pytest.raises(Refused, match=f"micro_batch x ranks = {micro} x {ranks}, got {windows + 1} windows"):
+        runs.shares(windows + 1, micro, ranks)
+
+
 @pytest.mark.parametrize(("steps", "warm"), [(40, 2), (41, 3), (47, 3)])  # 5 % of them, rounded up
 def test_the_optimizer_is_the_papers(base, monkeypatch, steps, warm):
     """AdamW on every parameter with decay, the schedule, the clip: as Trainer has them when it begins."""

@@ -23,6 +23,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import time
@@ -67,7 +68,9 @@ def copy_tree(target: Path) -> None:
 
 
 def extension(root: Path) -> Path | None:
-    return next((root / "rat_ext").glob("_C*.so"), None)
+    """That of this Python, if there is one."""
+    path = root / "rat_ext" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return path if path.exists() else None
 
 
 # ---- building --------------------------------------------------------------------------------------------------------
@@ -83,10 +86,12 @@ class Workshop:
         self.tree, self.clean = folder / "tree", folder / "clean"
         self.environment = os.environ | {"RAT_EXT_CUDA": "1" if cuda else "0"}
         self.environment.setdefault("CXXFLAGS", "-O1")  # half the time of a build, and no fault depends on it
-        copy_tree(self.tree)
         if cuda:
             self.environment.setdefault("TORCH_CUDA_ARCH_LIST", "9.0a")
-        else:  # one instruction set instead of three: a third of the time
+        if self.clean.exists():  # from an earlier call
+            return
+        copy_tree(self.tree)
+        if not cuda:  # one instruction set instead of three: a third of the time
             plant(Mutant("one instruction set", "csrc/cpu/plan.h", r"#define RAT_CPU_X86 1\n", "", ""), self.tree)
 
     def build(self) -> None:
@@ -97,6 +102,8 @@ class Workshop:
 
     def prepare(self, python_only: bool = False) -> None:
         """Builds the clean tree; faults in Python alone run on the extension of the working tree, where there is one."""
+        if self.clean.exists():
+            return
         ready = extension(ROOT)
         if python_only and ready:
             shutil.copy2(ready, self.tree / "rat_ext" / ready.name)
@@ -118,8 +125,8 @@ class Workshop:
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
-def pytest(root: Path, tests: str, device: str, limit: float) -> tuple[str, float]:
-    """The outcome ("caught", "lived" or what went wrong) and the seconds."""
+def pytest(root: Path, tests: str, device: str, limit: float) -> tuple[str, float, str]:
+    """The outcome ("caught", "lived" or what went wrong), the seconds, and the test that failed or those that were run."""
     words = tests.split()
     forced = dict(word.split("=", 1) for word in words if "=" in word and not word.startswith("tests/"))
     paths = [str(root / word) for word in words if word.startswith("tests")]
@@ -129,16 +136,17 @@ def pytest(root: Path, tests: str, device: str, limit: float) -> tuple[str, floa
     try:
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
-        return "caught (it hangs)", time.perf_counter() - begin
+        return "caught (it hangs)", time.perf_counter() - begin, tests
     seconds = time.perf_counter() - begin
     if done.returncode == 0:
         skipped = re.search(r"\d+ skipped", done.stdout) and " passed" not in done.stdout
-        return ("nothing ran: all skipped" if skipped else "lived"), seconds
+        return ("nothing ran: all skipped" if skipped else "lived"), seconds, tests
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     if done.returncode == 1:
-        return "caught", seconds
+        return "caught", seconds, failed[1] if failed else tests
     if done.returncode < 0 or done.returncode > 5:
-        return f"caught (it dies: {done.returncode})", seconds
-    return "could not run: " + (done.stdout + done.stderr).strip().splitlines()[-1][:200], seconds
+        return f"caught (it dies: {done.returncode})", seconds, tests
+    return "could not run: " + (done.stdout + done.stderr).strip().splitlines()[-1][:200], seconds, tests
 
 
 class Results:
@@ -146,9 +154,9 @@ class Results:
         self.width = max(map(len, names), default=0)
         self.found: dict[str, str] = {}
 
-    def add(self, name: str, outcome: str, seconds: float, tests: str) -> None:
+    def add(self, name: str, outcome: str, seconds: float, who: str) -> None:
         self.found[name] = outcome
-        print(f"{outcome:<8} {name:<{self.width}} {seconds:5.1f} s  {tests}", flush=True)
+        print(f"{outcome:<8} {name:<{self.width}} {seconds:5.1f} s  {who}", flush=True)
 
     def finish(self) -> int:
         caught = sum(outcome.startswith("caught") for outcome in self.found.values())
@@ -160,13 +168,13 @@ class Results:
         return 2 if broken else 1 if lived else 0
 
 
-def try_one(root: Path, mutant: Mutant, options: argparse.Namespace, device: str) -> tuple[str, float]:
-    outcome, seconds = pytest(root, mutant.tests, device, options.limit)
+def try_one(root: Path, mutant: Mutant, options: argparse.Namespace, device: str) -> tuple[str, float, str]:
+    outcome, seconds, who = pytest(root, mutant.tests, device, options.limit)
     if outcome == "lived" and options.all:
-        outcome, more = pytest(root, "tests", device, 20 * options.limit)
+        outcome, more, who = pytest(root, "tests", device, 20 * options.limit)
         seconds += more
         outcome = "caught by others" if outcome.startswith("caught") else outcome
-    return outcome, seconds
+    return outcome, seconds, who
 
 
 def run_here(mutants: list[Mutant], options: argparse.Namespace) -> int:
@@ -177,13 +185,13 @@ def run_here(mutants: list[Mutant], options: argparse.Namespace) -> int:
         workshop.prepare(all(m.kind == "python" for m in mutants))
         if not options.trust:
             tests = " ".join(sorted({word for m in mutants for word in m.tests.split() if word.startswith("tests")}))
-            outcome, _ = pytest(workshop.planted(PRISTINE), tests, "cpu", 20 * options.limit)
+            outcome, *_ = pytest(workshop.planted(PRISTINE), tests, "cpu", 20 * options.limit)
             if outcome != "lived":
                 print(f"without any fault the tests do not pass: {outcome}")
                 return 2
         for mutant in mutants:
             try:
-                results.add(mutant.name, *try_one(workshop.planted(mutant), mutant, options, "cpu"), mutant.tests)
+                results.add(mutant.name, *try_one(workshop.planted(mutant), mutant, options, "cpu"))
             except (Moved, RuntimeError) as error:
                 results.add(mutant.name, "error", 0.0, str(error))
     return results.finish()
@@ -241,7 +249,7 @@ def run_built(folder: Path, options: argparse.Namespace) -> int:
         with tarfile.open(folder / "mutants.tar.xz") as archive:
             archive.extractall(temporary, filter="data")
 
-        def one(index: int, entry: dict) -> tuple[dict, str, float]:
+        def one(index: int, entry: dict) -> tuple[dict, str, float, str]:
             root = Path(temporary) / f"{index:03d}"
             for part in ("rat_ext", "tests"):
                 shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
@@ -250,22 +258,24 @@ def run_built(folder: Path, options: argparse.Namespace) -> int:
             shutil.move(Path(temporary) / archive_name(index), root / "rat_ext" / entry["file"])
             if index == 0:
                 tests = " ".join(sorted({w for _, e in chosen for w in e["tests"].split() if w.startswith("tests")}))
-                outcome, seconds = pytest(root, tests, options.device, 600)
+                outcome, seconds, who = pytest(root, tests, options.device, 600)
             else:
-                outcome, seconds = try_one(root, Mutant(entry["name"], "", "", "", entry["tests"]), options, options.device)
+                outcome, seconds, who = try_one(
+                    root, Mutant(entry["name"], "", "", "", entry["tests"]), options, options.device
+                )
             shutil.rmtree(root, ignore_errors=True)
-            return entry, outcome, seconds
+            return entry, outcome, seconds, who
 
         with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
             todo = chosen[1:] if options.trust else chosen
             for done in concurrent.futures.as_completed([pool.submit(one, *item) for item in todo]):
-                entry, outcome, seconds = done.result()
+                entry, outcome, seconds, who = done.result()
                 if entry["name"] == PRISTINE.name:
                     if outcome != "lived":
                         print(f"without any fault the tests do not pass: {outcome}")
                         return 2
                     continue
-                results.add(entry["name"], outcome, seconds, entry["tests"])
+                results.add(entry["name"], outcome, seconds, who)
     return results.finish()
 
 

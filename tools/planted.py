@@ -36,15 +36,15 @@ PYTHON = [
     Mutant(
         "scale by D",
         "rat_ext/_arguments.py",
-        r"parts, shape = 1, given",
-        "parts, shape = 2, given",
+        r"dim = shape\[-1\] if shape else 1",
+        "dim = shape[-1] // 2 if shape else 1",
         "tests/test_laws.py::test_scale_moves_between_q_and_scale",
     ),
     Mutant(
         "default scale",
         "rat_ext/_arguments.py",
-        r"// max\(parts, 1\), 1\) \*\* -0\.5",
-        "// max(parts, 1), 1) ** -0.25",
+        r"return dim\*\*-0\.5 if dim > 1",
+        "return dim**-0.25 if dim > 1",
         "tests/test_attention.py::test_optional_arguments",
     ),
     Mutant(
@@ -148,9 +148,23 @@ PYTHON = [
     Mutant(
         "second derivative in silence",
         "rat_ext/_autograd.py",
-        r"    if torch\.is_grad_enabled\(\):\n        return kernel\(\*args\)\n",
-        "",
+        r"return operator\(\*args\) if torch\.is_grad_enabled\(\) else kernel\(\*args\)",
+        "return kernel(*args)",
         "tests/test_autograd.py",
+    ),
+    Mutant(
+        "every call is brief",
+        "rat_ext/_arguments.py",
+        r"if given\[name\] is not usual:",
+        "if given[name] is ...:",
+        "tests/test_eager.py::test_what_is_given_arrives",
+    ),
+    Mutant(
+        "profilers see eager operators",
+        "rat_ext/_autograd.py",
+        r"\(by_name_briefly if profiler\._is_profiler_enabled or function_modes\(\) else eager_brief\)",
+        "eager_brief",
+        "tests/test_eager.py",
     ),
     Mutant(
         "running states of another dtype",
@@ -463,8 +477,8 @@ PYTHON = [
     Mutant(
         "warmup rounded down",
         "rat_ext/train/run.py",
-        r"math\.ceil\(recipe\.warmup \* recipe\.steps\)",
-        "int(recipe.warmup * recipe.steps)",
+        r"math\.ceil\(share \* steps\)",
+        "int(share * steps)",
         "tests/test_train_run.py::test_the_optimizer_is_the_papers",
     ),
     Mutant(
@@ -586,6 +600,48 @@ PYTHON = [
         'name.startswith("check"))',
         "tests/test_demo.py::test_doctor_is_not_well_with_a_wrong_op",
     ),
+    Mutant(
+        "a shared page counts once in a copy",
+        "rat_ext/cache.py",
+        r"            for page in row:\n                self\.counts\[page\] \+= 1",
+        "            for page in row:\n                self.counts[page] = 1",
+        "tests/test_serving.py::test_a_page_is_free_when_its_last_owner_goes",
+    ),
+    Mutant(
+        "modes of requests that left",
+        "rat_ext/models/generator.py",
+        r"self\.modes\[request\.mode\] -= 1",
+        "self.modes[request.mode] = 1",
+        "tests/test_generator.py::test_the_books_of_a_generator",
+    ),
+    Mutant(
+        "a prefill of the last prompt's tokens",
+        "rat_ext/models/generator.py",
+        r"tokens \+= len\(self\.waiting\[0\]\.prompt\)",
+        "tokens = len(self.waiting[0].prompt)",
+        "tests/test_generator.py::test_the_books_of_a_generator",
+    ),
+    Mutant(
+        "checkpoints by name",
+        "rat_ext/train/trainer.py",
+        r"key=lambda path: int\(path\.name\.rpartition\(\"-\"\)\[2\]\)",
+        "key=lambda path: path.name",
+        "tests/test_train_run.py::test_checkpoints_are_in_the_order_of_their_steps",
+    ),
+    Mutant(
+        "what was read forgets its bounds",
+        "rat_ext/cache.py",
+        r"            copy\._set_bounds\(list\(range\(len\(bounds\)\)\), bounds, 0\)",
+        "            pass",
+        "tests/test_cache.py::test_bounds_of_what_was_read",
+    ),
+    Mutant(
+        "no heads of size 0",
+        "rat_ext/rotary.py",
+        r"head_dim % 2 or head_dim < 0:",
+        "head_dim % 2 or head_dim < 1:",
+        "tests/test_limits.py",
+    ),
 ]
 
 # The operators' own side, compiled for the CPU.
@@ -593,7 +649,7 @@ OPS = [
     Mutant(
         "tables with their strides",
         "csrc/ops/call.cpp",
-        r"if \(x\.tensor\.is_contiguous\(\)\) return aligned_data\(x\);",
+        r"if \(x\.is_contiguous\(\)\) return aligned_data\(x\);",
         "return x.data;",
         "tests/test_alignment.py::test_strides_of_small_tensors",
     ),
@@ -612,9 +668,30 @@ OPS = [
         "tests/test_recurrence.py::test_no_tokens_have_a_bias_without_gradient",
     ),
     Mutant(
+        "results in one place",
+        "csrc/ops/call.cpp",
+        r"  block_used_ = std::min\(block_bytes_, round_up\(block_used_ \+ static_cast<size_t>\(bytes\), kPlace\)\);\n",
+        "",
+        "tests/test_eager.py::test_same_results",
+    ),
+    Mutant(
+        "large results share memory",
+        "csrc/ops/call.cpp",
+        r" \|\| elements > kMost / element_size\(\)\) return;",
+        ") return;",
+        "tests/test_eager.py::test_large_results_do_not",
+    ),
+    Mutant(
+        "returned states share memory",
+        "csrc/ops/rat_attention.cpp",
+        r"if \(!return_state\) call\.expect",
+        "call.expect",
+        "tests/test_eager.py::test_large_results_do_not",
+    ),
+    Mutant(
         "strided states are misread",
         "csrc/ops/call.cpp",
-        r"if \(!x\.tensor\.is_contiguous\(\)\)",
+        r"if \(!x\.is_contiguous\(\)\)",
         "if (false)",
         "tests/test_state.py::test_a_state_that_is_not_contiguous_is_refused",
     ),
@@ -628,8 +705,8 @@ OPS = [
     Mutant(
         "expanded gradients",
         "csrc/ops/call.cpp",
-        r"if \(x\.tensor\.is_contiguous\(\)\) return aligned_data\(x\);\s*kept_",
-        "return aligned_data(x);\n  kept_",
+        r"if \(x\.is_contiguous\(\)\) return aligned_data\(x\);\s*return keep",
+        "return aligned_data(x);\n  return keep",
         "tests/test_autograd.py::test_an_expanded_gradient_of_a_state",
     ),
     Mutant(
@@ -1088,6 +1165,13 @@ CPU = [
         r"if \(t\.last && b\.dfinal\)",
         "if (b.dfinal)",
         "tests/test_long_chunks.py tests/test_recurrence.py",
+    ),
+    Mutant(
+        "e4m3: a NaN before other values",
+        "csrc/cpu/tile.inl",
+        r"    if \(amax != amax\) break;\n",
+        "",
+        "tests/test_decode_pool.py::test_one_value_that_is_not_finite_makes_a_state_nan",
     ),
 ]
 
@@ -1645,6 +1729,41 @@ CUDA = [
         r"join\.outer_v = in\.initial_v;",
         "join.outer_v = in.initial_k;",
         "tests/test_long_chunks.py tests/test_state.py",
+    ),
+    Mutant(
+        "recurrence fwd: final v from k",
+        "csrc/cuda/recurrence/forward.cu",
+        r"store_floats\(p\.running_v \+ at, v_state\)",
+        "store_floats(p.running_v + at, k_state)",
+        "tests/test_state.py",
+    ),
+    Mutant(
+        "recurrence fwd: fp8 values keep the keys' scale",
+        "csrc/cuda/recurrence/forward.cu",
+        r"quantise<W>\(pool\.quantised\.v, pool\.scale_v,",
+        "quantise<W>(pool.quantised.v, pool.scale_k,",
+        "tests/test_serving.py::test_any_order_of_calls",
+    ),
+    Mutant(
+        "segments bwd: own gradient without scale",
+        "csrc/cuda/recurrence/segments.cu",
+        r"ds\[u\] = in\.scale \* p\.ds_self\[scalars \+ t\];",
+        "ds[u] = p.ds_self[scalars + t];",
+        "tests/test_long_chunks.py",
+    ),
+    Mutant(
+        "reverse: what later segments hand to v is that of k",
+        "csrc/cuda/recurrence/reverse.cu",
+        r"segment_at\(s, tile\.item, lane\.head, kStreams, 1\) \+ lane\.d, v_grad",
+        "segment_at(s, tile.item, lane.head, kStreams, 0) + lane.d, v_grad",
+        "tests/test_long_chunks.py",
+    ),
+    Mutant(
+        "reduce: a quarter of the shares",
+        "csrc/cuda/attention/rotate_reduce.cu",
+        r"    sum\.w \+= x\.w;\n",
+        "",
+        "tests/test_many_chunks.py",
     ),
 ]
 

@@ -50,11 +50,15 @@ std::string place(int32_t device) {
   return device == kCpu ? "the CPU" : device == kMeta ? "the meta device" : "another device";
 }
 
-int32_t device_of(const Tensor& x) {
+int32_t device_of(AtenTensorHandle x) {
   int32_t type = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x, &type));
   if (type == aoti_torch_device_type_cpu()) return kCpu;
-  if (type == aoti_torch_device_type_cuda()) return x.get_device_index();
+  if (type == aoti_torch_device_type_cuda()) {
+    int32_t index = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x, &index));
+    return index;
+  }
   return type == aoti_torch_device_type_meta() ? kMeta : kElsewhere;
 }
 
@@ -88,18 +92,59 @@ std::string torch_reason(bool on_gpu) {
   return on_gpu ? "the reason is on stderr" : "can't allocate memory";
 }
 
+constexpr size_t kMostDimensions = 4;  // of a result
+
+void contiguous_strides(Shape sizes, int64_t* strides) {
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[d], 1);
+  }
+}
+
+// Where the tensors of a shared allocation begin: multiples of this.
+constexpr size_t kPlace = 512;
+
+size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
 bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
 }  // namespace
 
-View::View(Tensor x) : tensor(std::move(x)) {
-  if (!tensor.defined()) return;
-  dtype = tensor.scalar_type();
-  device = device_of(tensor);
-  rank = static_cast<size_t>(tensor.dim());
-  sizes = tensor.sizes().data();
-  strides = tensor.strides().data();
-  data = tensor.data_ptr();
+void* address_of(const Handle& x) {
+  void* data = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(x.get(), &data));
+  return data;
+}
+
+Tensor torch_tensor(const Handle& x) {
+  AtenTensorHandle same = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(x.get(), &same));
+  return Tensor(same);
+}
+
+View::View(Handle x) : handle(std::move(x)) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(handle.get(), &defined));
+  if (!defined) return;
+  int32_t type = 0;
+  int64_t dimensions = 0;
+  int64_t *size = nullptr, *stride = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle.get(), &dimensions));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle.get(), &size));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle.get(), &stride));
+  dtype = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(type));
+  device = device_of(handle.get());
+  rank = static_cast<size_t>(dimensions);
+  sizes = size;
+  strides = stride;
+  data = address_of(handle);
+}
+
+bool View::is_contiguous() const {
+  bool contiguous = false;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle.get(), &contiguous));
+  return contiguous;
 }
 
 int64_t View::numel() const {
@@ -167,7 +212,7 @@ void CallBase::check_rows(std::string_view argument, const View& x) const {
 void CallBase::check_packed(std::string_view argument, const View& x, ScalarType type, Shape sizes) const {
   check_place(argument, x, type);
   check_shape(argument, x, sizes);
-  if (!x.tensor.is_contiguous()) {
+  if (!x.is_contiguous()) {
     fail(argument, "expected a contiguous tensor, got strides ", text(x.strides, x.strides + x.rank));
   }
 }
@@ -208,24 +253,27 @@ Rows CallBase::aligned_rows(Rows rows) {
 
 void* CallBase::aligned_data(const View& x) {
   if (is_aligned(x.data)) return x.data;
-  kept_.push_back(torch::stable::clone(x.tensor));
-  return kept_.back().data_ptr();
+  return keep(torch::stable::clone(torch_tensor(x.handle))).data;
+}
+
+const View& CallBase::keep(const Tensor& copy) {
+  AtenTensorHandle same = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(copy.get(), &same));
+  return kept_.emplace_front(Handle(same));
 }
 
 Rows CallBase::copied_rows(std::string_view argument, const View& x, Shape sizes) {
   check_place(argument, x, dtype);
   check_shape(argument, x, sizes);
   if (x.strides[x.rank - 1] == 1 || x.numel() == 0) return rows_of(x);
-  kept_.push_back(torch::stable::contiguous(x.tensor));
-  return rows_of(View(kept_.back()));
+  return rows_of(keep(torch::stable::contiguous(torch_tensor(x.handle))));
 }
 
 const void* CallBase::copied(std::string_view argument, const View& x, ScalarType type, Shape sizes) {
   check_place(argument, x, type);
   check_shape(argument, x, sizes);
-  if (x.tensor.is_contiguous()) return aligned_data(x);
-  kept_.push_back(torch::stable::contiguous(x.tensor));
-  return kept_.back().data_ptr();
+  if (x.is_contiguous()) return aligned_data(x);
+  return keep(torch::stable::contiguous(torch_tensor(x.handle))).data;
 }
 
 int64_t CallBase::bytes_of(std::string_view name, Shape sizes, ScalarType type) const {
@@ -239,8 +287,9 @@ int64_t CallBase::bytes_of(std::string_view name, Shape sizes, ScalarType type) 
 }
 
 // Its error names what the memory was for, and then torch's reason, by whose words programs know that memory is used up.
-Tensor CallBase::empty(std::string_view name, Shape sizes, ScalarType type) const {
+Handle CallBase::empty(std::string_view name, Shape sizes, ScalarType type) {
   const int64_t bytes = bytes_of(name, sizes, type);
+  if (Handle x = shared_empty(sizes, type, bytes)) return x;
   try {
     return torch_empty(sizes, type);
   } catch (const std::exception&) {
@@ -253,24 +302,58 @@ Tensor CallBase::empty(std::string_view name, Shape sizes, ScalarType type) cons
 
 // On a GPU the plain call of the C interface, which spares the boxed dispatcher: a forward and backward allocate many
 // tensors. Elsewhere the operator, which fills fresh memory where torch is told to.
-Tensor CallBase::torch_empty(Shape sizes, ScalarType type) const {
-  if (mode == Mode::check || !on_gpu()) return torch::stable::new_empty(lead_->tensor, sizes, type);
-  int64_t strides[4], stride = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(sizes.begin()[d], 1);
-  }
+Handle CallBase::torch_empty(Shape sizes, ScalarType type) const {
   AtenTensorHandle handle = nullptr;
+  if (mode == Mode::check || !on_gpu()) {
+    const Tensor made = torch::stable::new_empty(torch_tensor(lead_->handle), sizes, type);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(made.get(), &handle));
+    return Handle(handle);
+  }
+  int64_t strides[kMostDimensions];
+  contiguous_strides(sizes, strides);
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
                                                   shim_dtype(type), aoti_torch_device_type_cuda(), device, &handle));
-  return Tensor(handle);
+  return Handle(handle);
+}
+
+void CallBase::expect(int64_t elements) {
+  constexpr int64_t kMost = 256 << 10, kTensors = 6;
+  if (!share || elements <= 0 || elements > kMost / element_size()) return;
+  // As much again for scratch, which seldom needs more; where it does, it is allocated alone.
+  const int64_t room = 2 * (elements + kTensors * static_cast<int64_t>(kPlace) / element_size());
+  block_ = torch_empty({room}, dtype);
+  block_bytes_ = static_cast<size_t>(room * element_size());
+}
+
+Handle CallBase::shared_empty(Shape sizes, ScalarType type, int64_t bytes) {
+  if (!block_ || type != dtype || static_cast<size_t>(bytes) > block_bytes_ - block_used_) return nullptr;
+  int64_t strides[kMostDimensions];
+  contiguous_strides(sizes, strides);
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(block_.get(), static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                        strides, static_cast<int64_t>(block_used_) / element_size(),
+                                                        &handle));
+  block_used_ = std::min(block_bytes_, round_up(block_used_ + static_cast<size_t>(bytes), kPlace));
+  return Handle(handle);
 }
 
 // torch's caching allocator aligns to 512 bytes on CUDA and 64 on the CPU: 256 more make it sure.
 void* CallBase::scratch(size_t bytes) {
-  kept_.push_back(empty("scratch memory", {static_cast<int64_t>(bytes) + 256}, ScalarType::Byte));
-  const uintptr_t address = reinterpret_cast<uintptr_t>(kept_.back().data_ptr());
-  return reinterpret_cast<void*>((address + 255) / 256 * 256);
+  constexpr size_t kAlignment = 256;
+  if (block_) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(address_of(block_));
+    const uintptr_t from = round_up(begin + block_used_, kAlignment);
+    if (from + bytes <= begin + block_bytes_) {
+      block_used_ = from + bytes - begin;
+      return reinterpret_cast<void*>(from);
+    }
+  }
+  kept_.emplace_front(empty("scratch memory", {static_cast<int64_t>(bytes + kAlignment)}, ScalarType::Byte));
+  return reinterpret_cast<void*>(round_up(reinterpret_cast<uintptr_t>(kept_.front().data), kAlignment));
+}
+
+void* CallBase::scratch(std::string_view name, Shape sizes, ScalarType type) {
+  return scratch(static_cast<size_t>(bytes_of(name, sizes, type)));
 }
 
 // ---- the device ---------------------------------------------------------------------------------------------------------

@@ -20,16 +20,21 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <forward_list>
 #include <initializer_list>
+#include <iterator>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../arena.h"
@@ -50,6 +55,7 @@ enum class Kind { tensor, maybe_tensor, integer, real, boolean };
 struct Parameter {
   std::string_view name;
   Kind kind = Kind::tensor;
+  bool seldom = false;  // most calls do without it: an optional tensor, or a flag that has its usual value
 };
 
 struct Signature {
@@ -67,6 +73,19 @@ consteval Kind kind_of(std::string_view type) {
   throw "a type that no schema has used yet";
 }
 
+// Of packed sequences, of a state that is continued, returned or gets a gradient, of a pool in pages or FP8.
+consteval bool is_seldom(std::string_view name, Kind kind) {
+  constexpr std::string_view kTensors[] = {"cu_seqlens",   "chunk_k",        "chunk_v",        "running_k",
+                                           "running_v",    "lengths",        "initial_state",  "dchunk_k_out",
+                                           "dchunk_v_out", "drunning_k_out", "drunning_v_out", "dfinal_state",
+                                           "page_table",   "scale_k",        "scale_v"};
+  if (kind == Kind::boolean) return name == "return_state" || name == "deterministic";
+  return kind == Kind::maybe_tensor && std::ranges::find(kTensors, name) != std::end(kTensors);
+}
+
+// The value of a flag that is seldom given.
+constexpr bool usual(std::string_view name) { return name == "deterministic"; }
+
 // "Type name, Type name": fills `list`, returns how many.
 consteval size_t parse_list(std::string_view text, std::array<Parameter, Signature::kMost>& list) {
   size_t count = 0;
@@ -74,7 +93,9 @@ consteval size_t parse_list(std::string_view text, std::array<Parameter, Signatu
     const std::string_view item = text.substr(0, text.find(", "));
     text.remove_prefix(item.size() < text.size() ? item.size() + 2 : item.size());
     const size_t space = item.find(' ');
-    list[count++] = {item.substr(space + 1), kind_of(item.substr(0, space))};
+    const std::string_view name = item.substr(space + 1);
+    const Kind kind = kind_of(item.substr(0, space));
+    list[count++] = {name, kind, is_seldom(name, kind)};
   }
   return count;
 }
@@ -122,12 +143,23 @@ constexpr int32_t kCpu = -1;
 constexpr int32_t kMeta = -2;
 constexpr int32_t kElsewhere = -3;
 
+// A tensor of torch. torch::stable::Tensor would put a counter beside each, which a call of many small tensors would notice.
+struct Release {
+  void operator()(AtenTensorHandle x) const { aoti_torch_delete_tensor_object(x); }
+};
+using Handle = std::unique_ptr<std::remove_pointer_t<AtenTensorHandle>, Release>;
+
+void* address_of(const Handle& x);
+Tensor torch_tensor(const Handle& x);  // the same tensor, for torch's own functions
+
 // A tensor and what is asked of it more than once.
 struct View {
-  explicit View(Tensor x);
+  explicit View(Handle x);
   int64_t numel() const;
+  bool is_contiguous() const;
 
-  Tensor tensor;
+  Handle handle;
+  bool defined = false;
   ScalarType dtype{};
   int32_t device = kElsewhere;
   size_t rank = 0;
@@ -173,9 +205,15 @@ class CallBase {
   const void* copied(std::string_view argument, const View& x, ScalarType type, Shape sizes);
 
   // Memory for the result `name`, uninitialised.
-  Tensor empty(std::string_view name, Shape sizes, ScalarType type) const;
+  Handle empty(std::string_view name, Shape sizes, ScalarType type);
+  // Results of the call's dtype that are made from here on, `elements` of them in up to six tensors, may share one allocation,
+  // and scratch memory with them. Each allocation costs the host a microsecond or two, but one that is shared lives as long as
+  // the last of its tensors: only a small one is.
+  void expect(int64_t elements);
   // Memory of a kernel, 256-byte aligned; lives as long as the call.
   void* scratch(size_t bytes);
+  // For a result that is not returned.
+  void* scratch(std::string_view name, Shape sizes, ScalarType type);
   void* current_stream() const;
   // Throws where the kernels cannot run: a GPU that is too old, a build without CUDA.
   void check_can_run() const;
@@ -190,16 +228,23 @@ class CallBase {
   ScalarType acc{};           // of tables, biases and running states: float32, or float64 beside float64
   int32_t device = kElsewhere;
   bool aligned = true;  // all rows so far
+  bool only_y = false;  // is the first result all that is returned? Others are scratch then
+  bool share = false;  // may results share memory? Where torch looks on (tracing, its checks of operators) they may not
   std::string choices;  // of Mode::explain, a line for each family: phase, family, 1 where it is chosen, why
 
  private:
   std::string shown(std::string_view argument) const;
   int64_t bytes_of(std::string_view name, Shape sizes, ScalarType type) const;
-  Tensor torch_empty(Shape sizes, ScalarType type) const;
+  Handle torch_empty(Shape sizes, ScalarType type) const;
+  // Null where the shared allocation has no room.
+  Handle shared_empty(Shape sizes, ScalarType type, int64_t bytes);
+  const View& keep(const Tensor& copy);
 
   std::string_view state_;
   const View* lead_ = nullptr;
-  std::vector<Tensor> kept_;  // copies and scratch
+  std::forward_list<View> kept_;  // copies and scratch
+  Handle block_;                  // what results and scratch share: of the call's dtype, in one dimension
+  size_t block_used_ = 0, block_bytes_ = 0;
 };
 
 template <class Op>
@@ -207,18 +252,24 @@ class Call : public CallBase {
  public:
   static constexpr Signature kSignature = parse(Op::kSchema);
 
-  // Takes the arguments from the stack. `devices`, of a checked call: where its tensors are, argument by argument.
-  Call(StableIValue* stack, Mode mode, const std::vector<int64_t>* devices = nullptr)
+  // Takes the arguments from the stack, which in a brief call has those alone that are not `seldom`. `devices`, of a checked call:
+  // where its tensors are, argument by argument.
+  Call(StableIValue* stack, Mode mode, bool brief = false, const std::vector<int64_t>* devices = nullptr)
       : CallBase(kSignature.op, Op::kState, mode) {
     for (size_t i = 0; i < kSignature.argument_count; ++i) {
       const Kind kind = kSignature.arguments[i].kind;
+      if (brief && kSignature.arguments[i].seldom) {
+        if (kind == Kind::boolean) numbers_[i] = torch::stable::detail::from(usual(kSignature.arguments[i].name));
+        continue;
+      }
+      const StableIValue value = *stack++;
       if (kind == Kind::tensor) {
-        tensors_[i].emplace(torch::stable::detail::to<Tensor>(stack[i]));
+        tensors_[i].emplace(Handle(torch::stable::detail::to<AtenTensorHandle>(value)));
       } else if (kind == Kind::maybe_tensor) {
-        auto x = torch::stable::detail::to<std::optional<Tensor>>(stack[i]);
-        if (x) tensors_[i].emplace(std::move(*x));
+        auto x = torch::stable::detail::to<std::optional<AtenTensorHandle>>(value);
+        if (x) tensors_[i].emplace(Handle(*x));
       } else {
-        numbers_[i] = stack[i];
+        numbers_[i] = value;
       }
       if (devices && tensors_[i]) tensors_[i]->device = static_cast<int32_t>(devices->at(i));
     }
@@ -243,7 +294,7 @@ class Call : public CallBase {
   // Python's None arrives as a tensor that is not defined.
   void check_required() const {
     for (size_t i = 0; i < kSignature.argument_count; ++i) {
-      if (kSignature.arguments[i].kind == Kind::tensor && !tensors_[i]->tensor.defined()) {
+      if (kSignature.arguments[i].kind == Kind::tensor && !tensors_[i]->defined) {
         fail(kSignature.arguments[i].name, "expected a tensor, got None");
       }
     }
@@ -251,19 +302,23 @@ class Call : public CallBase {
 
   const std::optional<View>& tensor(size_t i) const { return tensors_[i]; }
   StableIValue number(size_t i) const { return numbers_[i]; }
-  std::optional<Tensor>& returned(size_t i) { return results_[i]; }
+  Handle& returned(size_t i) { return results_[i]; }
 
-  void push_results(StableIValue* stack) const {
-    for (size_t i = 0; i < kSignature.result_count; ++i) {
-      stack[i] = kSignature.results[i].kind == Kind::maybe_tensor ? torch::stable::detail::from(results_[i])
-                                                                  : torch::stable::detail::from(*results_[i]);
+  // Hands the results over to the stack.
+  void push_results(StableIValue* stack) {
+    for (size_t i = 0; i < (only_y ? 1 : kSignature.result_count); ++i) {
+      if (kSignature.results[i].kind == Kind::tensor) {
+        stack[i] = torch::stable::detail::from(results_[i].release());
+      } else {
+        stack[i] = torch::stable::detail::from(results_[i] ? std::optional(results_[i].release()) : std::nullopt);
+      }
     }
   }
 
  private:
   std::array<std::optional<View>, kSignature.argument_count> tensors_;
   std::array<StableIValue, kSignature.argument_count> numbers_{};
-  std::array<std::optional<Tensor>, kSignature.result_count> results_;
+  std::array<Handle, kSignature.result_count> results_;
 };
 
 // ---- arguments by name --------------------------------------------------------------------------------------------------
@@ -340,7 +395,10 @@ Rows copied_rows(Call<Op>& call, Shape sizes) {
 // Allocates a result. Its memory is uninitialised.
 template <Name name, class Op>
 void* make(Call<Op>& call, Shape sizes, ScalarType type) {
-  return call.returned(Call<Op>::template result<name>()).emplace(call.empty(name.view(), sizes, type)).data_ptr();
+  if (call.only_y && Call<Op>::template result<name>() > 0) return call.scratch(name.view(), sizes, type);
+  Handle& x = call.returned(Call<Op>::template result<name>());
+  x = call.empty(name.view(), sizes, type);
+  return address_of(x);
 }
 
 template <Name name, class Op>
@@ -352,7 +410,10 @@ Rows make_rows(Call<Op>& call, Shape sizes) {
 // Where nothing runs that would write it.
 template <Name name, class Op>
 void zero(Call<Op>& call) {
-  if (std::optional<Tensor>& x = call.returned(Call<Op>::template result<name>())) torch::stable::zero_(*x);
+  if (const Handle& x = call.returned(Call<Op>::template result<name>())) {
+    Tensor target = torch_tensor(x);
+    torch::stable::zero_(target);
+  }
 }
 
 // ---- checks that several ops share ----------------------------------------------------------------------------------------

@@ -1,9 +1,14 @@
-// Registration of the operators of schemas.h. Each stands in three libraries, with one body:
+// Registration of the operators of schemas.h. Each stands in four libraries, with one body:
 //
 //   rat_ext          runs it
+//   rat_ext_eager    runs it for rat_ext/_autograd.py, which records the gradient itself: it has no autograd of its own, and its
+//                    results may share memory. The overload "brief" leaves out arguments that are seldom there, each of which
+//                    costs the host as much when it is None as when it is a tensor; "y" is brief and returns y alone, for calls
+//                    without a gradient
 //   rat_ext_check    checks the arguments alone. Tensors are on the meta device; `devices` tells, argument by argument, where
 //                    those that they stand for are. What torch.ops.rat_ext.<op> would say of them is what this says
 //   rat_ext_explain  tells which kernels would run: a line "phase<tab>family<tab>1 or 0<tab>why" for each family, 1 where it is chosen
+#include <sstream>
 #include <string>
 
 #include "call.h"
@@ -33,10 +38,19 @@ void run_boxed(StableIValue* stack, uint64_t, uint64_t) {
   call.push_results(stack);
 }
 
+template <class Op, bool kBrief, bool kOnlyY>
+void run_eager_boxed(StableIValue* stack, uint64_t, uint64_t) {
+  Call<Op> call(stack, Mode::run, kBrief);
+  call.share = true;
+  call.only_y = kOnlyY;
+  run(call);
+  call.push_results(stack);
+}
+
 template <class Op>
 void check_boxed(StableIValue* stack, uint64_t, uint64_t) {
   const auto devices = torch::stable::detail::to<std::vector<int64_t>>(stack[0]);
-  Call<Op> call(stack + 1, Mode::check, &devices);
+  Call<Op> call(stack + 1, Mode::check, false, &devices);
   run(call);
 }
 
@@ -72,8 +86,33 @@ std::string schema_like(std::string schema, const char* first, const char* resul
   return schema.insert(schema.find('(') + 1, first);
 }
 
+// Are there results beside y?
+template <class Op>
+constexpr bool kMoreThanY = Call<Op>::kSignature.results[0].name == "y" && Call<Op>::kSignature.result_count > 1;
+
+// "op.overload(", those arguments that are not seldom, and the results.
+template <class Op>
+std::string brief_schema(Op* op, const char* overload) {
+  const std::string whole = Op::kSchema;
+  const size_t open = whole.find('('), close = whole.find(") -> ");
+  std::istringstream items(whole.substr(open + 1, close - open - 1));
+  std::string brief = name_of(op) + "." + overload + "(", item;
+  for (size_t i = 0; std::getline(items >> std::ws, item, ','); ++i) {
+    if (!Call<Op>::kSignature.arguments[i].seldom) brief += (brief.back() == '(' ? "" : ", ") + item;
+  }
+  return brief + whole.substr(close);
+}
+
 void implement(StableLibrary& m) {
   for_each_op([&]<class Op>(Op* op) { m.impl(name_of(op).c_str(), run_boxed<Op>); });
+}
+
+void implement_eager(StableLibrary& m) {
+  for_each_op([&]<class Op>(Op* op) {
+    m.impl(name_of(op).c_str(), run_eager_boxed<Op, false, false>);
+    m.impl((name_of(op) + ".brief").c_str(), run_eager_boxed<Op, true, false>);
+    if constexpr (kMoreThanY<Op>) m.impl((name_of(op) + ".y").c_str(), run_eager_boxed<Op, true, true>);
+  });
 }
 
 }  // namespace
@@ -88,6 +127,19 @@ STABLE_TORCH_LIBRARY_IMPL(rat_ext, CUDA, m) { rat::implement(m); }
 STABLE_TORCH_LIBRARY_IMPL(rat_ext, CompositeExplicitAutograd, m) {
   m.impl("decode_workspace", TORCH_BOX(&rat::decode_workspace));
 }
+
+STABLE_TORCH_LIBRARY(rat_ext_eager, m) {
+  rat::for_each_op([&]<class Op>(Op* op) {
+    m.def(Op::kSchema);
+    m.def(rat::brief_schema(op, "brief").c_str());
+    if constexpr (rat::kMoreThanY<Op>) {
+      const std::string schema = rat::brief_schema(op, "y");
+      m.def((schema.substr(0, schema.find(" -> ")) + " -> Tensor").c_str());
+    }
+  });
+}
+STABLE_TORCH_LIBRARY_IMPL(rat_ext_eager, CPU, m) { rat::implement_eager(m); }
+STABLE_TORCH_LIBRARY_IMPL(rat_ext_eager, CUDA, m) { rat::implement_eager(m); }
 
 STABLE_TORCH_LIBRARY(rat_ext_check, m) {
   rat::for_each_op([&]<class Op>(Op*) { m.def(rat::schema_like(Op::kSchema, "int[] devices, ", "()").c_str()); });

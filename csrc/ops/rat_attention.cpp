@@ -159,6 +159,8 @@ void forward(Call<Op>& call) {
   const bool return_state = value<"return_state">(call);
   p.y = make_rows<"y">(call, {s.batch, s.tokens, s.heads, s.head_dim});
   p.lse = make<"lse">(call, {s.batch, s.heads, s.tokens}, call.acc);
+  // y is the caller's to keep for as long as it likes; chunk states are too, where they are returned.
+  if (!return_state) call.expect(2 * owners_of(p) * s.heads * p.chunks.rows * s.head_dim);
   p.chunks.k = make<"chunk_k_out">(call, {owners_of(p), s.heads, p.chunks.rows, s.head_dim}, call.dtype);
   p.chunks.v = make<"chunk_v_out">(call, {owners_of(p), s.heads, p.chunks.rows, s.head_dim}, call.dtype);
   if (return_state) {
@@ -269,6 +271,8 @@ void run(Call<RatAttentionBackward>& call) {
   read_saved(call, b);
   read_gradients(call, b);
   const Sizes& s = b.fwd.size;
+  const int64_t per_head = 1 + (given<"gate">(call) ? 1 : 0) + (given<"out_gate">(call) ? 1 : 0);
+  call.expect(s.batch * s.tokens * (s.q_groups + s.k_groups + per_head * s.heads) * s.head_dim);
   b.dq = make_rows<"dq">(call, {s.batch, s.tokens, s.q_groups, s.head_dim});
   b.dk = make_rows<"dk">(call, {s.batch, s.tokens, s.k_groups, s.head_dim});
   b.dv = make_rows<"dv">(call, {s.batch, s.tokens, s.heads, s.head_dim});
@@ -283,6 +287,7 @@ void run(Call<RatAttentionPackedBackward>& call) {
   read_gradients(call, b);
   const Sizes& s = b.fwd.size;
   const int64_t width = size<"projection">(call, 2);
+  call.expect(s.batch * s.tokens * width);
   AttentionFwdParams parts;
   parts.size = s;
   split(call, parts, {make<"dprojection">(call, {s.batch, s.tokens, width}, call.dtype), s.tokens * width, width, 0},

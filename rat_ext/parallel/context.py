@@ -18,6 +18,8 @@ Order, of the backward: attention of all pieces; gradients of late states start;
 of the early piece. No transfer starts before attention is done, though those of late states could: attention of late pieces
 takes ranks unlike times, of both pieces of a rank the same, and where a GPU's copies wait for another GPU they hold
 multiprocessors meanwhile, which attention would have to do without.
+
+Packed sequences, of which few cross a cut, go another way where they can: packed.py.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from ..rotary import rotate
 from .checkpoint import passing
 from .exchange import Exchange, Route, finish, join, start
 from .layout import Layout, States
+from .packed import Plan, whole_row
 from .parts import Columns, Parts, view
 
 # Tokens, over the batch, whose gradients by way of states are computed at once; forward, where less is held, twice as many.
@@ -264,6 +267,7 @@ class ContextParallel:
         self._layouts: dict[int, Layout] = {}
         self._cu_seqlens: dict[Any, Tensor] = {}
         self._routes: dict[Any, Route] = {}
+        self._plans: dict[tuple[int, int], Plan] = {}
 
     def __repr__(self) -> str:
         return f"ContextParallel(rank {self.rank} of {self.world}, {self.tokens or 'any'} tokens)"
@@ -359,6 +363,16 @@ class ContextParallel:
             self._routes[key] = Route(self.rank, self.world, [piece.owner for piece in layout.pieces], wanted)
         return self._routes[key]
 
+    def _plan(self, layout: Layout, chunk_size: int) -> Plan | None:
+        """Of packed sequences, where a call over all tokens of a rank is possible."""
+        if self.cu_seqlens is None or self.world == 1:
+            return None
+        key = (layout.tokens, chunk_size)
+        if key not in self._plans:
+            self._plans[key] = Plan(layout, chunk_size, self.rank, self.world)
+        plan = self._plans[key]
+        return plan if plan.fits else None
+
     def _through(self, layout: Layout, chunk_size: int) -> bool:
         """Whether a piece lies inside one chunk, so that running states have to be composed."""
         return any(len(layout.chain(p, chunk_size)) > 1 for p in range(2 * self.world))
@@ -382,6 +396,9 @@ class ContextParallel:
         if floating(f"rat_ext.{name}", "dtype", dtype) is None:
             raise _wrong(name, "dtype", "a floating dtype", dtype)
         layout = self._layout(self.length(0 if tokens is None else tokens))
+        if (plan := self._plan(layout, chunk_size)) is not None:
+            acc = state_dtype(dtype).itemsize
+            return plan.bytes_by_kind(self.rank, batch * num_heads * head_dim, dtype.itemsize, acc)
         row = 2 * batch * num_heads * head_dim
         wide = row * state_dtype(dtype).itemsize
         if self._through(layout, chunk_size):
@@ -443,13 +460,21 @@ class _Call:
         self._check_tables()
 
     def _check_tables(self) -> None:
-        starts = self.layout.starts
-        longest = max((b - a for a, b in zip(starts[:-1], starts[1:], strict=True)), default=0)
-        need, cos = -(-longest // self.chunk_size), self.given.get("rotary_cos")
+        need, cos = -(-self.layout.longest // self.chunk_size), self.given.get("rotary_cos")
         if (cos is None) != (self.given.get("rotary_sin") is None):
             raise _wrong(self.op, "rotary_cos, rotary_sin", "both or neither", "one of them")
         if isinstance(cos, Tensor) and cos.dim() == 2 and cos.shape[0] < need:
             raise _wrong(self.op, "rotary_cos", f"at least {need} rows, of the whole sequence", cos.shape[0])
+
+    def _plan(self) -> Plan | None:
+        """Where the op over all tokens of each rank is all of it. What a rank is given wrong is told by the other way."""
+        given = self.given
+        rows = {"q", "k", "v", "gate"} if "q" in given else {"projection"}
+        usual = rows <= set(self.rows) and all(isinstance(given[name], Tensor) for name in self.rows)
+        cos = given.get("rotary_cos")
+        if self.alone or given["return_state"] or not usual or (cos is not None and cos.requires_grad):
+            return None
+        return self.cp._plan(self.layout, self.chunk_size)
 
     # ---- states ----
 
@@ -512,6 +537,8 @@ class _Call:
         cp, layout, given = self.cp, self.layout, self.given
         if cp.world == 1:
             return self.function(**given | {"cu_seqlens": None if cp.cu_seqlens is None else self._packed(layout.starts)})
+        if (plan := self._plan()) is not None:
+            return whole_row(cp.group, self.op, plan, given)
         early, late, running = (cp._route(layout, self.chunk_size, kind) for kind in ("early", "late", "running"))
         if self.alone:
             early = late = Route(cp.rank, cp.world, [piece.owner for piece in layout.pieces], {})

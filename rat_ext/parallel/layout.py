@@ -104,6 +104,7 @@ class Layout:
         self.tokens, self.cuts = cuts[-1], tuple(cuts)
         starts = [0, self.tokens] if cu_seqlens is None else sorted(set(cu_seqlens))
         self.starts = starts
+        self.longest = max((b - a for a, b in pairwise(starts)), default=0)  # tokens of a sequence
         self.pieces: list[Piece] = []
         crossings = [self._crossing(cut) for cut in cuts]
         for p, (begin, end) in enumerate(pairwise(cuts)):

@@ -113,8 +113,8 @@ __device__ __forceinline__ void fill_stage(const Decode& a, uint32_t full, uint3
 #pragma unroll 1
     for (uint32_t piece = first + lane / 2; piece <= last; piece += 16) {
       const uint32_t from = max(begin, piece << shift), to = piece == last ? end : (piece + 1) << shift;
-      bulk_load((lane % 2 == 0 ? stage : values_at) + (from - begin) * row_bytes,
-                states + state_row(a, entry, head, from) * row_bytes, (to - from) * row_bytes, full);
+      bulk_load_once((lane % 2 == 0 ? stage : values_at) + (from - begin) * row_bytes,
+                     states + state_row(a, entry, head, from) * row_bytes, (to - from) * row_bytes, full);
     }
   }
 #endif
@@ -200,11 +200,13 @@ __device__ __forceinline__ void warm_tokens(const Decode& a) {
 }
 
 // By the fetching warp: states of the block's first pair. If the kernels before are through, as it mostly learns within a few
-// glances, they are not asked for twice.
+// glances, they are not asked for twice. Where a block has many pairs, the first is a small part of its time, and asking twice costs
+// more than it brings.
 template <class K>
 __device__ __forceinline__ void warm_states(const Decode& a, const SharedHead& head_of_block) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kGlances = 8;
+  constexpr int kFewPairs = 2, kGlances = 8;
+  if (a.candidates > kFewPairs * gridDim.x) return;
 #pragma unroll 1
   for (int i = 0; i < kGlances; ++i) {
     if (*static_cast<const volatile int*>(&head_of_block.through)) return;
