@@ -208,8 +208,7 @@ layer its weights, once. "layer step" is `RATLayer.step` with both projections, 
     "recurrence": "## The recurrence alone",
     "families": """## Kernel families
 
-The chosen kernels beside the portable ones, forced by `RAT_EXT_KERNELS=sm80`: none of the chosen may be slower. Rows of commit
-ab4a479 are older than the present backward on Hopper.""",
+The chosen kernels beside the portable ones, forced by `RAT_EXT_KERNELS=sm80`: none of the chosen may be slower.""",
     "host": "## Host time",
     "phases": "## Time by kernel",
     "parallel": """## Several GPUs
