@@ -30,6 +30,7 @@ import os
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "tests" / "gpu_record.json"
 # Reasons of skips that say what the machine lacks, not what a test is for.
+LAST_WORDS = 15.0  # seconds that a process has to write its report once it is interrupted
 MISSING = re.compile(r"GiB|GPUs|compiler|toolkit|nvcc|sanitizer|no such kernels")
 HOW = "run tools/gpu_check.py on a GPU and commit tests/gpu_record.json (without one: tools/gpu_check.py --pending REASON)"
 
@@ -158,14 +160,18 @@ class Job:
             problem = ""
             log = (options.logs or Path(folder)) / f"{self.name}-{re.sub(r'[^a-z0-9]+', '-', self.family)}.log"
             with open(log, "w+") as said:
+                process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT)
                 try:
-                    done = subprocess.run(
-                        command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT, timeout=options.limit
-                    )
-                    if done.returncode not in (0, 1, 5):  # 5: no test was chosen
-                        problem = f"pytest ended with {done.returncode}"
+                    if process.wait(options.limit) not in (0, 1, 5):  # 5: no test was chosen
+                        problem = f"pytest ended with {process.returncode}"
                 except subprocess.TimeoutExpired:
                     problem = f"over {options.limit:.0f} s"
+                    process.send_signal(signal.SIGINT)  # then it writes what it has run
+                    try:
+                        process.wait(LAST_WORDS)
+                    except subprocess.TimeoutExpired:
+                        process.kill()
+                        process.wait()
                 if report.exists():
                     self.read(report)
                 if problem:
