@@ -419,6 +419,13 @@ _SHOWN = {
 _SHOWN_CACHE = {n: f"cache.{n}" for n in POOL}
 
 
+def check_given(op: str, given: Given) -> None:
+    """Tells of arguments of wrong types what the op tells. For calls that are put together by hand, before they begin."""
+    if op == "rat_attention" and given["gate"] is None:
+        wrong(op, "gate", "a tensor", "None")
+    check_types(op, _OPERATORS[op], given, _SHOWN[op])
+
+
 def call(name: str, given: Given, op: str | None = None) -> Any:
     """What a public op returns: y, or y and the returned state.
 

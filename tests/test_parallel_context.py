@@ -4,6 +4,7 @@ import doctest
 import functools
 import importlib
 import itertools
+import re
 import traceback
 from unittest import mock
 
@@ -427,3 +428,88 @@ def test_checkpoints_keep_what_the_op_gave_alone(tmp_path):
     kept, differences = ranks.run("test_parallel_context:kept_by_checkpoints", 2, tmp_path)
     assert kept == ["rat_ext.rat_attention_packed.default"] * 2
     assert max(differences) < 1e-12
+
+
+# ---- uses that every rank has to go through alike -------------------------------------------------------------------------
+
+SEVERAL = [0, *range(3, 200, 3), 300]  # more sequences than go in one call
+USES = {
+    "a rank without tokens": (dict(tokens=300, cuts="empty"), "qkvgob", False, None),
+    "one token": (dict(tokens=1), "qkvgob", False, None),
+    "a rank without tokens, q alone": (dict(tokens=300, cuts="empty"), "q", False, None),
+    "a rank without tokens, checkpoint": (dict(tokens=300, cuts="empty"), "qkvgob", False, "checkpoint"),
+    "states, q alone": (dict(cu_seqlens=[0, 300]), "q", True, None),
+    "states, out_gate alone": (dict(cu_seqlens=[0, 30, 300]), "o", True, None),
+    "states, k alone": (dict(cu_seqlens=[0, 300]), "k", True, None),
+    "inference before, one call": (dict(cu_seqlens=[0, 110, 190, 300]), "qkvgob", False, "inference"),
+    "inference before, several calls": (dict(cu_seqlens=SEVERAL), "qkvgob", False, "inference"),
+}
+
+
+def by_values(call, names, cp, *values):
+    return call(dict(zip(names, values, strict=True)), context_parallel=cp)
+
+
+def use(rank: int, world: int) -> dict[str, str]:
+    """By use, what is wrong with the gradients of this rank's tokens, or nothing."""
+    found, of = {}, {"dtype": ranks.EXACT, "device": ranks.KIND}
+    near = 1e-9 if ranks.EXACT == torch.float64 else 1e-3
+    for name, (where, wanted, returned, how) in USES.items():
+        if where.get("cuts"):
+            where = where | {"cuts": [0, 100, *[100] * (2 * world - 2), 300]}
+        cp = ContextParallel(**where)
+        torch.manual_seed(0)
+        shapes = {"q": 2, "k": 2, "v": 4, "g": 4, "o": 4}
+        whole = {key: torch.randn(1, cp.tokens, n, 16, **of) for key, n in shapes.items()}
+        whole["b"] = torch.randn(4, 16, **of)
+
+        def call(x, **more):
+            return rat_ext.rat_attention(x["q"], x["k"], x["v"], x["g"], 8, out_gate=x["o"], gate_bias=x["b"], **more)
+
+        leaves = {key: x.clone().requires_grad_(key in wanted) for key, x in whole.items()}
+        cu_seqlens = torch.tensor(where.get("cu_seqlens", [0, cp.tokens]), dtype=torch.int32, device=ranks.KIND)
+        call(leaves, cu_seqlens=cu_seqlens).sum().backward()
+        mine = {key: (x if key == "b" else cp.shard(x)).clone().requires_grad_(key in wanted) for key, x in whole.items()}
+        if how == "inference":
+            with torch.inference_mode():
+                call(mine, context_parallel=cp)
+        if how == "checkpoint":
+            run = functools.partial(by_values, call, list(mine), cp)
+            y = checkpoint(run, *mine.values(), use_reentrant=False)
+        else:
+            y = call(mine, context_parallel=cp, return_state=returned)
+        (y[0] if returned else y).sum().backward()
+        wrong = []
+        for key in wanted:
+            got, want = mine[key].grad, leaves[key].grad
+            if got is None:
+                wrong.append(f"{key}: none")
+                continue
+            if key == "b":
+                dist.all_reduce(got)
+            wrong += [] if torch.allclose(got, want if key == "b" else cp.shard(want), atol=near, rtol=near) else [key]
+        found[name] = ", ".join(wrong)
+    everyone: list = [None] * world
+    dist.all_gather_object(everyone, found)
+    return {name: "; ".join(filter(None, (f[name] for f in everyone))) for name in USES}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_uses_that_all_ranks_go_through_alike(tmp_path, world):
+    """No gradient is missing on a rank, and no rank leaves the others waiting."""
+    assert ranks.run("test_parallel_context:use", world, tmp_path) == dict.fromkeys(USES, "")
+
+
+def test_types_are_told_before_anything_is_sent():
+    x, cp = torch.randn(1, 8, 2, 16), ContextParallel(tokens=8)
+    for change, message in (
+        ({"k": None}, "rat_ext.rat_attention: k: expected a tensor, got None"),
+        ({"gate": None}, "rat_ext.rat_attention: gate: expected a tensor, got None"),
+        ({"return_state": "x"}, "rat_ext.rat_attention: return_state: "),
+        (
+            {"gate_bias": torch.ones(2, 16, dtype=torch.int32)},
+            "rat_ext.rat_attention: gate_bias: expected a floating dtype, got int32",
+        ),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            rat_ext.rat_attention(**{"q": x, "k": x, "v": x, "gate": x, "chunk_size": 4} | change, context_parallel=cp)

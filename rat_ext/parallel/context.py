@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .._arguments import ROWS, Given, floating, integer
-from .._autograd import call_kernel
+from .._autograd import call_kernel, check_given
 from ..cache import RATCache, state_dtype
 from ..rotary import rotate
 from .checkpoint import passing
@@ -423,6 +423,7 @@ class ContextParallel:
                 expected = "None beside context_parallel" + (", which takes them itself" if name == "cu_seqlens" else "")
                 raise _wrong(op, name, expected, type(given[name]).__name__)
         lead = given[next(name for name in ROWS if name in given)]
+        check_given(op, given)
         if not isinstance(lead, Tensor) or lead.dim() < 3:
             raise _wrong(op, "context_parallel", "tensors of tokens (B, T, ...)", type(lead).__name__)
         if self.cu_seqlens is not None and lead.shape[0] != 1:
@@ -623,8 +624,8 @@ class _Call:
         if given["return_state"] and cp.cu_seqlens is not None:
             state, order = self._packed_state(result, empty, anchors, order)
         ys = [x[0] if isinstance(x, tuple) else x for x in result if x is not None]
-        if not ys:  # a rank without tokens
-            ys = [self._inputs_of_states(0, 0)[-1].clone()]
+        if not ys:  # a rank without tokens: gradients of all inputs are zeros, as they are where there are tokens
+            ys = [self.function(**self._tensors(0) | {"cu_seqlens": None, "return_state": False})]
         y = join(order[0], ys) if order else torch.cat(ys, dim=1)
         return (y, state) if given["return_state"] else y
 
@@ -649,7 +650,8 @@ class _Call:
     def _packed(self, starts: Sequence[int]) -> Tensor:
         key = (tuple(starts), self.lead.device)
         if key not in self.cp._cu_seqlens:
-            self.cp._cu_seqlens[key] = torch.tensor(starts, dtype=torch.int32).to(self.lead.device)
+            with torch.inference_mode(False):  # a backward may save them later
+                self.cp._cu_seqlens[key] = torch.tensor(starts, dtype=torch.int32).to(self.lead.device)
         return self.cp._cu_seqlens[key]
 
     def _returns(self, i: int) -> bool:
@@ -692,6 +694,9 @@ class _Call:
         """The state of all sequences on rank 0, of the states of the spans in which they end; None on other ranks."""
         cp, pieces, size = self.cp, self.layout.pieces, self.chunk_size
         acc = state_dtype(empty.dtype)
+        # An op's results need gradients if any input does, states too where they depend on none that does. Then only ranks on
+        # which a sequence ends would take part in the backward.
+        wanted = any(x.requires_grad for x in anchors)
         closed: list[Tensor] = []
         running: list[Tensor] = []
         for i, piece in enumerate(self.pieces):
@@ -699,8 +704,10 @@ class _Call:
             for tokens, span, j in piece.ending():
                 state = result[2 * i + span][1]
                 if self.alone:
-                    finals.append(state[None, j : j + 1, None])
+                    finals.append((state if wanted else state.detach())[None, j : j + 1, None])
                     continue
+                if not wanted:
+                    state = state.detach()
                 of_chunks = torch.stack((state.chunk_k[j], state.chunk_v[j]))[:, :, : tokens // size]
                 chunks.append(of_chunks.permute(2, 0, 1, 3)[:, :, None])
                 finals.append(torch.stack((state.running_k[j], state.running_v[j]))[None, :, None])

@@ -244,7 +244,8 @@ class Plan:
         """int32 numbers on a device, by a name."""
         key = name, device
         if key not in self._tensors:
-            self._tensors[key] = torch.tensor(values(), dtype=torch.int32, device="cpu").to(device)
+            with torch.inference_mode(False):  # a backward may save them later
+                self._tensors[key] = torch.tensor(values(), dtype=torch.int32, device="cpu").to(device)
         return self._tensors[key]
 
     def slices(self, i: int, tokens: int, device: torch.device) -> Iterator[tuple[int, int, int, int, Tensor]]:

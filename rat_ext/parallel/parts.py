@@ -74,8 +74,8 @@ class Parts:
 
     def gradient(self) -> Tensor | None:
         """All of it; zeros where nothing came. Begins anew."""
-        if not any(self.written):
-            return None
+        if not any(self.written):  # a rank without tokens has a gradient too: who gathers gradients waits for it
+            return None if self.x.numel() else torch.zeros_like(self.x)
         for i, written in enumerate(self.written):
             if not written:
                 self._clear(i)
