@@ -419,10 +419,14 @@ _SHOWN = {
 _SHOWN_CACHE = {n: f"cache.{n}" for n in POOL}
 
 
+def _check_gate(op: str, given: Given) -> None:
+    if op == "rat_attention" and given["gate"] is None:  # the operator would take k and v for states
+        wrong(op, "gate", "a tensor", "None")
+
+
 def check_given(op: str, given: Given) -> None:
     """Tells of arguments of wrong types what the op tells. For calls that are put together by hand, before they begin."""
-    if op == "rat_attention" and given["gate"] is None:
-        wrong(op, "gate", "a tensor", "None")
+    _check_gate(op, given)
     check_types(op, _OPERATORS[op], given, _SHOWN[op])
 
 
@@ -440,8 +444,7 @@ def call(name: str, given: Given, op: str | None = None) -> Any:
     if given.get("slots") is not None:
         wrong(op, "slots", "a cache whose entries they name", "none")
     compiling = torch.compiler.is_compiling()
-    if op == "rat_attention" and given["gate"] is None:  # the operator would take k and v for states
-        wrong(op, "gate", "a tensor", "None")
+    _check_gate(op, given)
     if not compiling:
         _refuse_jit(op)
     try:

@@ -54,6 +54,21 @@ def run(function: str, world: int, folder: Path, timeout: float = 180, **environ
     return pickle.loads((folder / "out").read_bytes())
 
 
+def what_is_wrong(case, one: bool, cp) -> str:
+    """Of a case over ranks, by the rounding rule: nothing where all is right, and on ranks but 0. ``one``: one projection."""
+    from rat_ext import testing
+
+    exact, eager, grads, floor = testing.define(case)
+    case.op = "rat_attention_packed" if one else case.op
+    actual = testing.evaluate_on_ranks(cp, case, grads)
+    if cp.rank == 0:
+        try:
+            testing.compare(actual, eager, exact, case.dtype, floor)
+        except AssertionError:
+            return traceback.format_exc(limit=-1)
+    return ""
+
+
 class Block(nn.Module):
     """A RAT layer and a gated feed-forward, each with its norm."""
 

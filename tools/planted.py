@@ -162,8 +162,8 @@ PYTHON = [
     Mutant(
         "profilers see eager operators",
         "rat_ext/_autograd.py",
-        r"\(by_name_briefly if profiler\._is_profiler_enabled or function_modes\(\) else eager_brief\)",
-        "eager_brief",
+        r"\(by_name if profiler\._is_profiler_enabled or function_modes\(\) else eager\)",
+        "eager",
         "tests/test_eager.py",
     ),
     Mutant(

@@ -41,7 +41,7 @@ from .checkpoint import passing
 from .exchange import Exchange, Route, finish, join, start
 from .layout import Layout, States
 from .packed import Plan, whole_row
-from .parts import Columns, Parts, view
+from .parts import Columns, Parts, columns_in, view
 
 # Tokens, over the batch, whose gradients by way of states are computed at once; forward, where less is held, twice as many.
 # What the recurrence writes for every token is gone after each.
@@ -491,10 +491,7 @@ class _Call:
         """Where the rows are that recurrences run over, k and v or x, and those of their gate."""
         if self.rows[0] != "projection":
             return [(self.parts[name], None) for name in self.sources]
-        heads, groups = self.given["num_heads"], self.given["num_groups"]
-        size = self.lead.shape[-1] // (2 * groups + (3 if self.given["has_out_gate"] else 2) * heads)
-        columns = ((groups, groups), (2 * groups, heads), (2 * groups + heads, heads))
-        return [(self.parts["projection"], (at * size, n, size)) for at, n in columns]
+        return [(self.parts["projection"], columns) for columns in columns_in(self.lead, self.given)]
 
     def _inputs_of_states(self, begin: int, tokens: int) -> tuple[Tensor, ...]:
         """Those of some local tokens."""

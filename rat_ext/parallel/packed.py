@@ -30,7 +30,7 @@ from .._autograd import call_forward, call_kernel, refuse_second_derivative, res
 from ..cache import RATCache, state_dtype
 from .checkpoint import passing
 from .layout import Crossing, Layout
-from .parts import Columns, view
+from .parts import Columns, columns_in, view
 
 # Tokens over which the recurrence alone runs at once: what it writes for each is gone after them. Backward half as many.
 SLICE = 65536
@@ -466,10 +466,8 @@ def _places(given: Given) -> tuple[tuple[int, int], list[tuple[Tensor, Columns |
     """(H, D), and where k, v and gate are."""
     if "projection" not in given:
         return given["v"].shape[2:], [(given[name], None) for name in ("k", "v", "gate")]
-    projection, heads, groups = given["projection"], given["num_heads"], given["num_groups"]
-    dim = projection.shape[-1] // (2 * groups + (3 if given["has_out_gate"] else 2) * heads)
-    columns = ((groups, groups), (2 * groups, heads), (2 * groups + heads, heads))
-    return (heads, dim), [(projection, (at * dim, n, dim)) for at, n in columns]
+    columns = columns_in(given["projection"], given)
+    return columns[-1][1:], [(given["projection"], c) for c in columns]
 
 
 def _cut(given: Given, at: int, tokens: int) -> list[Tensor]:

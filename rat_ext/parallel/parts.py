@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._arguments import Given
+
 Columns = tuple[int, int, int]  # the first, heads, size of a head
 
 
@@ -24,6 +26,13 @@ def view(x: Tensor, begin: int, tokens: int, columns: Columns | None) -> Tensor:
         return x
     first, heads, size = columns
     return x.narrow(-1, first, heads * size).unflatten(-1, (heads, size))
+
+
+def columns_in(projection: Tensor, given: Given) -> list[Columns]:
+    """Where k, v and gate are in the projection of rat_attention_packed, of whose arguments ``given`` are some."""
+    heads, groups = given["num_heads"], given["num_groups"]
+    size = projection.shape[-1] // (2 * groups + (3 if given["has_out_gate"] else 2) * heads)
+    return [(at * size, n, size) for at, n in ((groups, groups), (2 * groups, heads), (2 * groups + heads, heads))]
 
 
 class Parts:
