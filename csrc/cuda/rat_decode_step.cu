@@ -54,10 +54,12 @@ struct Share {
   }
 };
 
-// Of a pair that blocks share, by the last of its ways.
+// Of a pair that blocks share, by the last of its ways: joins the slices, in order. Partial results pass through shared memory, so
+// that all are on their way at once: through the ring where the block has no other pair, else where slices' softmaxes lie.
 template <class K>
-__device__ __forceinline__ void finish_ways(const Decode& a, SharedHead& head, const Item& item, const Share<K>& share,
-                                            const float* out_gate) {
+__device__ __forceinline__ void finish_ways(const Decode& a, char* memory, const SharedLayout& layout, const Item& item,
+                                            const Share<K>& share, const float* out_gate) {
+  SharedHead& head = *reinterpret_cast<SharedHead*>(memory);
   __threadfence();
   consumers_sync();  // partial results are stored before the arrival is counted
   if (threadIdx.x == 0) {
@@ -67,13 +69,56 @@ __device__ __forceinline__ void finish_ways(const Decode& a, SharedHead& head, c
   }
   consumers_sync();
   if (head.last == 0) return;
+
+  const bool only = a.candidates <= gridDim.x;
+  const float* const room = reinterpret_cast<const float*>(memory + (only ? layout.ring : layout.values));
+  const int row = static_cast<int>(a.p.head_dim) + 8;
+  const int places = (only ? a.stages * a.stage_bytes : layout.prepared - layout.values) / 4 / row;
+  const auto rows_of = [&](int i) { return 1 + static_cast<int>((keys_of(a, item, i) + kSlice - 1) / kSlice); };
+  const int most = rows_of(a.tokens - 1), together = max(1, places / most);  // tokens
+  Joined joined{kNoScore, 0.0f, 0.0f};
+  float own_score = 0.0f, own_value = 0.0f;
 #pragma unroll 1
-  for (int i = share.first; i < a.tokens && share.live; i += Share<K>::kStep) {
-    const int slices = static_cast<int>((keys_of(a, item, i) + kSlice - 1) / kSlice);
-    const Joined joined = join_slices<K>(a, item, i, slices, share.d);
-    const float* const state = partial_row(a, item, i, 0);
-    store_output<K>(a, item, i, share.d, joined, __ldcg(state + a.p.head_dim), __ldcg(state + share.d),
-                    out_gate[i * K::kColumns + share.d]);
+  for (int begin = 0; begin < a.tokens; begin += together) {
+    const int end = min(begin + together, a.tokens);
+#pragma unroll 1
+    for (int first = 0; first < most; first += places) {  // more than once with one token alone
+      const int count = min(places, most - first);
+#pragma unroll 1
+      for (int i = begin; i < end; ++i) {
+        const float* const from = partial_row(a, item, i, first);
+        const uint32_t to = shared_address(room + (i - begin) * count * row);
+#pragma unroll 1
+        for (int at = static_cast<int>(threadIdx.x) * 4; at < count * row; at += kConsumers * 4) {
+          cp_async16(to + 4 * at, from + at, true);
+        }
+      }
+      cp_async_commit();
+      cp_async_wait<0>();
+      consumers_sync();
+#pragma unroll 1
+      for (int i = begin + share.first; i < end && share.live; i += Share<K>::kStep) {
+        const float* const rows = room + (i - begin) * count * row;
+        const int last = min(count, rows_of(i) - first);
+        int at = 0;
+        if (first == 0) {  // the own state comes first
+          joined = {kNoScore, 0.0f, 0.0f};
+          own_score = rows[a.p.head_dim];
+          own_value = rows[share.d];
+          at = 1;
+        }
+#pragma unroll 1
+        for (; at < last; ++at) {
+          const float* const slice = rows + at * row;
+          const float2 both = *reinterpret_cast<const float2*>(slice + a.p.head_dim);
+          join<typename K::T>(joined, {both.x, both.y, slice[share.d]});
+        }
+        if (first + count >= most) {
+          store_output<K>(a, item, i, share.d, joined, own_score, own_value, out_gate[i * K::kColumns + share.d]);
+        }
+      }
+      consumers_sync();  // they have been read
+    }
   }
 }
 
@@ -192,7 +237,7 @@ __device__ __forceinline__ void consume_item(const Decode& a, char* memory, cons
   }
   const Share<K> share(a);
   if (item.ways > 1) {
-    finish_ways<K>(a, head, item, share, out_gate);
+    finish_ways<K>(a, memory, layout, item, share, out_gate);
   } else if (share.live) {
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {

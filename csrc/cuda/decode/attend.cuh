@@ -229,34 +229,6 @@ __device__ __forceinline__ void join(Joined& a, const Joined& slice) {
   a.value = fmaf(behind, slice.value, __fmul_rn(before, a.value));
 }
 
-// Slices [0, count) of scratch memory, in order.
-template <class K>
-__device__ __forceinline__ Joined join_slices(const Decode& a, const Item& item, int token, int count, int d) {
-  // A round takes as long as one load. Registers are enough for 16 on Hopper, as its compiler has them.
-#if __CUDA_ARCH__ == 900
-  constexpr int kAtATime = K::kMatrix && K::N == 1 && K::W == 16 ? 16 : 8;
-#else
-  constexpr int kAtATime = 8;
-#endif
-  const int64_t D = a.p.head_dim;
-  Joined joined{kNoScore, 0.0f, 0.0f};
-#pragma unroll 1
-  for (int first = 0; first < count; first += kAtATime) {
-    Joined part[kAtATime];
-#pragma unroll
-    for (int s = 0; s < kAtATime; ++s) {
-      const float* const row = partial_row(a, item, token, 1 + min(first + s, count - 1));
-      const float2 both = __ldcg(reinterpret_cast<const float2*>(row + D));
-      part[s] = {both.x, both.y, __ldcg(row + d)};
-    }
-#pragma unroll
-    for (int s = 0; s < kAtATime; ++s) {
-      if (first + s < count) join<typename K::T>(joined, part[s]);
-    }
-  }
-  return joined;
-}
-
 // y of a token from its keys and its own state.
 template <class K>
 __device__ __forceinline__ void store_output(const Decode& a, const Item& item, int token, int d, const Joined& keys,
