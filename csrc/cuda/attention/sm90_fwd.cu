@@ -593,8 +593,8 @@ struct Consumer {
 
   float s[kScores], o[kOutputs];
   uint32_t p[kSteps][4];  // rounded weights
-  static constexpr int kEarly =
-      C::kDim / 32;                       // steps of the epilogue whose gates are taken while the last product runs
+  // Steps of the epilogue whose gates are taken while the last product runs: half, as far as there are registers.
+  static constexpr int kEarly = C::kDim <= 128 ? C::kDim / 32 : 4;
   float own_weight[2], total[2];          // of both rows, at the end
   float share[8 * kEarly];                // sigmoid(gate) / total
   float own[2], m[2], sum[2], shrink[2];  // of both rows, in powers of two; sums are this lane's share of the quad's
@@ -932,11 +932,12 @@ struct Consumer {
 
   // y of the warp's rows to memory, 16 bytes a lane and whole rows at a time.
   __device__ __forceinline__ void store() const {
-    constexpr int kPieces = C::kDim / 8, kStep = 32 / kPieces;
+    constexpr int kPieces = C::kDim / 8, kStep = 32 / kPieces;  // rows at a time; of 24 pieces one, and 8 lanes have none
     const QueryTile& t = tile();
     const int thread = opaque(static_cast<int>(threadIdx.x)) % 128, lane = thread % 32;
     const int piece = lane % kPieces, r = thread / 32 * 16 + lane / kPieces, left = t.rows - warpgroup * 64 - r;
-    const int rows = 8 * piece < static_cast<int>(a.size.head_dim) ? left : 0;
+    const bool has_piece = (32 % kPieces == 0 || lane < kPieces) && 8 * piece < static_cast<int>(a.size.head_dim);
+    const int rows = has_piece ? left : 0;
     const int64_t step = kStep * a.y.token;
     const uint32_t from = shared_address(shared.value[warpgroup]) + swizzled(64, r, piece * 8);
     T* y = static_cast<T*>(a.y.ptr) + t.batch * a.y.batch + (t.token + warpgroup * 64 + r) * a.y.token +
@@ -1045,6 +1046,11 @@ template <class T, int CONSUMERS>
 using Narrow = Traits<T, 64, CONSUMERS, 112>;
 template <class T, int CONSUMERS>
 using NarrowShort = Traits<T, 64, CONSUMERS, 64>;
+// Over 128 elements shared memory holds the operands of one warpgroup.
+template <class T>
+using Wider = Traits<T, 192, 1, 64>;
+template <class T>
+using Widest = Traits<T, 256, 1, 64>;
 constexpr int64_t kShortKeys = 4096;        // that a query sees, of 128 elements
 constexpr int64_t kShortNarrowKeys = 1024;  // of 64
 
@@ -1143,7 +1149,12 @@ void launch_by_keys(const AttentionFwdParams& params, const FwdScratch& scratch,
 
 template <class T>
 void launch_for(const AttentionFwdParams& params, const FwdScratch& scratch, cudaStream_t stream) {
-  if (params.size.head_dim > 64) {
+  constexpr int64_t all = Schedule::kAllPositions;
+  if (params.size.head_dim > 192) {
+    launch<Widest<T>>(params, scratch, 0, all, stream);
+  } else if (params.size.head_dim > 128) {
+    launch<Wider<T>>(params, scratch, 0, all, stream);
+  } else if (params.size.head_dim > 64) {
     launch_by_keys<WideShort<T, 3>, Wide<T, 2>>(params, scratch, kShortKeys, stream);
   } else {
     launch_by_keys<NarrowShort<T, 3>, Narrow<T, 3>>(params, scratch, kShortNarrowKeys, stream);
@@ -1158,7 +1169,7 @@ const char* fwd_refuses(const AttentionFwdParams& params) {
   const Sizes& s = params.size;
   constexpr int64_t kMany = INT64_C(1) << 30;  // tile and row indices are 32-bit
   if (s.dtype != DType::bf16 && s.dtype != DType::f16) return "the dtype is not bfloat16 or float16";
-  if (s.head_dim > 128) return "D is over 128";
+  if (s.head_dim > 256) return "D is over 256";
   if (!std::isfinite(scale_log2(params))) return "the scale is not finite in float32";
   // Nothing here may depend on how many states or queries there are: a token has the same bits in any call.
   if (params.chunks.rows > 0) {
@@ -1212,6 +1223,10 @@ KernelList chunk_attention_fwd_sm90_kernels() {
       entry<NarrowShort<bf16, 1>>("chunk_attention_fwd_sm90<bf16, 64, short, small>"),
       entry<NarrowShort<f16, 3>>("chunk_attention_fwd_sm90<f16, 64, short>"),
       entry<NarrowShort<f16, 1>>("chunk_attention_fwd_sm90<f16, 64, short, small>"),
+      entry<Wider<bf16>>("chunk_attention_fwd_sm90<bf16, 192>"),
+      entry<Wider<f16>>("chunk_attention_fwd_sm90<f16, 192>"),
+      entry<Widest<bf16>>("chunk_attention_fwd_sm90<bf16, 256>"),
+      entry<Widest<f16>>("chunk_attention_fwd_sm90<f16, 256>"),
   };
   return {entries, static_cast<int>(sizeof(entries) / sizeof(entries[0]))};
 }

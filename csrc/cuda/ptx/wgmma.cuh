@@ -64,6 +64,14 @@ __device__ __forceinline__ void wgmma_rs(float (&c)[N / 2], const uint32_t (&a)[
 #define RAT_LIST_5 "%40, %41, %42, %43, %44, %45, %46, %47"
 #define RAT_LIST_6 "%48, %49, %50, %51, %52, %53, %54, %55"
 #define RAT_LIST_7 "%56, %57, %58, %59, %60, %61, %62, %63"
+#define RAT_LIST_8 "%64, %65, %66, %67, %68, %69, %70, %71"
+#define RAT_LIST_9 "%72, %73, %74, %75, %76, %77, %78, %79"
+#define RAT_LIST_10 "%80, %81, %82, %83, %84, %85, %86, %87"
+#define RAT_LIST_11 "%88, %89, %90, %91, %92, %93, %94, %95"
+#define RAT_LIST_12 "%96, %97, %98, %99, %100, %101, %102, %103"
+#define RAT_LIST_13 "%104, %105, %106, %107, %108, %109, %110, %111"
+#define RAT_LIST_14 "%112, %113, %114, %115, %116, %117, %118, %119"
+#define RAT_LIST_15 "%120, %121, %122, %123, %124, %125, %126, %127"
 #define RAT_C8(i)                                                                                                      \
   "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]),          \
       "+f"(c[i + 7])
@@ -78,9 +86,7 @@ __device__ __forceinline__ void wgmma_rs(float (&c)[N / 2], const uint32_t (&a)[
                  : "l"(a), "l"(b)                                                                                      \
                  : "memory");                                                                                          \
   }
-#define RAT_WGMMA(T, NAME, N, P0, P1, P2, P3, P4)                                                                      \
-  RAT_WGMMA_SS(wgmma_ss, T, NAME, N, false, 0, 0, P0, P1)                                                              \
-  RAT_WGMMA_SS(wgmma_ss, T, NAME, N, true, 1, 0, P0, P1)                                                               \
+#define RAT_WGMMA_RS(T, NAME, N, P0, P1, P2, P3, P4)                                                                   \
   template <>                                                                                                          \
   __device__ __forceinline__ void wgmma_rs<T, N>(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b) {              \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" RAT_LIST_N##N                    \
@@ -89,6 +95,10 @@ __device__ __forceinline__ void wgmma_rs(float (&c)[N / 2], const uint32_t (&a)[
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                                                  \
                  : "memory");                                                                                          \
   }
+#define RAT_WGMMA(T, NAME, N, P0, P1, P2, P3, P4)                                                                      \
+  RAT_WGMMA_SS(wgmma_ss, T, NAME, N, false, 0, 0, P0, P1)                                                              \
+  RAT_WGMMA_SS(wgmma_ss, T, NAME, N, true, 1, 0, P0, P1)                                                               \
+  RAT_WGMMA_RS(T, NAME, N, P0, P1, P2, P3, P4)
 #define RAT_WGMMA_TYPES(N, P0, P1, P2, P3, P4)                                                                         \
   RAT_WGMMA(bf16, "bf16", N, P0, P1, P2, P3, P4)                                                                       \
   RAT_WGMMA(f16, "f16", N, P0, P1, P2, P3, P4)
@@ -99,10 +109,18 @@ __device__ __forceinline__ void wgmma_rs(float (&c)[N / 2], const uint32_t (&a)[
 #define RAT_C_N112 RAT_C_N64, RAT_C8(32), RAT_C8(40), RAT_C8(48)
 #define RAT_LIST_N128 RAT_LIST_N112 ", " RAT_LIST_7
 #define RAT_C_N128 RAT_C_N112, RAT_C8(56)
+#define RAT_LIST_N192 RAT_LIST_N128 ", " RAT_LIST_8 ", " RAT_LIST_9 ", " RAT_LIST_10 ", " RAT_LIST_11
+#define RAT_C_N192 RAT_C_N128, RAT_C8(64), RAT_C8(72), RAT_C8(80), RAT_C8(88)
+#define RAT_LIST_N256 RAT_LIST_N192 ", " RAT_LIST_12 ", " RAT_LIST_13 ", " RAT_LIST_14 ", " RAT_LIST_15
+#define RAT_C_N256 RAT_C_N192, RAT_C8(96), RAT_C8(104), RAT_C8(112), RAT_C8(120)
 
 RAT_WGMMA_TYPES(64, 32, 33, 34, 35, 36)
 RAT_WGMMA_TYPES(112, 56, 57, 58, 59, 60)
 RAT_WGMMA_TYPES(128, 64, 65, 66, 67, 68)
+RAT_WGMMA_RS(bf16, "bf16", 192, 96, 97, 98, 99, 100)
+RAT_WGMMA_RS(f16, "f16", 192, 96, 97, 98, 99, 100)
+RAT_WGMMA_RS(bf16, "bf16", 256, 128, 129, 130, 131, 132)
+RAT_WGMMA_RS(f16, "f16", 256, 128, 129, 130, 131, 132)
 
 RAT_WGMMA_SS(wgmma_ss_n_major, bf16, "bf16", 64, false, 0, 1, 32, 33)
 RAT_WGMMA_SS(wgmma_ss_n_major, bf16, "bf16", 64, true, 1, 1, 32, 33)
@@ -115,6 +133,10 @@ RAT_WGMMA_SS(wgmma_ss_n_major, f16, "f16", 64, true, 1, 1, 32, 33)
 #undef RAT_C_N112
 #undef RAT_LIST_N128
 #undef RAT_C_N128
+#undef RAT_LIST_N192
+#undef RAT_C_N192
+#undef RAT_LIST_N256
+#undef RAT_C_N256
 #undef RAT_LIST_0
 #undef RAT_LIST_1
 #undef RAT_LIST_2
@@ -123,8 +145,17 @@ RAT_WGMMA_SS(wgmma_ss_n_major, f16, "f16", 64, true, 1, 1, 32, 33)
 #undef RAT_LIST_5
 #undef RAT_LIST_6
 #undef RAT_LIST_7
+#undef RAT_LIST_8
+#undef RAT_LIST_9
+#undef RAT_LIST_10
+#undef RAT_LIST_11
+#undef RAT_LIST_12
+#undef RAT_LIST_13
+#undef RAT_LIST_14
+#undef RAT_LIST_15
 #undef RAT_C8
 #undef RAT_WGMMA_SS
+#undef RAT_WGMMA_RS
 #undef RAT_WGMMA
 #undef RAT_WGMMA_TYPES
 
