@@ -71,5 +71,6 @@ KernelList decode_kernels();
 KernelList rat_attention_cached_kernels();
 KernelList chunk_attention_fwd_sm90_kernels();
 KernelList chunk_attention_bwd_sm90_kernels();
+KernelList chunk_attention_bwd_wide_sm90_kernels();
 
 }  // namespace rat::cuda

@@ -7,12 +7,16 @@ namespace rat::cuda {
 
 // Each family says whether it serves a call (null: it does, else why not, in words), and plans it.
 
-// bfloat16 and float16 on Hopper's wgmma and bulk copies. Head sizes up to 128.
+// bfloat16 and float16 on Hopper's wgmma and bulk copies. Head sizes up to 128 forward, up to 256 backward.
 namespace sm90 {
 const char* fwd_refuses(const AttentionFwdParams&);
 Launch fwd(const AttentionFwdParams&, const FwdScratch&, Arena&);
 const char* bwd_refuses(const AttentionBwdParams&);
 Launch bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
+// Of head sizes over 128, in a file of their own: bwd() and bwd_refuses() ask them, nobody else. The reasons here come on top of
+// those of bwd_refuses().
+const char* bwd_wide_refuses(const AttentionBwdParams&);
+Launch bwd_wide(const AttentionBwdParams&, const BwdScratch&, Arena&);
 }  // namespace sm90
 
 // bfloat16 and float16 on tensor cores, compute capability 8.0 and newer.

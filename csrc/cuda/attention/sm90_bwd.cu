@@ -38,7 +38,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 
 #include "../device/math.cuh"
 #include "../device/sequence.cuh"
@@ -53,6 +52,7 @@
 #include "../ptx/wgmma.cuh"
 #include "families.h"
 #include "rotate_reduce.h"
+#include "row_maps.h"
 #include "tiles.cuh"
 
 namespace rat::cuda {
@@ -876,13 +876,6 @@ Pieces take_pieces(const AttentionBwdParams& p, const Plan& plan, Arena& arena) 
   return pieces;
 }
 
-CUtensorMap token_map(const Rows& rows, CUtensorMapDataType type, const Sizes& s, int64_t heads, int box_rows) {
-  const int64_t any = round_up(s.head_dim, 8);  // a dimension of one has no stride; the map wants a legal one
-  return swizzled_map<4>(rows.ptr, type, {s.head_dim, s.tokens, heads, s.batch},
-                         {s.tokens > 1 ? rows.token : any, heads > 1 ? rows.head : any, s.batch > 1 ? rows.batch : any},
-                         box_rows);
-}
-
 template <class C>
 void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& plan, const Pieces& pieces,
             cudaStream_t stream) {
@@ -926,8 +919,7 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
   a.schedule.window = static_cast<uint32_t>(plan.window);
   a.schedule.all_tiles = static_cast<uint32_t>(plan.tiles);
 
-  const CUtensorMapDataType type =
-      std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  constexpr CUtensorMapDataType type = kMapType<T>;
   const ChunkStates& c = p.fwd.chunks;
   const int64_t outer = c.compact ? s.heads : s.sequences * s.heads;
   const CUtensorMap k_map = swizzled_rows_map(c.k, type, s.head_dim, c.rows, outer, C::kKeys);
@@ -955,14 +947,6 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
   add_shares(pieces.shares, scratch, stream);
 }
 
-// A tensor map wants strides that are multiples of 16 bytes, which aligned16 says, and none of zero.
-bool has_map(const Rows& rows, const Sizes& s, int64_t heads) {
-  const auto legal = [](int64_t size, int64_t stride) {
-    return size <= 1 || (stride > 0 && stride < (INT64_C(1) << 38));
-  };
-  return legal(s.tokens, rows.token) && legal(heads, rows.head) && legal(s.batch, rows.batch);
-}
-
 }  // namespace
 
 namespace sm90 {
@@ -971,13 +955,17 @@ const char* bwd_refuses(const AttentionBwdParams& p) {
   const Sizes& s = p.fwd.size;
   constexpr int64_t kMany = INT64_C(1) << 30;  // tile and row indices are 32-bit
   if (s.dtype != DType::bf16 && s.dtype != DType::f16) return "the dtype is not bfloat16 or float16";
-  if (s.head_dim > 128) return "D is over 128";
+  if (s.head_dim > 256) return "D is over 256";
   if (!s.aligned16) return "rows are not 16-byte aligned";
   if (!std::isfinite(static_cast<float>(p.fwd.scale) * kLog2e)) return "the scale is not finite in float32";
   if (const char* reason = no_state_map(s, p.fwd.chunks)) return reason;
   if (s.tokens > kMany || s.sequences * s.heads > kMany) return "the call is too large for 32-bit indices";
   if (!p.fwd.rotary.cos && !has_map(p.fwd.q, s, s.q_groups)) return "no tensor map describes the rows of q";
   if (!has_map(p.fwd.out_gate.ptr ? p.dv : p.dy, s, s.heads)) return "no tensor map describes the rows of dO";
+  if (s.head_dim > 128) {
+    if (const char* reason = bwd_wide_refuses(p)) return reason;
+    return no_hopper();
+  }
   const Plan plan = make_plan(p);
   if (plan.items > kMany || plan.query_tiles * s.q_groups > kMany) return "the call is too large for 32-bit indices";
   // Every sequence pads its last tile: many short ones would take more memory than their gradient.
@@ -988,6 +976,7 @@ const char* bwd_refuses(const AttentionBwdParams& p) {
 }
 
 Launch bwd(const AttentionBwdParams& p, const BwdScratch& scratch, Arena& arena) {
+  if (p.fwd.size.head_dim > 128) return bwd_wide(p, scratch, arena);
   const Plan plan = make_plan(p);
   const Pieces pieces = take_pieces(p, plan, arena);
   return [&p, scratch, plan, pieces](cudaStream_t stream) {

@@ -58,7 +58,8 @@ DeviceReport device_report() {
       rat_attention_cached_kernels()};
 #ifdef RAT_EXT_SM90
   if (properties.major == 9) {  // elsewhere they are empty
-    lists.insert(lists.begin(), {chunk_attention_fwd_sm90_kernels(), chunk_attention_bwd_sm90_kernels()});
+    lists.insert(lists.begin(), {chunk_attention_fwd_sm90_kernels(), chunk_attention_bwd_sm90_kernels(),
+                                 chunk_attention_bwd_wide_sm90_kernels()});
   }
 #endif
   for (const KernelList& list : lists) {

@@ -126,6 +126,8 @@ RAT_WGMMA_SS(wgmma_ss_n_major, bf16, "bf16", 64, false, 0, 1, 32, 33)
 RAT_WGMMA_SS(wgmma_ss_n_major, bf16, "bf16", 64, true, 1, 1, 32, 33)
 RAT_WGMMA_SS(wgmma_ss_n_major, f16, "f16", 64, false, 0, 1, 32, 33)
 RAT_WGMMA_SS(wgmma_ss_n_major, f16, "f16", 64, true, 1, 1, 32, 33)
+RAT_WGMMA_SS(wgmma_ss_n_major, bf16, "bf16", 128, true, 1, 1, 64, 65)
+RAT_WGMMA_SS(wgmma_ss_n_major, f16, "f16", 128, true, 1, 1, 64, 65)
 
 #undef RAT_LIST_N64
 #undef RAT_C_N64
