@@ -182,6 +182,9 @@ def cases() -> Iterator[Case]:
             for dim in (64, 128):
                 yield attention(dtype, batch=1, tokens=4200, dim=dim, **MANY)
                 yield attention(dtype, sequences=[2100, 0, 16, 1, 2083], dim=dim, **MANY)
+            for dim in (136, 256):
+                yield attention(dtype, batch=1, tokens=421, heads=2, groups=1, chunk_size=2, dim=dim)
+                yield attention(dtype, sequences=[301, 0, 5, 130], heads=2, groups=1, chunk_size=2, dim=dim)
         yield recurrence(dtype, tokens=3000, chunk_size=2**40, dim=16, **small)
         yield recurrence(dtype, sequences=[10, 0, 35], lengths=[3, 16, 0], return_state=True, dim=64)
         for dim in PADDED_HEAD_SIZES:

@@ -35,6 +35,16 @@ def test_many_chunks(device, dtype, chunk_size):
 
 
 @low
+@pytest.mark.parametrize("dim", [136, 192, 200, 256])
+@pytest.mark.parametrize(("tokens", "sequences"), [(421, None), (0, [301, 0, 5, 130])], ids=["dense", "packed"])
+def test_wide_heads_over_several_tiles(device, dtype, dim, tokens, sequences):
+    """Tiles of 64 chunk states and of 64 and 128 queries, ragged at both ends, heads that add to one q."""
+    options = {"sequences": sequences} if sequences else {"batch": 1, "tokens": tokens}
+    case = attention_case(device, dtype, heads=2, groups=1, dim=dim, chunk_size=2, **options)
+    check(case)
+
+
+@low
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (2, 1), (4, 4), (6, 3), (8, 2), (5, 1), (12, 2)])
 def test_groups(device, dtype, heads, groups):
     check(attention_case(device, dtype, heads=heads, groups=groups))

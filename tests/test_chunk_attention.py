@@ -17,7 +17,7 @@ def test_chunk_size(device, dtype, chunk_size):
 
 
 @low
-@pytest.mark.parametrize("dim", [8, 40, 64, 96, 128, 200, 256])
+@pytest.mark.parametrize("dim", [8, 40, 64, 96, 128, 136, 192, 200, 256])
 def test_head_size(device, dtype, dim):
     check(attention_case(device, dtype, op="chunk_attention", dim=dim))
 

@@ -287,6 +287,10 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
     testing.check(testing.attention_case("cuda", dtype, sequences=[10, 0, 350, 1], dim=128))
     testing.check(testing.attention_case("cuda", dtype, op="chunk_attention", dim=128, tokens=300))
     testing.check(testing.attention_case("cuda", dtype, heads=8, groups=1, dim=128, tokens=600, chunk_size=2))
+    for dim in (136, 256):
+        wide = {"dim": dim, "heads": 2, "groups": 1, "chunk_size": 2}
+        testing.check(testing.attention_case("cuda", dtype, batch=1, tokens=421, **wide))
+        testing.check(testing.attention_case("cuda", dtype, sequences=[301, 0, 5, 130], **wide))
     for dim in (64, 128):
         many = {"dim": dim, "heads": 16, "groups": 2}
         testing.check(testing.attention_case("cuda", dtype, tokens=4216, **many))

@@ -34,7 +34,7 @@ def test_chunk_size(device, dtype, chunk_size):
 
 
 @low
-@pytest.mark.parametrize("dim", [8, 64, 128, 256])
+@pytest.mark.parametrize("dim", [8, 64, 128, 136, 192, 256])
 def test_head_size(device, dtype, dim):
     check(attention_case(device, dtype, sequences=[10, 0, 35, 1], dim=dim, layout="projection"))
 
