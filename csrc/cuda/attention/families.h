@@ -7,7 +7,7 @@ namespace rat::cuda {
 
 // Each family says whether it serves a call (null: it does, else why not, in words), and plans it.
 
-// bfloat16 and float16 on Hopper's wgmma and bulk copies. Head sizes up to 128 forward, up to 256 backward.
+// bfloat16 and float16 on Hopper's wgmma and bulk copies.
 namespace sm90 {
 const char* fwd_refuses(const AttentionFwdParams&);
 Launch fwd(const AttentionFwdParams&, const FwdScratch&, Arena&);

@@ -32,8 +32,8 @@
 // of their sums where it is not finite: a warp with such sums attends to its queries one by one (alone.cuh).
 //
 // What a query becomes depends on itself and the keys that it sees alone, bit for bit: not on its tile, the call, or the room that
-// there is for states. kKeys is part of the arithmetic (blocks start at multiples of it), so the number of keys that a query
-// sees decides it, and a call with queries of both kinds is two launches. kConsumers is not: it follows the call.
+// there is for states. kKeys is part of the arithmetic (blocks start at multiples of it), so up to 128 elements the number of keys
+// that a query sees decides it, and a call with queries of both kinds is two launches. kConsumers is not: it follows the call.
 #include <cuda.h>
 
 #include <algorithm>
@@ -1046,7 +1046,7 @@ template <class T, int CONSUMERS>
 using Narrow = Traits<T, 64, CONSUMERS, 112>;
 template <class T, int CONSUMERS>
 using NarrowShort = Traits<T, 64, CONSUMERS, 64>;
-// Over 128 elements shared memory holds the operands of one warpgroup.
+// Over 128 elements shared memory holds the operands of one warpgroup, and two blocks of 64 keys in each ring.
 template <class T>
 using Wider = Traits<T, 192, 1, 64>;
 template <class T>
