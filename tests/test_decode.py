@@ -486,3 +486,22 @@ def test_a_draft_across_a_slice_of_keys(device, past, chunk_size):
     y = rat_ext.rat_decode_step(*rows, caches[0])
     steps = [rat_ext.rat_decode_step(*(x[:, t] for x in rows), caches[1]) for t in range(5 * chunk_size)]
     assert torch.equal(y, torch.stack(steps, dim=1)) and y.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("new", [1, 3])
+def test_a_row_among_many_long_ones(device, dtype, new):
+    """Rows of several slices of keys, and more than a GPU holds blocks: each has the bits that it has alone."""
+    batch, dim = (300, 128) if device.type == "cuda" else (6, 8)
+    random = Random(new, device, dtype)
+    lengths = [(37 * i + 777 * (i % 3)) % 1200 for i in range(batch)]
+    rows = [random.normal(batch, new, 1, dim) for _ in range(5)]
+    many = make_state(Random(2, device, dtype), lengths, 1, dim, 1, rows=1210)
+    kept = many.clone()
+    y = rat_ext.rat_decode_step(*rows[:4], many, out_gate=rows[4])
+    assert y.isfinite().all()
+    for i in {lengths.index(max(lengths)), lengths.index(min(lengths)), 5, batch // 2, batch - 1}:
+        one = kept.clone()
+        slots = torch.tensor([i], device=device)
+        alone = rat_ext.rat_decode_step(*(x[i : i + 1] for x in rows[:4]), one, out_gate=rows[4][i : i + 1], slots=slots)
+        assert torch.equal(alone[0], y[i]), (i, lengths[i])
