@@ -932,7 +932,8 @@ struct Consumer {
 
   // y of the warp's rows to memory, 16 bytes a lane and whole rows at a time.
   __device__ __forceinline__ void store() const {
-    constexpr int kPieces = C::kDim / 8, kStep = 32 / kPieces;  // rows at a time; of 24 pieces one, and 8 lanes have none
+    // Of 24 pieces a warp has one row at a time, and 8 lanes have none.
+    constexpr int kPieces = C::kDim / 8, kStep = 32 / kPieces;
     const QueryTile& t = tile();
     const int thread = opaque(static_cast<int>(threadIdx.x)) % 128, lane = thread % 32;
     const int piece = lane % kPieces, r = thread / 32 * 16 + lane / kPieces, left = t.rows - warpgroup * 64 - r;
