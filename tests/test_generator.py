@@ -1,5 +1,6 @@
 """rat_ext.models.Generator: tokens of transformers' own generate, whatever else is in the batch."""
 
+import gc
 import random
 
 import pytest
@@ -605,3 +606,30 @@ def test_a_request_that_a_callback_cancels_gets_no_token_more(model):
     assert len(requests[0].tokens) == 6 and requests[1].finished == "cancelled"
     assert requests[1].tokens == said and len(said) == 2
     assert sorted(generator.unused) == [0, 1]
+
+
+@pytest.mark.gpu
+def test_garbage_does_not_end_a_capture(model, monkeypatch):
+    """A graph of somebody else's that is in a cycle of garbage would be freed by the collector, in the midst of a capture."""
+    other, x = torch.cuda.CUDAGraph(), torch.zeros(4, device=model.device)
+    with torch.cuda.graph(other):
+        x.add_(1)
+    held, compute = [other], Generator._compute
+    del other
+
+    def littering(self, *arguments):
+        if held and torch.cuda.is_current_stream_capturing():
+            cycle = [held.pop()]
+            cycle.append(cycle)
+            del cycle
+            [[i] for i in range(3000)]  # more than the collector waits for
+        return compute(self, *arguments)
+
+    monkeypatch.setattr(Generator, "_compute", littering)
+    threshold = gc.get_threshold()
+    gc.set_threshold(100, 1, 1)
+    try:
+        found = Generator(model, 2, 40).generate([[3, 1, 4]], 6)
+    finally:
+        gc.set_threshold(*threshold)
+    assert not held and gc.isenabled() and len(found[0]) == 6

@@ -2,7 +2,7 @@
 
     python tools/gpu_check.py                            # every test with --device cuda, shared by several processes per GPU
     python tools/gpu_check.py --families auto sm80 scan  # again with each family of kernels forced
-    python tools/gpu_check.py --sanitize                 # then tests/sanitize.py under memcheck and synccheck
+    python tools/gpu_check.py --sanitize                 # and tests/sanitize.py under memcheck and synccheck
     python tools/gpu_check.py --out record.json          # elsewhere than tests/gpu_record.json
     python tools/gpu_check.py --files test_x --out x.json    # some files again, say after a test was mended, and then
     python tools/gpu_check.py --merge x.json             # into the record, if the sources are the same
@@ -335,7 +335,16 @@ def check(options: argparse.Namespace) -> int:
         for family in options.families
         for k in range(shards)
     ]
-    run_side_by_side(jobs, devices, options)
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:  # the sanitizers keep one core each busy, and little of a GPU
+
+        def sanitize_all() -> dict[str, str]:
+            found: dict[str, str] = {}
+            for family in options.families if options.sanitize else []:
+                found |= sanitize(options.tools.split(","), family, devices, options.sanitizer_limit)
+            return found
+
+        said = beside.submit(sanitize_all)
+        run_side_by_side(jobs, devices, options)
     alone = [] if options.no_alone else [Job("alone", options.families[0], ["-m", "alone", *targets])]
     for job in alone:
         job.run(",".join(devices), options)
@@ -344,10 +353,8 @@ def check(options: argparse.Namespace) -> int:
     everything = [*jobs, *alone]
     record["failed"] = sorted(name for job in everything for name in job.failures)
     record["missing"] = dict(sorted((name, reason) for job in everything for name, reason in job.missing.items()))
-    record["sanitizer"] = {}
-    for family in options.families if options.sanitize else []:
-        record["sanitizer"] |= sanitize(options.tools.split(","), family, devices, options.sanitizer_limit)
-    record["failed"] += [f"{tool}: {said}" for tool, said in record["sanitizer"].items() if said.startswith("FAILED")]
+    record["sanitizer"] = said.result()
+    record["failed"] += [f"{tool}: {words}" for tool, words in record["sanitizer"].items() if words.startswith("FAILED")]
     record["seconds"] = round(time.perf_counter() - begin, 1)
     options.out.write_text(json.dumps(record, indent=1) + "\n")
     table(record)

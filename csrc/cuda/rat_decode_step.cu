@@ -95,6 +95,7 @@ __device__ __forceinline__ void finish_ways(const Decode& a, char* memory, const
       }
       cp_async_commit();
       cp_async_wait<0>();
+      __syncwarp();  // its lanes may have left the loop apart
       consumers_sync();
 #pragma unroll 1
       for (int i = begin + share.first; i < end && share.live; i += Share<K>::kStep) {
@@ -117,6 +118,7 @@ __device__ __forceinline__ void finish_ways(const Decode& a, char* memory, const
           store_output<K>(a, item, i, share.d, joined, own_score, own_value, out_gate[i * K::kColumns + share.d]);
         }
       }
+      __syncwarp();
       consumers_sync();  // they have been read
     }
   }

@@ -6,8 +6,9 @@ import array
 import collections
 import contextlib
 import dataclasses
+import gc
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -397,6 +398,18 @@ def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float | None) -> tuple[T
 # ---- the generator -------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage is collected meanwhile: a graph of somebody else's that is freed ends the capture of this one."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Generator:
     """Continues many prompts at once: requests come, share each step, and leave; a slot is free for the next one at once.
 
@@ -765,7 +778,7 @@ class Generator:
                 torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with _no_collection(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._compute(mode, reads)
         finally:
             for name, x in self.rows.tensors().items():

@@ -67,13 +67,9 @@ struct Wide {
 
 // Of the hardware: 0 is that of __syncthreads().
 enum NamedBarrier {
-  kWeightsWritten =
-      1,  // dkdv: warpgroup 1 has written P^T, both have done with what the tile before left in shared memory
-  kGradientsWritten = 2,  // dkdv: warpgroup 2 has written dS^T
-  kRowsCleared = 3,       // dkdv: rows past the end of q and dO are zeros
-  kTilesUsedUp = 4,       // dq: all products are done, their operands' memory takes dQ
-  kOutputWritten = 5,     // dq: dQ is whole
-  kKeysCleared = 6,       // dq: rows of K that nobody sees are zeros; warpgroup w has number kKeysCleared + w
+  kTilesUsedUp = 1,    // dq: all products are done, their operands' memory takes dQ
+  kOutputWritten = 2,  // dq: dQ is whole
+  kKeysCleared = 3,    // dq: rows of K that nobody sees are zeros; warpgroup w has number kKeysCleared + w
 };
 
 // What both kernels read.
@@ -116,6 +112,12 @@ __device__ __forceinline__ void issue_sums(float (&c)[COLUMNS / 2], uint64_t lef
 __device__ __forceinline__ void leave(uint32_t barrier) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+}
+
+// To a barrier that counts the warps of both consumers, and on when all have come for the time-th time, from 0.
+__device__ __forceinline__ void meet(uint64_t& barrier, uint32_t time) {
+  leave(shared_address(&barrier));
+  mbarrier_wait(shared_address(&barrier), time & 1);
 }
 
 // Rows [from, 64) of a tile become zeros, by THREADS threads of which this is number `thread`. Fence and barrier are the caller's.
@@ -171,11 +173,19 @@ struct DkdvShared {
   RingBarriers<1> states;      // K and V. Warp 0's copies / nobody: a block has one item
   RingBarriers<2> q_tiles;     // q and lse. Warp 0's copies and the lanes of warp 1 / consumers
   RingBarriers<2> dout_tiles;  // dO and Delta. The same
+  // All consumers come to these and wait. No named barriers: those want one instruction for all, and the roles have code of their own.
+  uint64_t
+      weights_written;  // warpgroup 1 has written P^T, both have done with what the tile before left in shared memory
+  uint64_t gradients_written;  // warpgroup 2 has written dS^T
+  uint64_t rows_cleared;       // rows past the end of q and dO are zeros
 
   __device__ __forceinline__ void init_barriers() {
     states.init(1, 8);
     q_tiles.init(1 + 32, 8);
     dout_tiles.init(1 + 32, 8);
+    mbarrier_init(shared_address(&weights_written), 8);
+    mbarrier_init(shared_address(&gradients_written), 8);
+    mbarrier_init(shared_address(&rows_cleared), 8);
   }
 };
 
@@ -374,7 +384,7 @@ __device__ __forceinline__ void consume_dkdv(const DkdvArguments& a, DkdvShared<
       clear_rows<C, 256>(shared_address(shared.q[0]), rows, threadIdx.x - 128);
       clear_rows<C, 256>(shared_address(shared.dout[0]), rows, threadIdx.x - 128);
       fence_proxy_async();  // ordinary stores, read by wgmma
-      named_barrier_sync(kRowsCleared, 256);
+      meet(shared.rows_cleared, 0);
     }
     hold_registers(s);
     wgmma_fence();
@@ -394,7 +404,7 @@ __device__ __forceinline__ void consume_dkdv(const DkdvArguments& a, DkdvShared<
       } else {
         q_tiles.wait_full();
       }
-      named_barrier_sync(kWeightsWritten, 256);
+      meet(shared.weights_written, step);
       hold_registers(dv);
       wgmma_fence();
       issue_sums<T, kColumns>(dv, descriptor_add(p_left, slot * kPanelBytes),
@@ -402,7 +412,7 @@ __device__ __forceinline__ void consume_dkdv(const DkdvArguments& a, DkdvShared<
       if constexpr (ROLE == 1) {
         write_gradients<T>(s, shared.delta[slot] + 2 * quad, p_lane + slot * kPanelBytes, ds_lane);
       }
-      named_barrier_sync(kGradientsWritten, 256);
+      meet(shared.gradients_written, step);
       hold_registers(dk);
       wgmma_fence();
       issue_sums<T, kColumns>(dk, ds_left, descriptor_add(q_rows, slot * C::kTileBytes));
@@ -431,7 +441,7 @@ __device__ __forceinline__ void consume_dkdv(const DkdvArguments& a, DkdvShared<
       wgmma_wait<0>();
       hold_registers(s);
       // Its place in shared memory was that of the tile before this one: the other consumer came to the last barrier
-      // kWeightsWritten after its product with that. dS^T has one place: no consumer comes to kWeightsWritten with dK in flight.
+      // weights_written after its product with that. dS^T has one place: no consumer comes to weights_written with dK in flight.
       if constexpr (ROLE == 0) {
         if (more) {
           write_weights<T>(s, shared.minus_lse[next] + 2 * quad, a.call.scale_log2, (last - step - 1) * kRows, mask,
