@@ -400,6 +400,21 @@ def test_quantise():
         assert torch.equal(dequantise(*quantise(values.to(dtype)), dtype), values.to(dtype))
 
 
+@pytest.mark.parametrize("cuts", [[0, 0, 2], [0, 2, 2], [0, 1, 2], [0, 0, 0]])
+def test_an_entry_that_two_rows_name(device, cuts):
+    """Also where one of them, or both, bring no token: the second is at fault, on every device."""
+    pool, x, slots = pool_of(device), drawn(device, tokens=2), torch.tensor([1, 1], device=device)
+    x = {key: t[:1, : cuts[-1]] for key, t in x.items()}
+    options = {"cache": pool, "slots": slots, "cu_seqlens": torch.tensor(cuts, dtype=torch.int32, device=device)}
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match=r"slots\[1\]: expected an entry that no other row names, got 1"):
+            rat_ext.rat_attention(**x, chunk_size=4, **options)
+        assert not pool.lengths.any()
+    else:
+        rat_ext.rat_attention(**x, chunk_size=4, **options)
+        assert pool.error.tolist() == [3, 1, 1, 0]
+
+
 @pytest.mark.parametrize("step", [False, True])
 def test_states_of_any_size_are_the_definitions_in_fp8(device, step):
     """Scales and elements, from the least normal number on; a chunk is one token here, which its gate lets in as it is."""
