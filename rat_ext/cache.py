@@ -47,13 +47,13 @@ class OutOfPages(RuntimeError):
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """Chunk states ``(..., D)`` in e4m3, and their scales ``(...)`` float32: powers of two, the least that lets D values fit.
 
-    ``x = e4m3 * scale``, exactly so for values of e4m3. ``scale = 2 ** ceil(log2(amax / 448))``, 2^-126 at least, and 1 for
-    states of zeros or with values that are not finite (which become NaN). The product is exact in float32 and bfloat16; in
-    float16 where the scale is 2^-15 or more, which is so for states whose largest value is 0.0069 or more.
+    ``x = e4m3 * scale``, exactly so for values of e4m3. ``scale = 2 ** ceil(log2(amax / 448))``, 2^-117 at least (no product
+    is below the least normal float32, 2^-126, then), and 1 for states of zeros or with values that are not finite (which become
+    NaN). The product is exact in float32 and bfloat16; in float16 where the scale is 2^-15 or more, which is so for states whose largest value is 0.0069 or more.
     """
     amax = x.abs().amax(-1)
     mantissa, exponent = torch.frexp(amax.float() if x.dtype != torch.float64 else amax)  # 448 = 0.875 * 2^9
-    exponent = (exponent - torch.where(mantissa <= 0.875, 9, 8)).clamp(min=-126)
+    exponent = (exponent - torch.where(mantissa <= 0.875, 9, 8)).clamp(min=-117)
     scale = torch.ldexp(torch.ones_like(mantissa), exponent)
     scale = torch.where((amax > 0) & amax.isfinite(), scale, torch.ones_like(scale))
     return (x / scale.to(x.dtype)[..., None]).to(FP8), scale.float()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from rat_ext import RATCache, rat_attention, rat_attention_packed
+from rat_ext import RATCache, rat_attention, rat_attention_packed, rotary_tables
 from rat_ext.layers import RATLayer
 
 
@@ -408,3 +408,18 @@ def test_autocast_beside_a_cache(device, tokens, packed):
     want = calls[1][0](*cast, gate_bias=bias, cache=caches[1])
     assert y.dtype == torch.bfloat16 and torch.equal(y, want)
     assert torch.equal(caches[0].running_k, caches[1].running_k)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 16])
+@pytest.mark.parametrize("past", [-1, 0, 1])
+def test_tables_reach_the_last_chunk(device, chunk_size, past):
+    """Where a table of 128 rows is full, and where one token opens the chunk after it: by default, and beyond max_length."""
+    tokens = 128 * chunk_size + past
+    x = torch.randn(1, tokens, 16, device=device)
+    for max_length in (0, tokens, 2048):
+        layer = RATLayer(16, 2, 1, chunk_size, max_length=max_length).to(device)
+        rotary = rotary_tables(-(-tokens // chunk_size), 8, device=device)
+        assert torch.equal(layer(x), layer(x, rotary=rotary))
+        cache = layer.new_cache(1, tokens)
+        assert torch.equal(layer(x, cache=cache), layer(x, rotary=rotary, cache=layer.new_cache(1, tokens)))
+        assert cache.length_bound == tokens

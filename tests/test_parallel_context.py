@@ -7,11 +7,13 @@ import itertools
 import re
 from unittest import mock
 
+import hypothesis
 import numpy as np
 import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -20,6 +22,7 @@ from rat_ext import _autograd, testing
 from rat_ext.layers import RATLayer
 from rat_ext.parallel import ContextParallel, attention, use_context_parallel
 from rat_ext.parallel.exchange import Exchange
+from rat_ext.parallel.layout import Layout
 from rat_ext.parallel.parts import Parts
 
 # Arguments of attention_case, or recurrence_case. "ranks": sizes from the local tokens alone. "one": through one projection.
@@ -504,3 +507,40 @@ def test_types_are_told_before_anything_is_sent():
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             rat_ext.rat_attention(**{"q": x, "k": x, "v": x, "gate": x, "chunk_size": 4} | change, context_parallel=cp)
+
+
+@hypothesis.given(
+    sizes=st.integers(1, 3).flatmap(lambda w: st.lists(st.integers(0, 7), min_size=2 * w, max_size=2 * w)),
+    lengths=st.none() | st.lists(st.integers(0, 20), max_size=9),
+    chunk_size=st.integers(1, 6),
+)
+def test_pieces_of_a_row_by_counting(sizes, lengths, chunk_size):
+    """Whatever a layout says of its pieces is what one finds by looking at each token."""
+    cuts = [0, *itertools.accumulate(sizes)]
+    inner = [] if lengths is None else [n for n in itertools.accumulate(lengths) if n < cuts[-1]]
+    layout = Layout(len(sizes) // 2, cuts, None if lengths is None else [0, *inner, cuts[-1]])
+    sequences = [(a, b) for a, b in itertools.pairwise([0, *inner, cuts[-1]]) if a < b]
+    for p, piece in enumerate(layout.pieces):
+        crossed = [(a, b) for a, b in sequences if a < piece.begin < b]
+        assert [piece.inward] == (crossed or [None])
+        start = crossed[0][0] if crossed else piece.begin
+        opened = piece.begin - (piece.begin - start) % chunk_size
+        for found, since in ((layout.earlier(p), start), (layout.chain(p, chunk_size), opened)):
+            held = [q for q in range(p) if any(since <= t < piece.begin for t in range(cuts[q], cuts[q + 1]))]
+            assert found == held
+        ended = [(b - a, int(a >= piece.begin)) for a, b in sequences if piece.begin < b <= piece.end]
+        assert [found[:2] for found in piece.ending()] == ended
+        states = piece.states(chunk_size)
+        left = [a for a, b in sequences if a < piece.end < b]
+        assert (states is None) == (not left)
+        if states is None:
+            continue
+        held = [t - left[0] for t in range(max(piece.begin, left[0]), piece.end)]
+        closing = [t // chunk_size for t in held if (t + 1) % chunk_size == 0]
+        assert states.before + len(held) == piece.tokens
+        assert states.head + states.whole * chunk_size + states.tail == len(held)
+        assert (states.closed, states.open) == (len(closing), (piece.end - left[0]) % chunk_size)
+        if closing:
+            assert states.first == closing[0]
+        if held:
+            assert states.offset == held[0] % chunk_size and states.through == (bool(states.offset) and not closing)

@@ -392,12 +392,43 @@ def test_quantise():
     """The least power of two that lets the largest element fit, exactly so around its bounds; what e4m3 has is kept."""
     x = torch.tensor([448.0, 448.1, 224.0, 225.0, 1.0, 0.0, 3e-5, 2.0**-126, float("inf"), float("nan")])
     kept, scale = quantise(x[:, None] * torch.tensor([1.0, -0.5]))
-    assert scale.tolist() == [1.0, 2.0, 0.5, 1.0, 2.0**-8, 1.0, 2.0**-23, 2.0**-126, 1.0, 1.0]
+    assert scale.tolist() == [1.0, 2.0, 0.5, 1.0, 2.0**-8, 1.0, 2.0**-23, 2.0**-117, 1.0, 1.0]
     assert kept.dtype == torch.float8_e4m3fn and dequantise(kept, scale, torch.float32)[0, 0] == 448
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     values = values[values.isfinite()][None] * torch.tensor([[2.0**-15], [1.0], [2.0**7]])
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         assert torch.equal(dequantise(*quantise(values.to(dtype)), dtype), values.to(dtype))
+
+
+@pytest.mark.parametrize("cuts", [[0, 0, 2], [0, 2, 2], [0, 1, 2], [0, 0, 0]])
+def test_an_entry_that_two_rows_name(device, cuts):
+    """Also where one of them, or both, bring no token: the second is at fault, on every device."""
+    pool, x, slots = pool_of(device), drawn(device, tokens=2), torch.tensor([1, 1], device=device)
+    x = {key: t[:1, : cuts[-1]] for key, t in x.items()}
+    options = {"cache": pool, "slots": slots, "cu_seqlens": torch.tensor(cuts, dtype=torch.int32, device=device)}
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match=r"slots\[1\]: expected an entry that no other row names, got 1"):
+            rat_ext.rat_attention(**x, chunk_size=4, **options)
+        assert not pool.lengths.any()
+    else:
+        rat_ext.rat_attention(**x, chunk_size=4, **options)
+        assert pool.error.tolist() == [3, 1, 1, 0]
+
+
+@pytest.mark.parametrize("step", [False, True])
+def test_states_of_any_size_are_the_definitions_in_fp8(device, step):
+    """Scales and elements, from the least normal number on; a chunk is one token here, which its gate lets in as it is."""
+    values = torch.tensor([1.0, -0.75, 0.5, 0.3, 448 / 512, -0.9, 2.0**-9, 0.0], device=device)
+    sizes = torch.exp2(torch.arange(-126, 128, 2, device=device, dtype=torch.float64)).float()
+    v = torch.where((x := sizes[:, None] * values).abs() < 2.0**-126, 0.0, x)[None, :, None]
+    zeros, pool = torch.zeros_like(v), RATCache.empty(1, 1, 8, 1, 127, fp8=True, device=device)
+    for part in v.split(1 if step else 127, dim=1):
+        x = {"q": zeros[:, : part.shape[1]], "k": -part, "v": part, "gate": torch.full_like(part, -torch.inf)}
+        rat_ext.rat_decode_step(**x, cache=pool) if step else rat_ext.rat_attention(**x, chunk_size=1, cache=pool)
+    for key, want in (("k", -v), ("v", v)):
+        kept, scale = quantise(want[0, :, 0])
+        assert torch.equal(getattr(pool, f"scale_{key}")[0, 0], scale)
+        assert torch.equal(getattr(pool, f"chunk_{key}")[0, 0].float(), kept.float())
 
 
 def test_the_definition_rounds_what_it_attends_to(device):

@@ -203,3 +203,40 @@ def test_no_more_than_2_31_tokens_in_all(device, op):
     assert "the longest is fine" in said, said
     assert done.returncode != 0
     assert re.search(r"lengths\[1\].*2147483647|sequence 1 .*2147483647", said), said
+
+
+@pytest.mark.parametrize("returned", [False, True])
+@pytest.mark.parametrize("empty", [[0], [1], [0, 1], [0, 2], [2], [0, 1, 2]])
+@pytest.mark.parametrize("chunk_size", [3, 100])
+def test_gradients_of_a_sequence_without_tokens(device, empty, returned, chunk_size):
+    """Those of its state pass through, closed chunks and running state: what the caller has for them, or zeros."""
+    torch.manual_seed(0)
+    past = 2 * chunk_size + 1
+    x = {name: torch.randn(3, past, n, 16, device=device) for name, n in (("q", 1), ("k", 1), ("v", 2), ("gate", 2))}
+    state = rat_ext.rat_attention(**x, chunk_size=chunk_size, return_state=True)[1]
+    names = ("chunk_k", "chunk_v", "running_k", "running_v")
+    leaves = {name: getattr(state, name).detach().clone().requires_grad_() for name in names}
+    state = state.replace(**leaves)
+    cuts = [0]
+    for n in range(3):
+        cuts.append(cuts[-1] + (0 if n in empty else 4))
+    new = {name: t[:1, :1].repeat(1, cuts[-1], 1, 1).requires_grad_() for name, t in x.items()}
+    y, after = rat_ext.rat_attention(
+        **new, chunk_size=chunk_size, initial_state=state, return_state=True,
+        cu_seqlens=torch.tensor(cuts, dtype=torch.int32, device=device),
+    )  # fmt: skip
+    weights = {name: torch.randn_like(getattr(after, name)) for name in names}
+    loss = y.square().sum()
+    if returned:
+        # Rows past a sequence's closed chunks are of nobody.
+        kept = {name: getattr(after, name)[:, :, :2] if name.startswith("chunk") else getattr(after, name) for name in names}
+        loss = loss + sum((kept[name] * weights[name][tuple(map(slice, kept[name].shape))]).sum() for name in names)
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    for key, leaf, gradient in zip(names, leaves.values(), gradients, strict=True):
+        want = weights[key][tuple(map(slice, leaf.shape))] if returned else torch.zeros_like(leaf)
+        if gradient is None:
+            assert not returned
+            continue
+        assert gradient.isfinite().all()
+        for n in empty:
+            assert torch.equal(gradient[n], want[n])

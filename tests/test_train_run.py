@@ -316,6 +316,32 @@ def test_the_optimizer_is_the_papers(base, monkeypatch, steps, warm):
     assert rates[20] == pytest.approx(1e-6 + (8e-4 - 1e-6) * 0.5 * (1 + turned), rel=0.01)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_evaluation_leaves_the_model_in_its_mode(base, monkeypatch, packed):
+    """It is one of a model that does not train, and changes nothing of it."""
+    from rat_ext.train.trainer import Pretrainer
+
+    seen = []
+
+    def train(self, resume_from_checkpoint=None):
+        model = self.model_wrapped
+        model.register_forward_pre_hook(lambda *_: seen.append((model.training, torch.is_grad_enabled())))
+        before = {name: x.clone() for name, x in model.state_dict().items()}
+        found = []
+        for mode in (True, False):
+            model.train(mode)
+            self._found = (-1, {})  # what a step has been evaluated to is kept
+            found.append(self.evaluate())
+            assert all(part.training == mode for part in model.modules())
+        assert found[0] == found[1] and equal(before, model.state_dict())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pretrainer, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        runs.pretrain(load(base, f"mode {packed}", packed=packed))
+    assert set(seen) == {(False, False)}
+
+
 def test_no_step_waits_for_the_device(base, monkeypatch):
     """Between two lines of the log nothing is read from the device, and no copy to it waits."""
     from rat_ext.train.trainer import Pretrainer

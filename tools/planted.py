@@ -786,6 +786,34 @@ OPS = [
         "if (x.strides[x.rank - 1] != 1)",
         "tests/test_alignment.py::test_strides_of_nothing",
     ),
+    Mutant(
+        "rotary tables rounded down",
+        "rat_ext/layers.py",
+        r"rows = -\(-max\(tokens, self\.max_length\) // self\.chunk_size\)",
+        "rows = max(tokens, self.max_length) // self.chunk_size",
+        "tests/test_layers.py::test_tables_reach_the_last_chunk",
+    ),
+    Mutant(
+        "a chain has a piece that ends where the chunk begins",
+        "rat_ext/parallel/layout.py",
+        r"if self\.pieces\[q\]\.end > start\]",
+        "if self.pieces[q].end >= start]",
+        "tests/test_parallel_context.py::test_pieces_of_a_row_by_counting",
+    ),
+    Mutant(
+        "an evaluation leaves the model in training",
+        "rat_ext/train/trainer.py",
+        r"model\.train\(training\)",
+        "model.train()",
+        "tests/test_train_run.py::test_an_evaluation_leaves_the_model_in_its_mode",
+    ),
+    Mutant(
+        "scales of the definition go below those of kernels",
+        "rat_ext/cache.py",
+        r"clamp\(min=-117\)",
+        "clamp(min=-126)",
+        "tests/test_serving.py::test_states_of_any_size_are_the_definitions_in_fp8",
+    ),
 ]
 
 # The kernels of the CPU.
@@ -1172,6 +1200,48 @@ CPU = [
         r"    if \(amax != amax\) break;\n",
         "",
         "tests/test_decode_pool.py::test_one_value_that_is_not_finite_makes_a_state_nan",
+    ),
+    Mutant(
+        "scales without a floor",
+        "csrc/cpu/tile.inl",
+        r"exponent < -117 \? -117 : exponent",
+        "exponent",
+        "tests/test_serving.py::test_states_of_any_size_are_the_definitions_in_fp8",
+    ),
+    Mutant(
+        "gradients of keys that no token reads are not zero",
+        "csrc/cpu/attention_bwd.inl",
+        r"if \(parts == 0\) zero\(total, rows \* ld\);",
+        "",
+        "tests/test_state.py::test_gradients_of_a_sequence_without_tokens",
+    ),
+    Mutant(
+        "a row without tokens may name an entry again",
+        "csrc/cpu/dispatch.cpp",
+        r"    if \(slots\) \{\n      int64_t& row",
+        "    if (slots && tokens > 0) {\n      int64_t& row",
+        "tests/test_serving.py::test_an_entry_that_two_rows_name",
+    ),
+    Mutant(
+        "slices of a draft's first token alone",
+        "csrc/cpu/plan.cpp",
+        r"p\.pool\.lengths\[slot\] \+ p\.tokens - 1\) / p\.chunk_size",
+        "p.pool.lengths[slot]) / p.chunk_size",
+        "tests/test_decode.py::test_a_draft_across_a_slice_of_keys",
+    ),
+    Mutant(
+        "a page past the pool",
+        "csrc/cpu/dispatch.cpp",
+        r"at >= pool\.pages\)",
+        "at > pool.pages)",
+        "tests/test_serving.py::test_a_page_that_the_pool_does_not_have",
+    ),
+    Mutant(
+        "tables are checked for the first new token",
+        "csrc/cpu/dispatch.cpp",
+        r"rotary\.cos && \(after - 1\) / chunk_size",
+        "rotary.cos && length / chunk_size",
+        "tests/test_serving.py::test_tables_that_end_before_the_new_tokens",
     ),
 ]
 
