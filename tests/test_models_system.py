@@ -1,6 +1,7 @@
 """The models inside what their users run: saving, loading, wrappers, compilers, adapters, quantised weights."""
 
 import copy
+import importlib
 import os
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from torch.nn import functional as F
 pytest.importorskip("transformers", reason="rat_ext.models needs transformers: pip install 'rat_ext[models]'")
 
 from test_models import ALL, V, config_of, model_of, padded, rows_of, tokens_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import rat_ext
+import rat_ext.models
 from rat_ext.models import RATForCausalLM, RATModel, RATModelCache
 from rat_ext.models import loss as losses
 from rat_ext.models.loss import linear_cross_entropy
@@ -624,3 +626,15 @@ def test_transformers_is_only_needed_by_the_models():
             raise AssertionError
     """
     run(script)
+
+
+def test_imported_again():
+    """A notebook reloads the package: its names are registered as before, and what transformers allows grows no longer."""
+    known = rat_ext.models.configuration_utils.ALLOWED_ATTN_LAYER_TYPES
+    again = importlib.reload(rat_ext.models)
+    assert again.configuration_utils.ALLOWED_ATTN_LAYER_TYPES == known and len(set(known)) == len(known)
+    config = AutoConfig.for_model(**config_of().to_dict())
+    assert type(config) is again.RATConfig
+    with torch.device("meta"):
+        assert type(AutoModel.from_config(config)) is again.RATModel
+        assert type(AutoModelForCausalLM.from_config(config)) is again.RATForCausalLM

@@ -27,6 +27,13 @@ class Mutant(NamedTuple):
 # Faults in Python files.
 PYTHON = [
     Mutant(
+        "models: layer types are added at each import",
+        "rat_ext/models/__init__.py",
+        r"\*\(kind for kind in LAYER_TYPES if kind not in _known\)",
+        "*LAYER_TYPES",
+        "tests/test_models_system.py::test_imported_again",
+    ),
+    Mutant(
         "decode does not count",
         "rat_ext/*.py",
         r"self\._ahead \+= tokens\n            return\n        each",
