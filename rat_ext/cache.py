@@ -49,7 +49,8 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 
     ``x = e4m3 * scale``, exactly so for values of e4m3. ``scale = 2 ** ceil(log2(amax / 448))``, 2^-117 at least (no product
     is below the least normal float32, 2^-126, then), and 1 for states of zeros or with values that are not finite (which become
-    NaN). The product is exact in float32 and bfloat16; in float16 where the scale is 2^-15 or more, which is so for states whose largest value is 0.0069 or more.
+    NaN). The product is exact in float32 and bfloat16; in float16 where the scale is 2^-15 or more, which is so for states
+    whose largest value is 0.0069 or more.
     """
     amax = x.abs().amax(-1)
     mantissa, exponent = torch.frexp(amax.float() if x.dtype != torch.float64 else amax)  # 448 = 0.875 * 2^9
