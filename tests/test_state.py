@@ -14,6 +14,7 @@ from rat_ext.testing import (
     DTYPES,
     LOW,
     STATE,
+    Random,
     attention_case,
     check,
     compare,
@@ -151,6 +152,18 @@ def test_state_of_more_rows(device):
     assert state.chunk_k.shape[2] == 500 // 16
     again, _ = evaluate(rat_ext.rat_attention, roomy, backward=False)
     torch.testing.assert_close(again["y"], values["y"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 16])
+def test_a_returned_state_has_room_for_its_chunks_and_no_more(device, chunk_size):
+    random = Random(3, device, torch.float32)
+    rows = [random.normal(1, 100, heads, 8) for heads in (1, 1, 2, 2)]
+    cuts = torch.tensor([0, 60, 60, 100], device=device, dtype=torch.int32)
+    longest = 60 if device.type == "cpu" else 100  # on a GPU nobody reads the lengths
+    for options, tokens in (({}, 100), ({"cu_seqlens": cuts}, longest), ({"cu_seqlens": cuts, "max_seqlen": 61}, 61)):
+        _, state = rat_ext.rat_attention(*rows, chunk_size, return_state=True, **options)
+        assert state.chunk_k.shape[2] == tokens // chunk_size, options
+        assert state.length_bound <= tokens
 
 
 @pytest.mark.parametrize("key", [*STATE, "lengths"])
