@@ -44,7 +44,11 @@ def choose_nvcc(torch):
 
 
 def architectures(text):
-    """Of "8.0 9.0+PTX" the names and the -gencode flags. Hopper's 9.0 is always 9.0a, for which it has kernels of its own."""
+    """Of "8.0 9.0+PTX" the names and the -gencode flags. Hopper's 9.0 is always 9.0a, for which it has kernels of its own.
+
+    The machine code of 12.0 is made from 10.0's PTX where that is in the list too: no kernel asks for what is 12.0's own, and
+    half of the work comes before PTX.
+    """
     names, flags = [], []
     for item in re.findall(r"[^\s;,]+", text):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
@@ -54,6 +58,8 @@ def architectures(text):
         if int(major) >= 8:  # older ones, which lists for all of torch name, have no kernels
             number, native = major + minor, "a" if major == "9" else feature
             names.append(f"{major}.{minor}{native}{ptx}")
-            flags.append(f"-gencode=arch=compute_{number}{native},code=sm_{number}{native}")
+            shared = number + native == "120" and re.search(r"(^|[\s;,])10\.0(?![af])", text)
+            virtual = "100" if shared else number + native
+            flags.append(f"-gencode=arch=compute_{virtual},code=sm_{number}{native}")
             flags += [f"-gencode=arch=compute_{number}{feature},code=compute_{number}{feature}"] if ptx else []
     return (names, flags) if names else sys.exit(f"rat_ext: TORCH_CUDA_ARCH_LIST={text!r} names none from 8.0, the oldest, on")

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-FLAGS = ["-std=c++20", "--expt-relaxed-constexpr", "-DRAT_EXT_CUDA=1", "-static-global-template-stub=false"]
+FLAGS = ["-std=c++17", "--expt-relaxed-constexpr", "-DRAT_EXT_CUDA=1", "-static-global-template-stub=false"]
 FLAGS += ["-gencode=arch=compute_80,code=compute_80", "-Xcicc=-O0", "-Xcompiler=-O0"]
 
 

@@ -1,4 +1,4 @@
-// The phases of the CUDA ops, one launcher each, and the scratch that passes between them. rat_attention.cu strings them
+// The phases of the CUDA ops, one launcher each, and the scratch that passes between them. rat_attention.cpp strings them
 // together; each kernel family implements its own. Host code, torch-free.
 #pragma once
 

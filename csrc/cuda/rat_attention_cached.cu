@@ -1,4 +1,4 @@
-// rat_attention on a pool of cached sequences, in place: the phases of rat_attention.cu on the pool's own states, after a plan.
+// rat_attention on a pool of cached sequences, in place: the phases of rat_attention.cpp on the pool's own states, after a plan.
 //
 //   plan_rows_kernel   one block: what each row is, from slots, lengths and cu_seqlens, which the host does not read. Checks them,
 //                      leaves entry, start and cu_seqlens for the kernels after it, which read nothing else of the kind, and

@@ -1,4 +1,4 @@
-// The kernel families of chunk attention, one file per family and direction. choose.cu picks one per call.
+// The kernel families of chunk attention, one file per family and direction. choose.cpp picks one per call.
 #pragma once
 
 #include "../phases.h"
