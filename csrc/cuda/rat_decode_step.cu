@@ -265,20 +265,21 @@ __device__ __forceinline__ void consume(const Decode& a, char* memory, const Sha
   for (;;) {
     items.wait_full();
     // Where registers are short, the item is read where it lies as often as it is needed, and given back last.
-    const std::conditional_t<K::kMatrix, const Item&, Item> item = head.item[items.slot()];
+    constexpr bool kStays = K::kMatrix || K::N > 1;
+    const std::conditional_t<kStays, const Item&, Item> item = head.item[items.slot()];
     const auto give_back = [&] {
       __syncwarp();
       if (threadIdx.x % 32 == 0) mbarrier_arrive(items.empty());
       items.next();
     };
-    if constexpr (!K::kMatrix) give_back();
+    if constexpr (!kStays) give_back();
     if (item.kind == ItemKind::end) return;
     if (item.kind == ItemKind::zeros) {
       store_zeros<typename K::T>(a, item);
     } else {
       consume_item<K>(a, memory, layout, item, place, prepared, turn);
     }
-    if constexpr (K::kMatrix) give_back();
+    if constexpr (kStays) give_back();
   }
 }
 
@@ -413,8 +414,10 @@ void with_tokens(const DecodeParams& p, int64_t tokens, F&& f) {
       return f(MatrixKind<T, W, kMostTokens>());
     }
   }
-  if (tokens == 1) return f(Kind<T, S, W, 1>());
-  f(Kind<T, S, W, kMostTokens>());
+  if constexpr (kHasDrafts<T>) {
+    if (tokens > 1) return f(Kind<T, S, W, kMostTokens>());
+  }
+  f(Kind<T, S, W, 1>());
 }
 template <class T, class S, class F>
 void with_columns(const DecodeParams& p, int64_t tokens, F&& f) {
@@ -464,12 +467,12 @@ void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream
   a.read = counters.read;
   a.arrived = counters.arrived;
   const int64_t most_slices = std::max<int64_t>(1, ceil_div(p.pool.rows, kSlice)), pairs = p.batch * p.heads;
-  // Of a launch. Where shared memory is too small for the kernel of drafts, tokens go one by one, with the same bits.
+  // Of a launch. Where drafts have no kernel, or shared memory is too small for it, tokens go one by one, with the same bits.
   int64_t most_tokens = 1;
   if (p.tokens > 1) {
     with_kind(p, kMostTokens, [&](auto kind) {
-      if (ring_stages<decltype(kind)>(static_cast<int>(p.head_dim)) > 0)
-        most_tokens = std::min<int64_t>(p.tokens, kMostTokens);
+      using K = decltype(kind);
+      if (ring_stages<K>(static_cast<int>(p.head_dim)) > 0) most_tokens = std::min<int64_t>(p.tokens, K::N);
     });
   }
   a.admitted = p.tokens > most_tokens || (p.slots && p.batch > kKnownRows);
@@ -526,7 +529,7 @@ void add_kernel(KernelTable& t, const char* types) {
 template <class T, class S, int W>
 void add_counts(KernelTable& t, const char* types) {
   add_kernel<Kind<T, S, W, 1>>(t, types);
-  add_kernel<Kind<T, S, W, kMostTokens>>(t, types);
+  if constexpr (kHasDrafts<T>) add_kernel<Kind<T, S, W, kMostTokens>>(t, types);
   if constexpr (kHasMatrix<T, S, W>) {
     add_kernel<MatrixKind<T, W, 1>>(t, types);
     add_kernel<MatrixKind<T, W, kMostTokens>>(t, types);

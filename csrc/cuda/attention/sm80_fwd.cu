@@ -39,6 +39,8 @@ struct FwdTraits {
   static constexpr int kQueryBytes = kQueries * DPAD * 2;
   static constexpr int kSlotBytes = kKeys * DPAD * 2;
   static constexpr int kSharedBytes = kQueryBytes + kSlots * kSlotBytes;
+  static constexpr int kSumStride = DPAD + 8;  // floats of a row of sums at the end: see epilogue()
+  static_assert(kQueries * kSumStride * 4 <= kSharedBytes);
   static_assert(kSharedBytes <= 99 * 1024, "must fit the chips with the least shared memory");
 };
 
@@ -265,43 +267,51 @@ struct QueryTile {
     }
   }
 
-  // v~ joins; y and lse.
+  // v~ joins; y and lse. The sums of the warp's rows pass through shared memory, which the keys have left, so that a lane has eight
+  // columns of a row; behind a row's columns lie the weight of v~ and 1 / sum.
   __device__ __forceinline__ void epilogue() const {
     const int head_dim = static_cast<int>(p.size.head_dim);
     const int64_t batch = facts.batch, first_token = facts.first_token, head = facts.head;
     const int64_t scalars = (batch * p.size.heads + head) * p.size.tokens + first_token;
+    float* const sums = reinterpret_cast<float*>(memory) + warp_row * Traits::kSumStride;
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float total = quad_sum(sum[m][r]);
         const int row = this->row(m, r);
-        const float self = row < facts.rows ? p.s_self[scalars + row] * kLog2e : 0.0f;
-        const float self_weight = exp2_fast(self - maximum[m][r]);
-        const float inverse = 1.0f / total;
-        if (row < facts.rows && lane % 4 == 0) p.lse[scalars + row] = (maximum[m][r] + log2f(total)) * kLn2;
-        T* y = const_cast<T*>(row_pointer<T>(p.y, batch, first_token + row, head));
-        const T* gate = row_pointer<T>(p.out_gate, batch, first_token + row, head);  // read only where it is given
+        float* const to = sums + (m * 16 + r * 8 + lane / 4) * Traits::kSumStride;
+        if (lane % 4 == 0) {
+          const float self = row < facts.rows ? p.s_self[scalars + row] * kLog2e : 0.0f;
+          *reinterpret_cast<float2*>(to + DPAD) = make_float2(exp2_fast(self - maximum[m][r]), 1.0f / total);
+          if (row < facts.rows) p.lse[scalars + row] = (maximum[m][r] + log2f(total)) * kLn2;
+        }
 #pragma unroll
-        for (int n = 0; n < OT; n += 4) {
-          float out[8];
-          gather_quad(out, o[m], n, r, lane);
-          const int column = n * 8 + lane % 4 * 8;
-          if (row < facts.rows && column < head_dim) {
-            float own[8];
-            load8(y + column, own, p.size.aligned16);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) out[i] = fmaf(self_weight, own[i], out[i]) * inverse;
-            if (p.out_gate.ptr != nullptr) {
-              float logit[8];
-              load8(gate + column, logit, p.size.aligned16);
-#pragma unroll
-              for (int i = 0; i < 8; ++i) out[i] *= sigmoid(logit[i]);
-            }
-            store8(y + column, out, p.size.aligned16);
-          }
+        for (int n = 0; n < OT; ++n) {
+          *reinterpret_cast<float2*>(to + n * 8 + lane % 4 * 2) = make_float2(o[m][n][2 * r], o[m][n][2 * r + 1]);
         }
       }
+    }
+    __syncwarp();
+    const int pieces = head_dim / 8, rows = min(facts.rows - warp_row, MT * 16);
+#pragma unroll 1
+    for (int index = lane; index < rows * pieces; index += 32) {
+      const int row = index / pieces, column = index % pieces * 8;
+      const float* const from = sums + row * Traits::kSumStride;
+      const float2 factors = *reinterpret_cast<const float2*>(from + DPAD);
+      T* y = const_cast<T*>(row_pointer<T>(p.y, batch, first_token + warp_row + row, head)) + column;
+      float out[8], own[8];
+      load_scratch(from + column, out);
+      load8(y, own, p.size.aligned16);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out[i] = fmaf(factors.x, own[i], out[i]) * factors.y;
+      if (p.out_gate.ptr != nullptr) {
+        float logit[8];
+        load8(row_pointer<T>(p.out_gate, batch, first_token + warp_row + row, head) + column, logit, p.size.aligned16);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) out[i] *= sigmoid(logit[i]);
+      }
+      store8(y, out, p.size.aligned16);
     }
   }
 };
@@ -370,6 +380,7 @@ __global__ void __launch_bounds__(FwdTraits<DPAD, PAGED>::kThreads, 2)
       slot = tile.next(slot);
     }
     cp_async_wait<0>();
+    __syncthreads();  // keys and queries are used up: sums go there
   }
   tile.all_finite() ? tile.epilogue() : tile.attend_one_by_one();
 }

@@ -49,6 +49,9 @@ struct MatrixKind : Kind<T_, T_, W_, N_> {
   static constexpr int kStageKeys = 512 / W_;
   static constexpr int kReaders = kStageKeys / kWarpKeys;
 };
+// Drafts of float32, which registers hardly hold, go token by token.
+template <class T>
+constexpr bool kHasDrafts = sizeof(T) == 2;
 template <class T, class S, int W>
 constexpr bool kHasMatrix = sizeof(T) == 2 && sizeof(S) == 2 && W <= 16;
 
