@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+# Processes side by side share the cores, but each keeps two threads: what threads do together is tested too. Nobody spins.
+if (_processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(2, len(os.sched_getaffinity(0)) // _processes)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # cuBLAS is asked for deterministic results below, and reads this once.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
