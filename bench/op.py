@@ -107,17 +107,22 @@ def tables(row: Row, device: torch.device, tokens: int, dtype: torch.dtype = tor
 # ---- right? ----------------------------------------------------------------------------------------------------------
 
 
-def errors(function, row: Row, tensors, table_pair, dy, exact=None) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Values of y and the gradients, and how far they are from ``exact``, relative to its largest value."""
+def results(function, row: Row, tensors, table_pair, dy) -> dict[str, torch.Tensor]:
+    """y and the gradients."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     y = rat(function, row, leaves, table_pair)
     grads = torch.autograd.grad(y, leaves, dy)
-    values = {"y": y.detach()} | {"d" + n: g for n, g in zip(NAMES, grads, strict=True)}
-    far = {}
-    if exact is not None:
-        for key, want in exact.items():
-            far[key] = float((values[key].double() - want).abs().max() / want.abs().max())
-    return values, far
+    return {"y": y.detach()} | {"d" + n: g for n, g in zip(NAMES, grads, strict=True)}
+
+
+def errors(values: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+    """How far values are from exact ones: the largest difference relative to the largest value, and root mean squares alike."""
+    largest, rms = {}, {}
+    for key, want in exact.items():
+        off = values[key].double() - want
+        largest[key] = float(off.abs().max() / want.abs().max())
+        rms[key] = float(off.square().mean().sqrt() / want.square().mean().sqrt())
+    return largest, rms
 
 
 def check_row(row: Row, device: torch.device) -> Row:
@@ -133,14 +138,15 @@ def check(row: Row, device: torch.device, peer: bool) -> dict:
     tensors = inputs(row, device, row.batch, row.tokens, seed=1)
     dy = torch.randn(tensors[2].shape, device=device, dtype=row.dtype, generator=torch.Generator(device).manual_seed(2))
     low, double = tables(row, device, row.tokens), tables(row, device, row.tokens, torch.float64)
-    exact, _ = errors(reference.rat_attention, row, [x.double() for x in tensors], double, dy.double())
-    found = {"batch": row.batch, "tokens": row.tokens}
-    _, found["rat_ext"] = errors(rat_ext.rat_attention, row, tensors, low, dy, exact)
-    _, found["eager"] = errors(reference.rat_attention, row, tensors, low, dy, exact)
+    exact = results(reference.rat_attention, row, [x.double() for x in tensors], double, dy.double())
+    functions = {"rat_ext": rat_ext.rat_attention, "eager": reference.rat_attention}
     if peer:
         import compiled
 
-        _, found["compiled"] = errors(compiled.rat_attention, row, tensors, low, dy, exact)
+        functions["compiled"] = compiled.rat_attention
+    found: dict = {"batch": row.batch, "tokens": row.tokens, "rms": {}}
+    for name, function in functions.items():
+        found[name], found["rms"][name] = errors(results(function, row, tensors, low, dy), exact)
     unit = ROUNDINGS * torch.finfo(row.dtype).eps
     found["wrong"] = [key for key, e in found["rat_ext"].items() if not e <= 2 * found["eager"][key] + unit]
     return found
@@ -153,7 +159,7 @@ def checked(row: Row, device: torch.device, known: dict, peer: bool = False) -> 
         known[small] = check(small, device, peer)
         free()
     found = known[small]
-    figures = ", ".join(f"{n} {max(e.values()):.1e}" for n, e in found.items() if isinstance(e, dict))
+    figures = ", ".join(f"{n} {max(found[n].values()):.1e}" for n in found["rms"])
     print(f"{row.label()}\n  largest relative error at T={small.tokens} B={small.batch}: {figures}")
     if found["wrong"]:
         print(f"  WRONG in {', '.join(found['wrong'])}: not timed\n")
@@ -309,6 +315,7 @@ def main() -> int:
 
     checks: dict = {}
     dense: dict = {}
+    with_peer = {check_row(row, device) for row in listed if compiled_peer(row)}
     wrong = False
     for row in listed:
         if deadline.over():
@@ -316,7 +323,7 @@ def main() -> int:
             result["stopped_before"] = str(row)
             break
         free()
-        entry = checked(row, device, checks, compiled_peer(row))
+        entry = checked(row, device, checks, check_row(row, device) in with_peer)
         result["rows"].append(entry)
         if entry["check"]["wrong"]:
             wrong = True
