@@ -11,7 +11,7 @@ struct e4m3 {
   uint8_t bits;
 };
 
-// The conversions of <cuda_fp8.h>, bit for bit (but that NaN has no sign), in a tenth of its instructions: for chips before 8.9,
+// The conversions of <cuda_fp8.h>, bit for bit (but that NaN has no sign), in a third of its instructions: for chips before 8.9,
 // which have none of their own.
 __device__ __forceinline__ float2 e4m3x2_to_float2(uint32_t pair) {
   const uint32_t high = (pair & 0xff) << 8 | (pair & 0xff00) << 16;  // in the upper byte of each half
