@@ -1870,6 +1870,62 @@ CUDA = [
         "",
         "tests/test_many_chunks.py",
     ),
+    Mutant(
+        "cached: the last, partial page is not looked for",
+        "csrc/cuda/rat_attention_cached.cu",
+        r"\(min\(closed, pool\.rows\) \+ pool\.page_rows - 1\) / pool\.page_rows;",
+        "min(closed, pool.rows) / pool.page_rows;",
+        "tests/test_cached.py",
+    ),
+    Mutant(
+        "cached: full one chunk early",
+        "csrc/cuda/rat_attention_cached.cu",
+        r"missing \|\| closed > pool\.rows \|\|",
+        "missing || closed >= pool.rows ||",
+        "tests/test_cached.py",
+    ),
+    Mutant(
+        "cached: cu_seqlens may end anywhere",
+        "csrc/cuda/rat_attention_cached.cu",
+        r"if \(!right \|\| \(n == count && at != p\.size\.tokens\)\)",
+        "if (!right)",
+        "tests/test_cached.py",
+    ),
+    Mutant(
+        "segments fwd: values are not reset",
+        "csrc/cuda/recurrence/segments.cu",
+        r"if \(clock\.resets\(\)\) \{\n          zero\(k_state\);\n          zero\(v_state\);\n          zero\(product\);",
+        "if (clock.resets()) {\n          zero(k_state);\n          zero(product);",
+        "tests/test_long_chunks.py",
+    ),
+    Mutant(
+        "prepare fwd: key groups interleaved",
+        "csrc/cuda/recurrence/forward.cu",
+        r"h / \(s\.heads / s\.k_groups\), lane\.d\);\n  const T\* q_row",
+        "h % s.k_groups, lane.d);\n  const T* q_row",
+        "tests/test_attention.py",
+    ),
+    Mutant(
+        "decode: the next chunk's angle",
+        "csrc/cuda/decode/states.cuh",
+        r"const int64_t row = static_cast<int64_t>\(item\.keys\) \* half;",
+        "const int64_t row = (static_cast<int64_t>(item.keys) + 1) * half;",
+        "tests/test_decode.py",
+    ),
+    Mutant(
+        "decode: rotation turned round",
+        "csrc/cuda/decode/states.cuh",
+        r"const float sign = d >= half \? 1\.0f : -1\.0f;",
+        "const float sign = d >= half ? -1.0f : 1.0f;",
+        "tests/test_decode.py",
+    ),
+    Mutant(
+        "recurrence fwd: this call's states are not rounded",
+        "csrc/cuda/recurrence/forward.cu",
+        r"  for \(int j = 0; j < 8; \+\+j\) x\[j\] \*= scale;\n  if \(!lane\.live\) return;",
+        "  for (int j = 0; j < 8; ++j) x[j] *= 1.0f;\n  if (!lane.live) return;",
+        "tests/test_cached.py tests/test_serving.py::test_what_fp8_costs",
+    ),
 ]
 
 MUTANTS = [*PYTHON, *OPS, *CPU, *CUDA]
