@@ -312,6 +312,39 @@ def test_wrong_calls(change, where, message):
         rat_ext.rat_attention(**arguments)
 
 
+# Tensors of 24 tokens on each rank, heads 4, groups 2, heads of 8; chunks of 10, so 5 of them in all.
+MISFITS = {
+    "k: expected shape (2, 24, 2, 8), got (2, 23, 2, 8)": {"k": (2, 23, 2, 8)},
+    "k: expected 4 dimensions (B, T, G, D), got shape (24, 2, 8)": {"k": (24, 2, 8)},
+    "gate: expected shape (2, 24, 4, 8), got (2, 24, 2, 8)": {"gate": (2, 24, 2, 8)},
+    "out_gate: expected shape (2, 24, 4, 8), got (2, 24, 4, 4)": {"out_gate": (2, 24, 4, 4)},
+    "rotary_sin: expected shape (5, 4), got (2, 4)": {"rotary_sin": (2, 4)},
+    "rotary_sin: expected shape (5, 4), got (5, 3)": {"rotary_sin": (5, 3)},
+}
+
+
+def misfits(rank: int, world: int) -> dict[str, str]:
+    """What calls whose tensors do not fit each other, alike on all ranks, end in."""
+    cp, found = ContextParallel(tokens=48), {}
+    for message, change in MISFITS.items():
+        shapes = dict(
+            q=(2, 24, 2, 8), k=(2, 24, 2, 8), v=(2, 24, 4, 8), gate=(2, 24, 4, 8), rotary_cos=(5, 4), rotary_sin=(5, 4)
+        )
+        tensors = {name: torch.ones(shape, device=ranks.KIND) for name, shape in (shapes | change).items()}
+        try:
+            rat_ext.rat_attention(**tensors, chunk_size=10, context_parallel=cp)
+            found[message] = "nothing was said"
+        except ValueError as error:
+            found[message] = str(error)
+    return found
+
+
+def test_tensors_that_do_not_fit(tmp_path):
+    """Told before any transfer: else ranks wait for each other."""
+    found = ranks.run("test_parallel_context:misfits", 2, tmp_path, timeout=60)
+    assert found == {message: f"rat_ext.rat_attention: {message}" for message in MISFITS}
+
+
 @pytest.mark.parametrize(
     ("where", "message"),
     [

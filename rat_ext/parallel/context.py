@@ -433,6 +433,23 @@ class ContextParallel:
         return _Call(self, op, dict(given)).run()
 
 
+def _check_shapes(op: str, given: Given) -> None:
+    """Has the op itself refuse, in its words and before any transfer, local tensors that do not fit each other.
+
+    A few comparisons tell of most calls that they fit; of the others the op tells, on meta tensors.
+    """
+    from .. import ops
+
+    rows = [given[name] for name in ROWS if given.get(name) is not None]
+    lead, heads = rows[0], {name: given[name].shape[2:3] for name in ("v", "gate", "out_gate") if given.get(name) is not None}
+    cos, sin = given.get("rotary_cos"), given.get("rotary_sin")
+    fit = all(x.dim() == lead.dim() and x.shape[:2] == lead.shape[:2] and x.shape[3:] == lead.shape[3:] for x in rows)
+    fit = fit and len(set(heads.values())) < 2 and len({x.dtype for x in rows}) == 1
+    if not fit or (cos is not None and sin is not None and cos.shape != sin.shape):
+        with torch.no_grad():
+            getattr(ops, op)(**{name: x.to("meta") if isinstance(x, Tensor) else x for name, x in given.items()})
+
+
 class _Call:
     """One call: its tensors cut into spans, the states of this rank's pieces, the transfers."""
 
@@ -447,6 +464,7 @@ class _Call:
                 x = given.get(name)
                 if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
                     given[name] = x.to(dtype)
+        _check_shapes(op, given)
         self.given = given
         self.rows = [name for name in ROWS if given.get(name) is not None]
         self.lead = given[self.rows[0]]
