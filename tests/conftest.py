@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 # Processes side by side share the cores, but each keeps two threads: what threads do together is tested too. Nobody spins.
 if (_processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
@@ -32,6 +33,14 @@ def pytest_addoption(parser):
     parser.addoption(
         "--shard", metavar="K/N", help="every N-th test alone, from number K on: to share the tests among processes"
     )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Of ``-n auto``: a process for each core, as far as memory goes; some take 3 GB."""
+    with open("/proc/meminfo") as file:
+        free = int(re.search(r"MemAvailable:\s+(\d+)", file.read())[1]) >> 20
+    return max(1, min(len(os.sched_getaffinity(0)), free // 3, 32))
 
 
 def pytest_configure(config):
