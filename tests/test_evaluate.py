@@ -233,6 +233,20 @@ def test_a_tokenizer_of_another_folder(model, tmp_path):
         command.evaluate(str(tmp_path / "bare"), ["rat_recall"])
 
 
+def test_prompts_are_not_cut(model):
+    """What lm-eval is given fits: else the first pairs of a long list would be missing."""
+    options = {"pairs": [4, 40], "samples": 3, "device": "cpu"}
+    words = r"evaluate: --max-length: expected at least (\d+), the tokens of rat_recall with 40 --pairs, got "
+    with pytest.raises(Refused, match=words + "256, the default") as refused:
+        command.evaluate(model, ["rat_recall"], **options)
+    most = int(re.search(words, str(refused.value)).group(1))
+    texts = rat_tasks.recall(pairs=[40], samples=3)["test"]
+    assert most - max(map(len, rat_tasks._tokenizer(model)([x["prompt"] + x["answer"] for x in texts]).input_ids)) in (-1, 0)
+    with pytest.raises(Refused, match=f"{words}{most - 1}$"):
+        command.evaluate(model, ["rat_recall"], max_length=most - 1, **options)
+    assert len(command.evaluate(model, ["rat_recall"], max_length=most, **options)["by"]["rat_recall"]) == 2
+
+
 def test_what_is_refused(model, tmp_path, capsys, monkeypatch):
     def refused(*arguments):
         assert run(lambda: command.main([*arguments, "--out", str(tmp_path / "out")])) == 2

@@ -105,6 +105,16 @@ def evaluate(model: str, tasks: list[str], **options: Any) -> dict[str, Any]:
         raise wrong("evaluate", "MODEL", expected, model) from None
     if hasattr(harness, "tokenizer"):
         check_vocabulary("evaluate", "--tokenizer", harness.tokenizer, harness.config)
+        if "rat_recall" in tasks:  # lm-eval would cut off its first pairs without a word
+            from .tasks.rat_tasks import recall
+
+            documents = recall(**metadata)["test"].to_list()
+            pairs = max(document["pairs"] for document in documents)
+            texts = [document["prompt"] + document["answer"] for document in documents if document["pairs"] == pairs]
+            most = max(len(harness.tok_encode(text)) for text in texts) - 1
+            if most > harness.max_length:
+                expected = f"at least {most}, the tokens of rat_recall with {pairs} --pairs"
+                raise wrong("evaluate", "--max-length", expected, f"{harness.max_length}{'' if length else ', the default'}")
     if "rat_prompts" in tasks and (longest := getattr(harness, "max_length", None)) is not None and longest <= 64:
         raise wrong("evaluate", "--max-length", "more than 64, the tokens of an answer of rat_prompts", longest)
     found = lm_eval.simple_evaluate(
