@@ -220,11 +220,12 @@ def test_a_file_that_skips_itself_counts_once_under_its_own_name(tool, tmp_path)
 
 def test_a_process_that_is_cut_off_has_told_what_it_ran(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "ROOT", tmp_path)
-    options = argparse.Namespace(jobs=1, device="cpu", slow=False, logs=None, limit=10.0)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # or its start takes seconds, and more beside others
+    options = argparse.Namespace(jobs=1, device="cpu", slow=False, logs=None, limit=20.0)
     own = "def pytest_addoption(parser):\n    parser.addoption('--device')\n"
     (tmp_path / "conftest.py").write_text(own)
     tests = "import time\n\n\ndef test_quick():\n    pass\n\n\ndef test_endless():\n    time.sleep(600)\n"
     (tmp_path / "test_two.py").write_text(tests)
     job = tool.Job("part", "auto", ["test_two.py"]).run("", options)
     assert job.files["test_two.py"]["passed"] == 1
-    assert "part [auto]: over 10 s" in job.failures
+    assert "part [auto]: over 20 s" in job.failures
