@@ -1,9 +1,14 @@
 """build_info(): what was compiled, as a dict and as text."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
 import rat_ext
+
+TOOLKIT = Path(__file__).parents[1] / "csrc" / "toolkit.py"
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +62,19 @@ def test_kernels(info):
     assert len(names) == len(set(names))
     assert any("bf16" in name for name in names)
     assert names[0] in str(info)
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "codes"),
+    [
+        ("8.0 9.0", ["8.0", "9.0a"], ["80,sm_80", "90a,sm_90a"]),
+        ("10.0+PTX;12.0", ["10.0+PTX", "12.0"], ["100,sm_100", "100,compute_100", "100,sm_120"]),  # two chips from one PTX
+        ("12.0+PTX,10.0", ["12.0+PTX", "10.0"], ["100,sm_120", "120,compute_120", "100,sm_100"]),
+        ("10.0a 12.0", ["10.0a", "12.0"], ["100a,sm_100a", "120,sm_120"]),  # that of 10.0a is for 10.0 alone
+        ("10.0 12.0a", ["10.0", "12.0a"], ["100,sm_100", "120a,sm_120a"]),
+        ("7.5 12.0", ["12.0"], ["120,sm_120"]),
+    ],
+)
+def test_architectures(text, names, codes):
+    flags = [f"-gencode=arch=compute_{code.replace(',', ',code=')}" for code in codes]
+    assert runpy.run_path(str(TOOLKIT))["architectures"](text) == (names, flags)

@@ -441,10 +441,10 @@ def _check_shapes(op: str, given: Given) -> None:
     from .. import ops
 
     rows = [given[name] for name in ROWS if given.get(name) is not None]
-    lead, heads = rows[0], {name: given[name].shape[2:3] for name in ("v", "gate", "out_gate") if given.get(name) is not None}
+    lead, heads = rows[0], {given[name].shape[2:3] for name in ("v", "gate", "out_gate") if given.get(name) is not None}
     cos, sin = given.get("rotary_cos"), given.get("rotary_sin")
     fit = all(x.dim() == lead.dim() and x.shape[:2] == lead.shape[:2] and x.shape[3:] == lead.shape[3:] for x in rows)
-    fit = fit and len(set(heads.values())) < 2 and len({x.dtype for x in rows}) == 1
+    fit = fit and len(heads) < 2 and len({x.dtype for x in rows}) == 1
     if not fit or (cos is not None and sin is not None and cos.shape != sin.shape):
         with torch.no_grad():
             getattr(ops, op)(**{name: x.to("meta") if isinstance(x, Tensor) else x for name, x in given.items()})
