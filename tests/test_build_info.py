@@ -1,6 +1,9 @@
 """build_info(): what was compiled, as a dict and as text."""
 
+import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,8 @@ import torch
 
 import rat_ext
 
-TOOLKIT = Path(__file__).parents[1] / "csrc" / "toolkit.py"
+ROOT = Path(__file__).parents[1]
+TOOLKIT = ROOT / "csrc" / "toolkit.py"
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +82,18 @@ def test_kernels(info):
 def test_architectures(text, names, codes):
     flags = [f"-gencode=arch=compute_{code.replace(',', ',code=')}" for code in codes]
     assert runpy.run_path(str(TOOLKIT))["architectures"](text) == (names, flags)
+
+
+def test_a_kernel_in_two_objects(tmp_path):
+    """tools/check_stubs.py finds a kernel template that two files instantiate under one name."""
+
+    def run(*kernels):
+        report = tmp_path / "report.json"
+        report.write_text(json.dumps([dict(zip(("symbol", "arch", "source"), kernel, strict=True)) for kernel in kernels]))
+        command = [sys.executable, str(ROOT / "tools" / "check_stubs.py"), str(report)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    one = [("_Zf", "sm_80", "a.cu"), ("_Zf", "sm_90a", "a.cu"), ("_Zg", "sm_80", "b.cu")]
+    assert run(*one).returncode == 0
+    both = run(*one, ("_Zf", "sm_80", "b.cu"))
+    assert both.returncode and "_Zf: a.cu, b.cu" in both.stdout and "1 kernels" in both.stderr
