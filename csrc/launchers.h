@@ -8,8 +8,8 @@
 // - A token has a position inside its sequence: position = (lengths ? lengths[n] : 0) + (t - first token of n).
 //   Its chunk is c = position / chunk_size. Three facts follow from it and are kept apart in the code, as `reset`,
 //   `key_every` and `rotate_every` of Sizes.
-// - Contiguous arguments (tables, biases, states, lengths, lse: every plain pointer below) start at multiples of 16 bytes. Rows
-//   need not: see Sizes::aligned16.
+// - Contiguous arguments (tables, biases, states, lengths, lse: every plain pointer below) start at multiples of 16 bytes. So
+//   do all Rows on a GPU, with strides that are multiples of 16 bytes: kernels read them in vectors. On a CPU they need not.
 // - Head h of H reads query group h / (H / q_groups) and key group h / (H / k_groups).
 #pragma once
 
@@ -46,10 +46,12 @@ struct Sizes {
   int64_t rotate_every = 0;  // a position, and the key that it closes, rotate by position / rotate_every
   const int32_t* cu_seqlens = nullptr;  // (N + 1), or null when dense
   const int32_t* lengths = nullptr;     // (N) tokens that each sequence had before this call, or null: all 0
-  // Every Rows pointer and row stride of the call is a multiple of 16 bytes: vector access is legal.
-  bool aligned16 = false;
 
-  void set_chunk_size(int64_t size) { chunk_size = reset = key_every = rotate_every = size; }
+  // No position reaches 2^32 - 1: from there on all sizes are alike, and kernels divide by them in 32 bits.
+  void set_chunk_size(int64_t size) {
+    chunk_size = size;
+    reset = key_every = rotate_every = size < INT64_C(0xffffffff) ? size : INT64_C(0xffffffff);
+  }
 };
 
 // Where chunk states live. State c of head h of sequence n is the D contiguous elements of T at
@@ -206,7 +208,6 @@ enum class PoolError : int32_t {
 struct DecodeParams {
   DType dtype = DType::f32;
   int64_t batch = 0, tokens = 1, heads = 0, q_groups = 0, k_groups = 0, head_dim = 0, chunk_size = 0;
-  bool aligned16 = false;
   Rows q, k, v, gate, out_gate;     // (B, n, groups or H, D). out_gate may be null
   const void* gate_bias = nullptr;  // (H, D) acc or null
   Rotary rotary;

@@ -559,7 +559,7 @@ def explain(name: str, given: Given) -> list[dict[str, Any]]:
     for argument in spec.rows:
         x = given[argument]
         if isinstance(x, FakeTensor) or (isinstance(x, Tensor) and x.is_meta):
-            expected = "a tensor with memory, whose place and alignment decide"
+            expected = "a tensor with memory, whose place decides"
             wrong("explain", argument, expected, "a fake one" if isinstance(x, FakeTensor) else "one on the meta device")
     try:
         return _log.choices(name, prepare("explain", spec, given))

@@ -334,7 +334,7 @@ def explain(
     """Which kernels a call of :func:`rat_attention` takes, forward and backward, and why. Nothing is computed.
 
     Args, errors: those of :func:`rat_attention`; tensors without memory (fake ones, those of the meta device) are refused, for
-    addresses matter. ``torch.compile`` leaves its graph for this call.
+    their place matters. ``torch.compile`` leaves its graph for this call.
 
     Returns:
         For each phase its kernel families, best first, as dicts of ``phase`` ("attention_fwd"), ``family`` ("sm90", or the

@@ -1,4 +1,4 @@
-"""Addresses and strides, one tensor at a time: what forbids 16-byte accesses, and small tensors of any layout."""
+"""Addresses and strides, one tensor at a time: rows that no 16-byte access may take, and small tensors of any layout."""
 
 import os
 
@@ -100,7 +100,7 @@ def shifted(x: torch.Tensor, what: str) -> torch.Tensor:
 @pytest.mark.parametrize("what", ["address", "batch", "token", "head"])
 @pytest.mark.parametrize(("dim", "chunk_size"), [(64, 16), (128, 2), (32, 100)])
 def test_one_tensor_off_the_grid(device, dtype, which, what, dim, chunk_size):
-    """One address or stride of one tensor forbids 16-byte accesses: the numbers stay."""
+    """One address or stride of one tensor forbids 16-byte accesses: the numbers stay, on a GPU bit for bit."""
     case = attention_case(device, dtype, tokens=72, dim=dim, chunk_size=chunk_size, groups=2)
     values, grads = evaluate(rat_ext.rat_attention, case)
     if which == "dy":
@@ -110,8 +110,44 @@ def test_one_tensor_off_the_grid(device, dtype, which, what, dim, chunk_size):
     again, _ = evaluate(rat_ext.rat_attention, case, grads=grads)
     unit = 16 * torch.finfo(dtype).eps
     for key in values:
+        if device.type == "cuda":
+            assert same_bits(again[key], values[key]), key
+            continue
         size = float(values[key].abs().max())
         torch.testing.assert_close(again[key], values[key], rtol=unit, atol=unit * size, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name)
+@pytest.mark.parametrize("what", ["address", "batch", "token", "head"])
+def test_every_op_off_the_grid(device, dtype, what):
+    """The same of all rows at once, in every op: one projection, a pool, single tokens and drafts."""
+    case = attention_case(device, dtype, batch=3, tokens=24, chunk_size=4, dim=64, groups=2)
+    rows = {key: case.tensors[key] for key in ("q", "k", "v", "gate", "out_gate")}
+    bias, (cos, sin) = case.tensors["gate_bias"], rat_ext.rotary_tables(12, 64, base=100.0, device=device)
+    both = {"gate_bias": bias, "rotary_cos": cos, "rotary_sin": sin}
+    heads, groups = rows["v"].shape[2], rows["q"].shape[2]
+
+    def results(rows, projection):
+        cache = rat_ext.RATCache.empty(3, heads, 64, 4, 12, dtype=dtype, device=device)
+        arguments = {**rows, **both}
+        yield rat_ext.chunk_recurrence(rows["v"], rows["gate"], 4, gate_bias=bias)
+        yield rat_ext.chunk_attention(rows["q"], rows["v"], rows["gate"], 4, out_gate=rows["out_gate"])
+        yield rat_ext.rat_attention_packed(projection, heads, groups, 4, **both)
+        yield rat_ext.rat_attention(**arguments, chunk_size=4, cache=cache)
+        yield rat_ext.rat_decode_step(**{key: x[:, 5] for key, x in rows.items()}, cache=cache, **both)
+        yield rat_ext.rat_decode_step(**{key: x[:, 5:9] for key, x in rows.items()}, cache=cache, **both)
+        yield from (cache.chunk_k, cache.chunk_v, cache.running_k, cache.running_v)
+
+    projection = torch.cat([x.flatten(2) for x in rows.values()], dim=2)
+    other = shifted(projection.unsqueeze(2), "token" if what == "head" else what).squeeze(2)
+    with torch.no_grad():
+        expected = list(results(rows, projection))
+        found = list(results({key: shifted(x, what) for key, x in rows.items()}, other))
+    for i, (x, y) in enumerate(zip(found, expected, strict=True)):
+        if device.type == "cuda":
+            assert same_bits(x, y), i
+        else:
+            torch.testing.assert_close(x, y, msg=lambda m, i=i: f"result {i}: {m}")
 
 
 # Multiples of 8 that are none of 16: the upper half of a row of q begins between two 16-byte pieces.

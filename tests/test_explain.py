@@ -79,9 +79,9 @@ def test_explain_in_a_compiled_function(device, fullgraph):
 
 
 def test_explain_of_what_has_no_memory(device):
-    """The kernels depend on where tensors are and how they are aligned."""
+    """The kernels depend on where tensors are."""
     x = torch.zeros(1, 8, 2, 8, device=device)
-    expected = "rat_ext.explain: {}: expected a tensor with memory, whose place and alignment decide, got {}"
+    expected = "rat_ext.explain: {}: expected a tensor with memory, whose place decides, got {}"
     with pytest.raises(ValueError, match=expected.format("q", "one on the meta device")):
         rat_ext.explain(*(x.to("meta"),) * 4, 4)
     mode = FakeTensorMode()

@@ -1705,22 +1705,22 @@ CUDA = [
     Mutant(
         "gpu aligned by address alone",
         "csrc/ops/call.cpp",
-        r" && rows\.batch % unit == 0 && rows\.token % unit == 0 && rows\.head % unit == 0",
-        "",
+        r"bool aligned = is_aligned\(x\.data\);\n[^\n]*\n",
+        "bool aligned = is_aligned(x.data);\n",
         "tests/test_alignment.py::test_one_tensor_off_the_grid",
     ),
     Mutant(
         "gpu aligned but for heads",
         "csrc/ops/call.cpp",
-        r" && rows\.head % unit == 0",
-        "",
+        r"d \+ 1 < x\.rank; \+\+d\) aligned",
+        "d + 2 < x.rank; ++d) aligned",
         "tests/test_alignment.py::test_one_tensor_off_the_grid",
     ),
     Mutant(
         "gpu aligned by strides alone",
         "csrc/ops/call.cpp",
-        r"aligned && is_aligned\(rows\.ptr\) && rows\.batch",
-        "aligned && rows.batch",
+        r"bool aligned = is_aligned\(x\.data\)",
+        "bool aligned = true",
         "tests/test_alignment.py::test_one_tensor_off_the_grid",
     ),
     Mutant(
@@ -1768,7 +1768,7 @@ CUDA = [
     Mutant(
         "rotation of packed queries",
         "csrc/cuda/attention/rotate_reduce.cu",
-        r"\(sequence\.start \+ token - sequence\.begin\) / s\.rotate_every",
+        r"quotient\(sequence\.start \+ token - sequence\.begin, s\.rotate_every\)",
         "(sequence.start + token) / s.rotate_every",
         "tests/test_packed_sequences.py",
     ),
@@ -1845,8 +1845,8 @@ CUDA = [
     Mutant(
         "recurrence fwd: fp8 values keep the keys' scale",
         "csrc/cuda/recurrence/forward.cu",
-        r"quantise<W>\(pool\.quantised\.v, pool\.scale_v,",
-        "quantise<W>(pool.quantised.v, pool.scale_k,",
+        r"which \? pool\.scale_v : pool\.scale_k, at",
+        "pool.scale_k, at",
         "tests/test_serving.py::test_any_order_of_calls",
     ),
     Mutant(
@@ -1901,7 +1901,7 @@ CUDA = [
     Mutant(
         "prepare fwd: key groups interleaved",
         "csrc/cuda/recurrence/forward.cu",
-        r"h / \(s\.heads / s\.k_groups\), lane\.d\);\n  const T\* q_row",
+        r"group_of\(s, h, s\.k_groups\), lane\.d\);\n  const T\* q_row",
         "h % s.k_groups, lane.d);\n  const T* q_row",
         "tests/test_attention.py",
     ),

@@ -1,5 +1,5 @@
 // Which kernel family serves a call, and why: one entry per family of a phase, best first. A phase's choose file answers; nothing
-// is launched. No torch, no CUDA header. Params need what decides: sizes, dtype, strides, the addresses' alignment.
+// is launched. No torch, no CUDA header. Params need what decides: sizes, dtype, strides.
 #pragma once
 
 #include <string>

@@ -4,10 +4,15 @@
 
 #include <cuda_runtime.h>
 
+#include <functional>
+
+#include "../arena.h"
 #include "../launchers.h"
-#include "host/family.h"
 
 namespace rat::cuda {
+
+// What a phase does once its scratch is there. It holds references to the params, which live as long as the call.
+using Launch = std::function<void(cudaStream_t)>;
 
 // Float32 scratch of one forward, all contiguous.
 struct FwdScratch {
@@ -40,7 +45,7 @@ Launch chunk_prepare_fwd(const AttentionFwdParams&, const FwdScratch&, const Poo
 // Forward phase 2 (attention/*_fwd.cu, f32.cu): softmax over earlier chunks and self; overwrites v~ in y by y, writes lse.
 Launch chunk_attention_fwd(const AttentionFwdParams&, const FwdScratch&, Arena&);
 
-// Do phases 1 and 3 come from the family for short chunks (recurrence/choose.cu)? Phase 3 then makes p_tt and ds_tt itself.
+// Do phases 1 and 3 come from the family for short chunks (recurrence/choose.cpp)? Phase 3 then makes p_tt and ds_tt itself.
 bool short_chunks(const AttentionBwdParams&);
 
 // Backward phase 1 (recurrence/prepare.cu): dO, dout_gate, Delta; p_self, ds_self unless short_chunks().

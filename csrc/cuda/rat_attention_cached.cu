@@ -10,6 +10,7 @@
 #include "device/claims.cuh"
 #include "device/e4m3.cuh"
 #include "device/sequence.cuh"
+#include "explain.h"
 #include "host/kernel_table.h"
 #include "host/launch.h"
 #include "phases.h"
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(kMoveThreads) dequantise_states_kernel(const _
   const int64_t entry = p.from.entry[n];
   if (threadIdx.x == 0 && split == 0 && h == 0) p.self[n] = entry < 0 ? -1 : static_cast<int32_t>(n);
   if (entry < 0) return;
-  const int64_t pieces = s.head_dim / 8, count = s.lengths[n] / s.key_every * pieces;
+  const int64_t pieces = s.head_dim / 8, count = quotient(s.lengths[n], s.key_every) * pieces;
   for (int64_t i = split * kMoveThreads + threadIdx.x; i < count; i += p.splits * kMoveThreads) {
     const int64_t row = i / pieces, d = i % pieces * 8;
     const int64_t at = pool_offset(s, p.from, entry, h, row);
@@ -198,7 +199,7 @@ __global__ void __launch_bounds__(kMoveThreads) dequantise_states_kernel(const _
       const float scale = scales[at / s.head_dim];
 #pragma unroll
       for (int j = 0; j < 8; ++j) x[j] *= scale;
-      store_row<true>(static_cast<T*>(target) + to, x);
+      store_row(static_cast<T*>(target) + to, x);
     };
     move(p.from.k, p.scale_k, p.to.k);
     move(p.from.v, p.scale_v, p.to.v);

@@ -414,10 +414,14 @@ void with_tokens(const DecodeParams& p, int64_t tokens, F&& f) {
       return f(MatrixKind<T, W, kMostTokens>());
     }
   }
-  if constexpr (kHasDrafts<T>) {
-    if (tokens > 1) return f(Kind<T, S, W, kMostTokens>());
+  if constexpr (kHasLanes<T, S, W>) {
+    if constexpr (kHasDrafts<T, S, W>) {
+      if (tokens > 1) return f(Kind<T, S, W, kMostTokens>());
+    }
+    f(Kind<T, S, W, 1>());
+  } else {
+    with_tokens<T, S, 2 * W>(p, tokens, f);
   }
-  f(Kind<T, S, W, 1>());
 }
 template <class T, class S, class F>
 void with_columns(const DecodeParams& p, int64_t tokens, F&& f) {
@@ -432,12 +436,10 @@ void with_states(const DecodeParams& p, int64_t tokens, F&& f) {
 template <class F>
 void with_kind(const DecodeParams& p, int64_t tokens, F&& f) {
   switch (p.dtype) {
-#ifndef RAT_FAST
     case DType::f32: return with_states<float>(p, tokens, f);
     case DType::f16: return with_states<f16>(p, tokens, f);
-#endif
     case DType::bf16: return with_states<bf16>(p, tokens, f);
-    default: throw std::runtime_error("rat_ext.rat_decode_step: dtype: expected a dtype of CUDA, got float64");
+    default: fail_dtype("rat_decode_step");
   }
 }
 
@@ -497,7 +499,6 @@ void decode_step(const DecodeParams& p, const Allocator& allocator, void* stream
   a.pairs = static_cast<uint32_t>(pairs);
   a.candidates = static_cast<uint32_t>(pairs * a.ways);
   for (int64_t rows = p.pool.page_rows; p.pool.page_table && rows > 1; rows /= 2) ++a.page_shift;
-  a.vector = p.aligned16;
   a.scale = static_cast<float>(p.scale * 1.4426950408889634);
   a.named = p.slots;
   if (a.admitted) {
@@ -522,14 +523,15 @@ namespace {
 
 template <class K>
 void add_kernel(KernelTable& t, const char* types) {
-  t.add("decode_step<" + std::string(types) + ", " + std::to_string(K::W) + ", " + std::to_string(K::N) +
-            (K::kMatrix ? ", matrix>" : ">"),
-        decode_step_kernel<K>);
+  t.add(reinterpret_cast<const void*>(decode_step_kernel<K>), "decode_step<%s, %d, %d%s>", types, K::W, K::N,
+        K::kMatrix ? ", matrix" : "");
 }
 template <class T, class S, int W>
 void add_counts(KernelTable& t, const char* types) {
-  add_kernel<Kind<T, S, W, 1>>(t, types);
-  if constexpr (kHasDrafts<T>) add_kernel<Kind<T, S, W, kMostTokens>>(t, types);
+  if constexpr (kHasLanes<T, S, W>) {
+    add_kernel<Kind<T, S, W, 1>>(t, types);
+    if constexpr (kHasDrafts<T, S, W>) add_kernel<Kind<T, S, W, kMostTokens>>(t, types);
+  }
   if constexpr (kHasMatrix<T, S, W>) {
     add_kernel<MatrixKind<T, W, 1>>(t, types);
     add_kernel<MatrixKind<T, W, kMostTokens>>(t, types);
@@ -549,12 +551,10 @@ KernelList decode_kernels() {
     KernelTable t;
     add_widths<bf16, bf16>(t, "bf16");
     add_widths<bf16, e4m3>(t, "bf16, e4m3");
-#ifndef RAT_FAST
     add_widths<float, float>(t, "f32");
     add_widths<f16, f16>(t, "f16");
     add_widths<float, e4m3>(t, "f32, e4m3");
     add_widths<f16, e4m3>(t, "f16, e4m3");
-#endif
     t.add("decode_admit", decode_admit_kernel);
     return t;
   }();

@@ -224,6 +224,7 @@ void check_head_dim(const CallBase& call, std::string_view argument, int64_t hea
 }
 
 void check_groups(const CallBase& call, std::string_view argument, int64_t groups, int64_t heads) {
+  if (heads > INT32_MAX) call.fail(argument, "expected at most 2147483647 heads, got ", heads);
   if (groups < 1 || heads % groups) {
     call.fail(argument, "expected a number of groups that divides the ", heads, " heads, got ", groups);
   }
@@ -239,16 +240,20 @@ void check_tokens(const CallBase& call, int64_t tokens) {
 
 // ---- memory -------------------------------------------------------------------------------------------------------------
 
-Rows CallBase::rows_of(const View& x) {
-  const auto stride = [&](size_t d) { return x.sizes[d] > 1 ? x.strides[d] : 0; };
-  return aligned_rows({x.data, stride(0), stride(1), stride(2)});
+const View& CallBase::with_rows(const View& x) {
+  if (!on_gpu() || mode == Mode::check || x.numel() == 0) return x;
+  const int64_t unit = 16 / element_size();
+  bool aligned = is_aligned(x.data);
+  for (size_t d = 0; d + 1 < x.rank; ++d) aligned = aligned && (x.sizes[d] == 1 || x.strides[d] % unit == 0);
+  if (aligned) return x;
+  const Tensor rows = torch_tensor(x.handle);
+  return keep(x.is_contiguous() ? torch::stable::clone(rows) : torch::stable::contiguous(rows));
 }
 
-Rows CallBase::aligned_rows(Rows rows) {
-  const int64_t unit = 16 / element_size();
-  aligned =
-      aligned && is_aligned(rows.ptr) && rows.batch % unit == 0 && rows.token % unit == 0 && rows.head % unit == 0;
-  return rows;
+Rows CallBase::rows_of(const View& tensor) {
+  const View& x = with_rows(tensor);
+  const auto stride = [&](size_t d) { return x.sizes[d] > 1 ? x.strides[d] : 0; };
+  return {x.data, stride(0), stride(1), stride(2)};
 }
 
 void* CallBase::aligned_data(const View& x) {

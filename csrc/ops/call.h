@@ -195,9 +195,11 @@ class CallBase {
   void check_rows(std::string_view argument, const View& x) const;
   void check_packed(std::string_view argument, const View& x, ScalarType type, Shape sizes) const;
 
-  // Rows of a (B, T, heads, D) tensor of any strides. Notes whether kernels may read them in vectors.
-  Rows rows_of(const View& x);
-  Rows aligned_rows(Rows rows);
+  // The same numbers as kernels read them, the last dimension being contiguous: on a GPU, where some row does not start at a
+  // multiple of 16 bytes, a copy.
+  const View& with_rows(const View& x);
+  // Rows of a (B, T, heads, D) tensor of any strides.
+  Rows rows_of(const View& tensor);
   // The same numbers at an address that is a multiple of 16 bytes.
   void* aligned_data(const View& x);
   // Checked, and copied where the strides are not what kernels read.
@@ -227,7 +229,6 @@ class CallBase {
   ScalarType dtype{};         // of the rows
   ScalarType acc{};           // of tables, biases and running states: float32, or float64 beside float64
   int32_t device = kElsewhere;
-  bool aligned = true;  // all rows so far
   bool only_y = false;  // is the first result all that is returned? Others are scratch then
   bool share = false;  // may results share memory? Where torch looks on (tracing, its checks of operators) they may not
   std::string choices;  // of Mode::explain, a line for each family: phase, family, 1 where it is chosen, why

@@ -32,7 +32,6 @@ RecurrenceFwdParams params_of(Call<Op>& call) {
   }
   p.initial = packed<"initial_state">(call, call.acc, {s.sequences, s.heads, s.head_dim});
   s.lengths = static_cast<const int32_t*>(packed<"lengths">(call, ScalarType::Int, {s.sequences}));
-  s.aligned16 = call.aligned;
   return p;
 }
 
@@ -63,7 +62,6 @@ void run(Call<ChunkRecurrenceBackward>& call) {
   const bool carried = given<"initial_state">(call);
   if (given<"gate_bias">(call)) b.dgate_bias = make<"dgate_bias">(call, {s.heads, s.head_dim}, call.acc);
   if (carried) b.dinitial = make<"dinitial_state">(call, {s.sequences, s.heads, s.head_dim}, call.acc);
-  b.fwd.size.aligned16 = call.aligned;
   if (has_work(s, carried)) {
     launch(call, b, RAT_LAUNCHERS(recurrence_bwd));
   } else {

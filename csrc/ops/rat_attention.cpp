@@ -35,7 +35,7 @@ void read_rows(Call<Op>& call, AttentionFwdParams& p) {
 }
 
 // Views of one projection (B, T, [q: G, k: G, v: H, gate: H, out_gate: H or none] x D).
-void split(CallBase& call, AttentionFwdParams& p, const Rows& projection, bool has_out_gate) {
+void split(const CallBase& call, AttentionFwdParams& p, const Rows& projection, bool has_out_gate) {
   const Sizes& s = p.size;
   int64_t offset = 0;
   const auto next = [&](int64_t heads) {
@@ -43,7 +43,7 @@ void split(CallBase& call, AttentionFwdParams& p, const Rows& projection, bool h
     part.head = s.head_dim;
     part.ptr = static_cast<char*>(projection.ptr) + offset * call.element_size();
     offset += heads * s.head_dim;
-    return call.aligned_rows(part);
+    return part;
   };
   p.q = next(s.q_groups);
   p.k = next(s.k_groups);
@@ -56,8 +56,8 @@ template <class Op>
 void read_projection(Call<Op>& call, AttentionFwdParams& p) {
   lead<"projection">(call);
   check_rank<"projection">(call, 3, "(B, T, width)");
-  const View& projection = tensor<"projection">(call);
-  call.check_rows("projection", projection);
+  call.check_rows("projection", tensor<"projection">(call));
+  const View& projection = call.with_rows(tensor<"projection">(call));
   Sizes& s = p.size;
   s.batch = projection.sizes[0];
   s.tokens = projection.sizes[1];
@@ -112,6 +112,8 @@ void set_chunk_states(Call<Op>& call, AttentionFwdParams& p, int64_t chunk_rows)
   if (chunk_rows < needed) {
     call.fail("chunk_rows", "expected room for at least ", needed, " chunk states, got ", chunk_rows);
   }
+  constexpr int64_t kMost = INT64_C(0xffffff00);  // a tile of keys behind them is below 2^32
+  if (call.on_gpu() && chunk_rows > kMost) call.fail("chunk_rows", "expected at most ", kMost, ", got ", chunk_rows);
   p.chunks.rows = chunk_rows;
   p.chunks.compact = compact;
   p.chunks.head = chunk_rows * s.head_dim;
@@ -138,7 +140,6 @@ AttentionFwdParams params_of(Call<Op>& call, int64_t chunk_rows) {
   // Positions that only the device knows are checked by the launcher.
   const bool known = !given<"cu_seqlens">(call) && !given<"lengths">(call);
   if (s.tokens > 0) check_rotary_rows(call, known ? (s.tokens - 1) / s.rotate_every + 1 : 1);
-  s.aligned16 = call.aligned;
   return p;
 }
 
@@ -227,7 +228,6 @@ void finish_backward(Call<Op>& call, AttentionBwdParams& b) {
     b.dinitial.running_k = make<"drunning_k">(call, {s.sequences, s.heads, s.head_dim}, call.acc);
     b.dinitial.running_v = make<"drunning_v">(call, {s.sequences, s.heads, s.head_dim}, call.acc);
   }
-  b.fwd.size.aligned16 = call.aligned;
   if (has_work(s, carried)) {
     launch(call, b, RAT_LAUNCHERS(attention_bwd));
   } else {
@@ -259,7 +259,6 @@ void run(Call<RatAttentionCached>& call) {
     call.fail("chunk_k", "expected pages of at least ", kLeastPageRows, " rows on a GPU, got ", p.pool.page_rows);
   }
   a.y = make_rows<"y">(call, {s.batch, s.tokens, s.heads, s.head_dim});
-  s.aligned16 = call.aligned;
   if (has_work(s, true)) launch(call, p, RAT_LAUNCHERS(attention_cached));
 }
 

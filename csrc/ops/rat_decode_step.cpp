@@ -9,10 +9,10 @@ template <Name name, class Op>
 Rows token_rows(Call<Op>& call, const DecodeParams& p, bool many, int64_t heads) {
   if (!given<name>(call)) return {};
   if (many) return rows<name>(call, {p.batch, p.tokens, heads, p.head_dim});
-  const View& x = tensor<name>(call);
-  call.check_shape(name.view(), x, {p.batch, heads, p.head_dim});
-  call.check_rows(name.view(), x);
-  return call.aligned_rows({x.data, p.batch > 1 ? x.strides[0] : 0, 0, heads > 1 ? x.strides[1] : 0});
+  call.check_shape(name.view(), tensor<name>(call), {p.batch, heads, p.head_dim});
+  call.check_rows(name.view(), tensor<name>(call));
+  const View& x = call.with_rows(tensor<name>(call));
+  return {x.data, p.batch > 1 ? x.strides[0] : 0, 0, heads > 1 ? x.strides[1] : 0};
 }
 
 }  // namespace
@@ -70,7 +70,6 @@ void run(Call<RatDecodeStep>& call) {
   void* const y = many ? make<"y">(call, {p.batch, p.tokens, p.heads, p.head_dim}, call.dtype)
                        : make<"y">(call, {p.batch, p.heads, p.head_dim}, call.dtype);
   p.y = {y, p.tokens * row, row, p.head_dim};
-  p.aligned16 = call.aligned;
   if (p.batch == 0 || p.heads == 0 || p.tokens == 0) return;
   launch(call, p, RAT_LAUNCHERS(decode_step));
 }

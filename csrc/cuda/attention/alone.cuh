@@ -24,10 +24,10 @@ struct LoneQuery {
   int keys, head_dim;
 };
 
-// By one warp. key_at(j) is where the state of key j begins, in `k` and `v`.
-template <class T, class KeyAt>
+// By one warp. DPAD is at least D. key_at(j) is where the state of key j begins, in `k` and `v`.
+template <int DPAD, class T, class KeyAt>
 __device__ __forceinline__ void attend_alone(const LoneQuery<T>& p, const T* k, const T* v, const KeyAt& key_at) {
-  constexpr int kMost = 8;  // elements of a lane: lane, lane + 32, ...
+  constexpr int kMost = DPAD / 32;  // elements of a lane: lane, lane + 32, ...
   // Opaque: or what depends on the lane alone would be kept in registers by the loops around this rare way.
   const int lane = opaque(static_cast<int>(threadIdx.x % 32)), half = p.head_dim / 2;
   float q[kMost], sum[kMost];

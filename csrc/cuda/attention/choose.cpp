@@ -2,6 +2,8 @@
 // (phases.h), so forward and backward of a call may come from different ones. A new family is one row per table.
 #include "families.h"
 
+#include "../host/family.h"
+
 namespace rat::cuda {
 namespace {
 

@@ -31,7 +31,7 @@ struct F32Traits {
 
 struct F32Params {
   Sizes size;
-  Rows q, out_gate, y;  // backward: q rotated; q and dout in 16-byte aligned rows
+  Rows q, out_gate, y;  // backward: q rotated
   Rows dout;
   const float* cos;
   const float* sin;
@@ -46,7 +46,7 @@ struct F32Params {
   TileOrder order;
 };
 
-// Rows from `rows` on and columns from D on become zeros. The source and its rows are 16-byte aligned.
+// Rows from `rows` on and columns from D on become zeros.
 template <class Traits, int DPAD>
 __device__ __forceinline__ void load_rows(float* tile, const float* source, int64_t row_stride, int rows,
                                           int head_dim) {
@@ -187,15 +187,15 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_fwd_f32_kernel(co
   // Rotates q in, four columns of each half at a time; pieces past D / 2 clear the columns from D on.
   const int half = head_dim / 2;
   const RowAngles angles(p.size, position);
-  const float* q = row_pointer<float>(p.q, sequence.batch, first_token, head / (p.size.heads / p.size.q_groups));
+  const float* q = row_pointer<float>(p.q, sequence.batch, first_token, group_of(p.size, head, p.size.q_groups));
   for (int index = threadIdx.x; index < Traits::kTile * (DPAD / 8); index += kThreads) {
     const int row = index / (DPAD / 8), piece = index % (DPAD / 8);
     const bool inside = 4 * piece < half;
     float low[4] = {0.0f, 0.0f, 0.0f, 0.0f}, high[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     if (inside && row < rows) {
       const float* from = q + row * p.q.token + 4 * piece;
-      load4(from, low, p.size.aligned16);
-      load4(from + half, high, p.size.aligned16);
+      load4(from, low);
+      load4(from + half, high);
       rotate4(low, high, p.cos, p.sin, angles.of(row), half, piece, 1.0f);
     }
     const int low_column = inside ? 4 * piece : head_dim + (piece - head_dim / 8) * 8;
@@ -277,21 +277,16 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_fwd_f32_kernel(co
       const int column = c * 64 + x * 4;
       if (column >= head_dim) continue;
       float own[4], out[4] = {o[i][c].x, o[i][c].y, o[i][c].z, o[i][c].w};
-      load4(to + column, own, p.size.aligned16);
+      load4(to + column, own);
 #pragma unroll
       for (int j = 0; j < 4; ++j) out[j] = fmaf(self_weight, own[j], out[j]) / total;
       if (p.out_gate.ptr != nullptr) {
         float logit[4];
-        load4(row_pointer<float>(p.out_gate, sequence.batch, token, head) + column, logit, p.size.aligned16);
+        load4(row_pointer<float>(p.out_gate, sequence.batch, token, head) + column, logit);
 #pragma unroll
         for (int j = 0; j < 4; ++j) out[j] /= 1.0f + expf(-logit[j]);
       }
-      if (p.size.aligned16) {
-        *reinterpret_cast<float4*>(to + column) = make_float4(out[0], out[1], out[2], out[3]);
-      } else {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) to[column + j] = out[j];
-      }
+      *reinterpret_cast<float4*>(to + column) = make_float4(out[0], out[1], out[2], out[3]);
     }
   }
 }
@@ -317,7 +312,7 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_dq_bwd_f32_kernel
   const int64_t position = sequence.start + item.tile * Traits::kTile;
   const VisibleKeys visible(p.size, position);
   const int keys = visible.to_any(rows);
-  const int64_t heads = p.size.heads / p.size.q_groups;
+  const int64_t heads = quotient(p.size.heads, p.size.q_groups);
   const int x = threadIdx.x % 16, y = threadIdx.x / 16;
 
   float4 dq[R][DPAD / 64];
@@ -380,8 +375,8 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_dq_bwd_f32_kernel
     const int row = index / (DPAD / 8), piece = index % (DPAD / 8);
     if (4 * piece >= half) continue;
     float low[4], high[4];
-    load4(query + row * Traits::kStride + 4 * piece, low, true);
-    load4(query + row * Traits::kStride + 4 * piece + half, high, true);
+    load4(query + row * Traits::kStride + 4 * piece, low);
+    load4(query + row * Traits::kStride + 4 * piece + half, high);
     rotate4(low, high, p.cos, p.sin, angles.of(row), half, piece, -1.0f);
     float* to =
         p.dq + ((sequence.batch * p.size.tokens + first_token + row) * p.size.q_groups + group) * head_dim + 4 * piece;
@@ -404,8 +399,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   float* lse = weights + Traits::kWeightFloats;
   float* delta = lse + Traits::kTile;
 
-  const int64_t head = blockIdx.x % p.size.heads;
-  const KeyTile tile = key_tile(p.size, p.chunks, blockIdx.x / p.size.heads, Traits::kTile);
+  const int64_t head = modulo(blockIdx.x, p.size.heads);
+  const KeyTile tile = key_tile(p.size, p.chunks, quotient(blockIdx.x, p.size.heads), Traits::kTile);
   if (tile.first >= tile.closed) return;
   const Sequence& sequence = tile.sequence;
   const int keys = static_cast<int>(min(static_cast<int64_t>(Traits::kTile), tile.closed - tile.first));
@@ -431,7 +426,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int rows = static_cast<int>(min(static_cast<int64_t>(Traits::kTile), length - first));
     __syncthreads();  // Q, dO, lse, Delta and weights of the tile before are used up
     load_rows<Traits, DPAD>(query,
-                            row_pointer<float>(p.q, sequence.batch, token, head / (p.size.heads / p.size.q_groups)),
+                            row_pointer<float>(p.q, sequence.batch, token, group_of(p.size, head, p.size.q_groups)),
                             p.q.token, rows, head_dim);
     load_rows<Traits, DPAD>(dout, row_pointer<float>(p.dout, sequence.batch, token, head), p.dout.token, rows,
                             head_dim);
@@ -531,7 +526,6 @@ namespace f32 {
 
 const char* fwd_refuses(const AttentionFwdParams& p) {
   if (p.size.dtype != DType::f32) return "the dtype is not float32";
-  if (!is_aligned16(p.chunks.k) || !is_aligned16(p.chunks.v)) return "chunk states are not 16-byte aligned";
   return nullptr;
 }
 
@@ -547,15 +541,13 @@ Launch fwd(const AttentionFwdParams& p, const FwdScratch& scratch, Arena&) {
 
 const char* bwd_refuses(const AttentionBwdParams& p) { return fwd_refuses(p.fwd); }
 
-Launch bwd(const AttentionBwdParams& p, const BwdScratch& scratch, Arena& arena) {
-  const ProductRows rows = take_product_rows(p, arena);
-  return [&p, scratch, rows](cudaStream_t stream) {
+Launch bwd(const AttentionBwdParams& p, const BwdScratch& scratch, Arena&) {
+  return [&p, scratch](cudaStream_t stream) {
     const Sizes& s = p.fwd.size;
     if (s.sequences * s.heads == 0) return;
     F32Params k = common_params(p.fwd);
-    const ProductInputs inputs = make_product_rows(p, scratch, rows, {}, stream);
-    k.q = inputs.q;
-    k.dout = inputs.dout;
+    k.q = make_product_queries(p, {}, stream);
+    k.dout = scratch.dout;
     k.delta = scratch.delta;
     k.dq = scratch.dq;
     k.dchunk_k = scratch.dchunk_k;

@@ -43,8 +43,6 @@ inline int64_t states_extent(const Sizes& s, const ChunkStates& c) {
   return (c.compact ? 0 : (s.sequences - 1) * c.sequence) + (s.heads - 1) * c.head + c.rows * s.head_dim;
 }
 
-inline bool is_aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 // Rows of a head that follow each other: of a page, or all.
 inline int64_t rows_of_a_block(const ChunkStates& c) { return c.page_table ? int64_t{1} << c.page_shift : c.rows; }
 
@@ -55,7 +53,6 @@ inline const char* no_state_map(const Sizes& s, const ChunkStates& c) {
   if (c.head != rows_of_a_block(c) * s.head_dim || (!c.compact && c.sequence != s.heads * c.head)) {
     return "chunk states are not contiguous";
   }
-  if (!is_aligned16(c.k) || !is_aligned16(c.v)) return "chunk states are not 16-byte aligned";
   return nullptr;
 }
 

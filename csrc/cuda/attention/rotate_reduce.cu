@@ -7,7 +7,7 @@ namespace rat::cuda {
 namespace {
 
 // R_c x of every token and group (x itself without a rotation). A thread owns four columns of each half of a row. 2 D elements
-// of traffic per token and group. Clears the counters. Rows that are written are 16-byte aligned.
+// of traffic per token and group. Clears the counters.
 template <class T>
 __global__ void __launch_bounds__(256)
     chunk_attention_rotate_bwd_kernel(const __grid_constant__ Sizes s, const __grid_constant__ Rows x, int64_t groups,
@@ -26,9 +26,9 @@ __global__ void __launch_bounds__(256)
   const int half = static_cast<int>(s.head_dim / 2);
   const T* from = row_pointer<T>(x, batch, token, group) + 4 * piece;
   float low[4], high[4];
-  load4(from, low, s.aligned16);
-  load4(from + half, high, s.aligned16);
-  rotate4(low, high, cos, sin, (sequence.start + token - sequence.begin) / s.rotate_every, half, piece, 1.0f);
+  load4(from, low);
+  load4(from + half, high);
+  rotate4(low, high, cos, sin, quotient(sequence.start + token - sequence.begin, s.rotate_every), half, piece, 1.0f);
   FourOf<T> a, b;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -60,10 +60,6 @@ __global__ void __launch_bounds__(256)
   *reinterpret_cast<float4*>((second ? dchunk_v : dchunk_k) + offset) = sum;
 }
 
-int64_t bytes_of(const Sizes& s, int64_t groups) {
-  return s.batch * s.tokens * groups * s.head_dim * (s.dtype == DType::f32 ? 4 : 2);
-}
-
 template <class T>
 void rotate(const Sizes& s, const Rows& x, int64_t groups, const Rotary& rotary, const Rows& to,
             const Counters& counters, cudaStream_t stream) {
@@ -84,37 +80,18 @@ void rotate(const Sizes& s, const Rows& x, int64_t groups, const Rotary& rotary,
   }
 }
 
-Rows contiguous_rows(const Sizes& s, int64_t groups, void* memory) {
-  return Rows{memory, s.tokens * groups * s.head_dim, groups * s.head_dim, s.head_dim};
-}
-
 }  // namespace
 
-ProductRows take_product_rows(const AttentionBwdParams& p, Arena& arena) {
+Rows make_product_queries(const AttentionBwdParams& p, const Counters& counters, cudaStream_t stream) {
   const Sizes& s = p.fwd.size;
-  ProductRows rows;
-  if (!s.aligned16) {
-    rows.q = arena.take<char>(bytes_of(s, s.q_groups));
-    rows.dout = arena.take<char>(bytes_of(s, s.heads));
+  if (p.fwd.rotary.cos) {
+    rotate(s, p.fwd.q, s.q_groups, p.fwd.rotary, p.dq, counters, stream);
+    return p.dq;
   }
-  return rows;
-}
-
-ProductInputs make_product_rows(const AttentionBwdParams& p, const BwdScratch& scratch, const ProductRows& rows,
-                                const Counters& counters, cudaStream_t stream) {
-  const Sizes& s = p.fwd.size;
-  ProductInputs inputs{p.fwd.q, scratch.dout};
-  if (rows.q.taken() || p.fwd.rotary.cos) {
-    inputs.q = rows.q.taken() ? contiguous_rows(s, s.q_groups, rows.q.get()) : p.dq;
-    rotate(s, p.fwd.q, s.q_groups, p.fwd.rotary, inputs.q, counters, stream);
-  } else if (counters.count > 0) {
+  if (counters.count > 0) {
     check(cudaMemsetAsync(counters.words, 0, counters.count * sizeof(uint32_t), stream), "counters");
   }
-  if (rows.dout.taken()) {
-    inputs.dout = contiguous_rows(s, s.heads, rows.dout.get());
-    rotate(s, scratch.dout, s.heads, Rotary{}, inputs.dout, Counters{}, stream);
-  }
-  return inputs;
+  return p.fwd.q;
 }
 
 Shares take_shares(const AttentionBwdParams& p, int64_t count, Arena& arena) {

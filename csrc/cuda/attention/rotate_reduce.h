@@ -9,28 +9,15 @@
 
 namespace rat::cuda {
 
-// Rows of q and dO for the products: q rotated, both in 16-byte aligned rows. All kernels read them many times, through
-// cp.async or the copy engine, which cannot rotate and need 16-byte alignment. R q lies in dq's memory until the reverse scan
-// overwrites it with dq. A piece is taken, of contiguous rows of T, where the call's rows are not aligned.
-struct ProductRows {
-  Piece<char> q;
-  Piece<char> dout;
-};
-ProductRows take_product_rows(const AttentionBwdParams&, Arena&);
-
 // Counters that have to be zero when the products begin: the kernel that rotates q clears them by the way.
 struct Counters {
   uint32_t* words = nullptr;
   int64_t count = 0;
 };
 
-// Fills these rows and clears the counters. Gives the rows of q and dO that the products read.
-struct ProductInputs {
-  Rows q;
-  Rows dout;
-};
-ProductInputs make_product_rows(const AttentionBwdParams&, const BwdScratch&, const ProductRows&, const Counters&,
-                                cudaStream_t);
+// Gives the rows of q that the products read, rotated, and clears the counters. All kernels read q many times, through cp.async or
+// the copy engine, which cannot rotate: R q lies in dq's memory until the reverse scan overwrites it with dq.
+Rows make_product_queries(const AttentionBwdParams&, const Counters&, cudaStream_t);
 
 // Where key tiles are few, the queries that see one are cut into shares, each an item of work with sums of its own, which
 // add_shares() adds up in order.

@@ -20,7 +20,7 @@ inline CUtensorMap token_map(const Rows& rows, CUtensorMapDataType type, const S
                          box_rows);
 }
 
-// A tensor map wants strides that are multiples of 16 bytes, which aligned16 says, and none of zero.
+// A tensor map wants strides that are multiples of 16 bytes, as those of all rows are, and none of zero.
 inline bool has_map(const Rows& rows, const Sizes& s, int64_t heads) {
   const auto legal = [](int64_t size, int64_t stride) {
     return size <= 1 || (stride > 0 && stride < (INT64_C(1) << 38));

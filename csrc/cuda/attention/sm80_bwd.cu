@@ -24,7 +24,7 @@ namespace {
 struct BwdKernelParams {
   Sizes size;
   Rows q;     // rotated
-  Rows dout;  // dO_t. Rows of q and dout are 16-byte aligned
+  Rows dout;  // dO_t
   const float* cos;
   const float* sin;
   float scale;
@@ -187,8 +187,8 @@ struct DqSteps {
       const int row = index / (DPAD / 8), piece = index % (DPAD / 8);
       if (4 * piece >= half) continue;
       float low[4], high[4];
-      load4(out + row * Traits::kOutStride + 4 * piece, low, true);
-      load4(out + row * Traits::kOutStride + 4 * piece + half, high, true);
+      load4(out + row * Traits::kOutStride + 4 * piece, low);
+      load4(out + row * Traits::kOutStride + 4 * piece + half, high);
       rotate4(low, high, p.cos, p.sin, angles.of(row), half, piece, -1.0f);
       float* to = p.dq +
                   ((place.batch * p.size.tokens + place.first_token + row) * p.size.q_groups + place.group) * head_dim +
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(DqTraits<DPAD>::kThreads, DqTraits<DPAD>::kBlo
   const int64_t position = sequence.start + work.tile * Traits::kQueries;
   const VisibleKeys visible(p.size, position);
   const int blocks = visible.blocks(rows, Traits::kKeys);
-  const int heads = static_cast<int>(p.size.heads / p.size.q_groups);
+  const int heads = static_cast<int>(quotient(p.size.heads, p.size.q_groups));
 
   const int thread = threadIdx.x, lane = thread % 32, warp_row = thread / 32 * MT * 16;
   const uint32_t dout_tile = shared_address(shared);
@@ -461,8 +461,8 @@ struct DkdvSteps {
             const int64_t offset = static_cast<int64_t>(row) * head_dim + column;
 #pragma unroll
             for (int i = 0; i < 8; ++i) a[i] *= p.scale;
-            store8(dk_rows + offset, a, true);
-            store8(dv_rows + offset, b, true);
+            store_row(dk_rows + offset, a);
+            store_row(dv_rows + offset, b);
           }
         }
       }
@@ -479,13 +479,13 @@ __global__ void __launch_bounds__(DkdvTraits<DPAD>::kThreads, DkdvTraits<DPAD>::
   __shared__ DkdvPlace place;
 
   // Shares of a tile are neighbours, then tiles, heaviest (earliest keys) first, then heads.
-  const int share = static_cast<int>(blockIdx.x % p.shares);
-  const int64_t tile_head = blockIdx.x / p.shares;
+  const int share = static_cast<int>(modulo(blockIdx.x, p.shares));
+  const int64_t tile_head = quotient(blockIdx.x, p.shares);
   const bool compact = p.chunks.compact;
   const int64_t tiles =
       compact ? p.chunks.rows / Traits::kKeys + p.size.sequences : (p.chunks.rows + Traits::kKeys - 1) / Traits::kKeys;
-  const int64_t head = tile_head / tiles % p.size.heads;
-  const int64_t tile_index = tile_head % tiles + (compact ? 0 : tile_head / tiles / p.size.heads * tiles);
+  const int64_t pair = quotient(tile_head, tiles), head = modulo(pair, p.size.heads);
+  const int64_t tile_index = modulo(tile_head, tiles) + (compact ? 0 : quotient(pair, p.size.heads) * tiles);
   const KeyTile tile = key_tile(p.size, p.chunks, tile_index, Traits::kKeys);
   if (tile.first >= tile.closed) return;
   const Sequence& sequence = tile.sequence;
@@ -512,7 +512,7 @@ __global__ void __launch_bounds__(DkdvTraits<DPAD>::kThreads, DkdvTraits<DPAD>::
     place.seen_from = visible.from;
     place.sums = chunk_base + share * p.share_stride;
     place.queries =
-        sequence.batch * p.q.batch + sequence.begin * p.q.token + head / (p.size.heads / p.size.q_groups) * p.q.head;
+        sequence.batch * p.q.batch + sequence.begin * p.q.token + group_of(p.size, head, p.size.q_groups) * p.q.head;
     place.douts = sequence.batch * p.dout.batch + sequence.begin * p.dout.token + head * p.dout.head;
     place.scalars = (sequence.batch * p.size.heads + head) * p.size.tokens + sequence.begin;
     place.last_tile = walk.last;
@@ -583,8 +583,8 @@ int64_t shares_of(const AttentionBwdParams& p) {
   const int64_t keys = s.head_dim <= 128 ? DkdvTraits<128>::kKeys : DkdvTraits<256>::kKeys;
   return count_shares(key_tiles(s, p.fwd.chunks, keys) * s.heads, 2, s.tokens, 256, 16);
 }
-static_assert(DkdvTraits<32>::kKeys == 128 && DkdvTraits<64>::kKeys == 128 && DkdvTraits<96>::kKeys == 128 &&
-                  DkdvTraits<128>::kKeys == 128 && DkdvTraits<192>::kKeys == DkdvTraits<256>::kKeys,
+static_assert(DkdvTraits<64>::kKeys == 128 && DkdvTraits<96>::kKeys == 128 && DkdvTraits<128>::kKeys == 128 &&
+                  DkdvTraits<192>::kKeys == DkdvTraits<256>::kKeys,
               "shares_of knows the key tiles");
 
 template <class T, int DPAD>
@@ -615,16 +615,14 @@ void launch_products(BwdKernelParams k, cudaStream_t stream) {
 }
 
 template <class T>
-void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const ProductRows& rows, const Shares& shares,
-            cudaStream_t stream) {
+void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Shares& shares, cudaStream_t stream) {
   const Sizes& s = p.fwd.size;
   if (s.sequences * s.heads == 0) return;
-  const ProductInputs inputs = make_product_rows(p, scratch, rows, {}, stream);
 
   BwdKernelParams k;
   k.size = s;
-  k.q = inputs.q;
-  k.dout = inputs.dout;
+  k.q = make_product_queries(p, {}, stream);
+  k.dout = scratch.dout;
   k.cos = static_cast<const float*>(p.fwd.rotary.cos);
   k.sin = static_cast<const float*>(p.fwd.rotary.sin);
   k.scale = static_cast<float>(p.fwd.scale);
@@ -638,9 +636,7 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Produc
   k.dchunk_k = shares.dchunk_k(scratch);
   k.dchunk_v = shares.dchunk_v(scratch);
 
-  if (s.head_dim <= 32) {
-    launch_products<T, 32>(k, stream);
-  } else if (s.head_dim <= 64) {
+  if (s.head_dim <= 64) {
     launch_products<T, 64>(k, stream);
   } else if (s.head_dim <= 96) {
     launch_products<T, 96>(k, stream);
@@ -659,20 +655,15 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Produc
 
 namespace sm80 {
 
-const char* bwd_refuses(const AttentionBwdParams& p) {
-  if (const char* reason = fwd_refuses(p.fwd)) return reason;
-  const ChunkStates& c = p.fwd.chunks;
-  return is_aligned16(c.k) && is_aligned16(c.v) ? nullptr : "chunk states are not 16-byte aligned";
-}
+const char* bwd_refuses(const AttentionBwdParams& p) { return fwd_refuses(p.fwd); }
 
 Launch bwd(const AttentionBwdParams& p, const BwdScratch& scratch, Arena& arena) {
-  const ProductRows rows = take_product_rows(p, arena);
   const Shares shares = take_shares(p, shares_of(p), arena);
-  return [&p, scratch, rows, shares](cudaStream_t stream) {
+  return [&p, scratch, shares](cudaStream_t stream) {
     if (p.fwd.size.dtype == DType::bf16) {
-      launch<bf16>(p, scratch, rows, shares, stream);
+      launch<bf16>(p, scratch, shares, stream);
     } else {
-      launch<f16>(p, scratch, rows, shares, stream);
+      launch<f16>(p, scratch, shares, stream);
     }
   };
 }
@@ -688,9 +679,8 @@ KernelList chunk_attention_bwd_sm80_kernels() {
         reinterpret_cast<const void*>(&chunk_attention_dkdv_bwd_sm80_kernel<T, DPAD>)                                  \
   }
   static const KernelEntry entries[] = {
-      RAT_ENTRY(bf16, 32),  RAT_ENTRY(bf16, 64),  RAT_ENTRY(bf16, 96), RAT_ENTRY(bf16, 128),
-      RAT_ENTRY(bf16, 192), RAT_ENTRY(bf16, 256), RAT_ENTRY(f16, 32),  RAT_ENTRY(f16, 64),
-      RAT_ENTRY(f16, 96),   RAT_ENTRY(f16, 128),  RAT_ENTRY(f16, 192), RAT_ENTRY(f16, 256),
+      RAT_ENTRY(bf16, 64), RAT_ENTRY(bf16, 96), RAT_ENTRY(bf16, 128), RAT_ENTRY(bf16, 192), RAT_ENTRY(bf16, 256),
+      RAT_ENTRY(f16, 64),  RAT_ENTRY(f16, 96),  RAT_ENTRY(f16, 128),  RAT_ENTRY(f16, 192),  RAT_ENTRY(f16, 256),
   };
 #undef RAT_ENTRY
   return {entries, static_cast<int>(sizeof(entries) / sizeof(entries[0]))};

@@ -26,12 +26,14 @@
 namespace rat::cuda {
 namespace {
 
+// PAGED: chunk states may lie in pages. D from 65 to 128 has kernels without pages, whose lookup takes
+// registers there.
 template <int DPAD, bool PAGED>
 struct FwdTraits {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
   // 16-row tiles of a warp: as many as registers allow, where looking up pages takes some.
-  static constexpr int kRowTiles = DPAD <= (PAGED ? 96 : 128) ? 2 : 1;
+  static constexpr int kRowTiles = DPAD <= (PAGED ? 64 : 128) ? 2 : 1;
   static constexpr int kQueries = 16 * kRowTiles * kWarps;
   static constexpr int kKeys = DPAD == 256 ? 32 : 64;
   static constexpr int kSlots = 3;
@@ -61,7 +63,7 @@ struct FwdKernelParams {
 struct TileFacts {
   int64_t batch, first_token, head;
   int64_t states;        // offset of the head's first chunk state; in a page where there are pages
-  const int32_t* pages;  // of the sequence
+  const int32_t* pages;  // of the sequence, or null
   int blocks;            // of keys that some row sees into
   int keys;              // that the last row sees; the others see a prefix of them
   int full_blocks;       // seen whole by every row
@@ -116,12 +118,9 @@ struct QueryTile {
 
   // Where the state of a key begins, from facts.states on.
   __device__ __forceinline__ int64_t state_offset(int key) const {
-    if constexpr (PAGED) {
-      const int shift = p.chunks.page_shift;
-      return facts.pages[key >> shift] * p.chunks.sequence + (key & ((1 << shift) - 1)) * p.size.head_dim;
-    } else {
-      return key * p.size.head_dim;
-    }
+    if (!PAGED || facts.pages == nullptr) return key * p.size.head_dim;
+    const int shift = p.chunks.page_shift;
+    return facts.pages[key >> shift] * p.chunks.sequence + (key & ((1 << shift) - 1)) * p.size.head_dim;
   }
 
   // A block of keys or values into a slot; a group of cp.async, empty past the last block. Rows past the last key are zeros:
@@ -130,7 +129,7 @@ struct QueryTile {
     if (block < facts.blocks) {
       const int head_dim = static_cast<int>(p.size.head_dim), first = block * Traits::kKeys;
       const T* const base = static_cast<const T*>(states);
-      if constexpr (PAGED) {
+      if (PAGED && facts.pages != nullptr) {
         const auto row_at = [&](int row) { return base + facts.states + state_offset(first + row); };
         load_scattered_tile<T, Traits::kKeys, DPAD, Traits::kThreads>(slot(index), base, row_at, facts.keys - first,
                                                                       head_dim, opaque(thread));
@@ -155,8 +154,8 @@ struct QueryTile {
       const bool inside = 4 * piece < half;
       if (inside && row < rows) {
         const T* from = q + row * p.q.token + 4 * piece;
-        load4(from, low, p.size.aligned16);
-        load4(from + half, high, p.size.aligned16);
+        load4(from, low);
+        load4(from + half, high);
         rotate4(low, high, p.cos, p.sin, angles.of(row), half, piece, 1.0f);
       }
 #pragma unroll
@@ -251,7 +250,7 @@ struct QueryTile {
       const int64_t token = facts.first_token + row, angle = static_cast<int64_t>(facts.angles.of(row)) * half;
       const int64_t scalar = (batch * p.size.heads + head) * p.size.tokens + token;
       LoneQuery<T> query;
-      query.q = row_pointer<T>(p.q, batch, token, head / (p.size.heads / p.size.q_groups));
+      query.q = row_pointer<T>(p.q, batch, token, group_of(p.size, head, p.size.q_groups));
       query.cos = p.cos ? p.cos + angle : nullptr;
       query.sin = p.sin + angle;
       query.out_gate = p.out_gate.ptr ? row_pointer<T>(p.out_gate, batch, token, head) : nullptr;
@@ -262,8 +261,8 @@ struct QueryTile {
       query.sign = p.sign;
       query.keys = facts.visible.end(row);
       query.head_dim = 2 * half;
-      attend_alone(query, static_cast<const T*>(p.chunks.k) + facts.states,
-                   static_cast<const T*>(p.chunks.v) + facts.states, [&](int key) { return state_offset(key); });
+      attend_alone<DPAD>(query, static_cast<const T*>(p.chunks.k) + facts.states,
+                         static_cast<const T*>(p.chunks.v) + facts.states, [&](int key) { return state_offset(key); });
     }
   }
 
@@ -302,16 +301,16 @@ struct QueryTile {
       T* y = const_cast<T*>(row_pointer<T>(p.y, batch, first_token + warp_row + row, head)) + column;
       float out[8], own[8];
       load_scratch(from + column, out);
-      load8(y, own, p.size.aligned16);
+      load_row(y, own);
 #pragma unroll
       for (int i = 0; i < 8; ++i) out[i] = fmaf(factors.x, own[i], out[i]) * factors.y;
       if (p.out_gate.ptr != nullptr) {
         float logit[8];
-        load8(row_pointer<T>(p.out_gate, batch, first_token + warp_row + row, head) + column, logit, p.size.aligned16);
+        load_row(row_pointer<T>(p.out_gate, batch, first_token + warp_row + row, head) + column, logit);
 #pragma unroll
         for (int i = 0; i < 8; ++i) out[i] *= sigmoid(logit[i]);
       }
-      store8(y, out, p.size.aligned16);
+      store_row(y, out);
     }
   }
 };
@@ -340,8 +339,9 @@ __global__ void __launch_bounds__(FwdTraits<DPAD, PAGED>::kThreads, 2)
     facts.batch = sequence.batch;
     facts.first_token = first_token;
     facts.head = head;
-    facts.states = chunk_offset(p.size, p.chunks, PAGED ? 0 : owner, head);
-    if constexpr (PAGED) facts.pages = p.chunks.page_table + owner * p.chunks.columns;
+    const bool paged = PAGED && p.chunks.page_table != nullptr;
+    facts.states = chunk_offset(p.size, p.chunks, paged ? 0 : owner, head);
+    facts.pages = paged ? p.chunks.page_table + owner * p.chunks.columns : nullptr;
     facts.blocks = blocks;
     facts.keys = visible.to_any(rows);
     facts.full_blocks = visible.first_masked_block(Traits::kKeys);
@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(FwdTraits<DPAD, PAGED>::kThreads, 2)
   if (blocks > 0) {
     tile.load(p.chunks.k, 0, 0);
     tile.load(p.chunks.v, 0, 1);
-    tile.load_queries(row_pointer<T>(p.q, sequence.batch, first_token, head / (p.size.heads / p.size.q_groups)),
+    tile.load_queries(row_pointer<T>(p.q, sequence.batch, first_token, group_of(p.size, head, p.size.q_groups)),
                       RowAngles(p.size, position), rows);
     __syncthreads();  // the Q tile is whole
     LeftOperand<DPAD, MT, Traits::kQueriesInRegisters> query;
@@ -386,7 +386,7 @@ __global__ void __launch_bounds__(FwdTraits<DPAD, PAGED>::kThreads, 2)
 }
 
 template <class T, int DPAD, bool PAGED>
-void launch_kernel(const AttentionFwdParams& p, const FwdScratch& scratch, cudaStream_t stream) {
+void launch(const AttentionFwdParams& p, const FwdScratch& scratch, cudaStream_t stream) {
   using Traits = FwdTraits<DPAD, PAGED>;
   FwdKernelParams k;
   k.size = p.size;
@@ -410,21 +410,18 @@ void launch_kernel(const AttentionFwdParams& p, const FwdScratch& scratch, cudaS
   check_launch(name);
 }
 
-template <class T, int DPAD>
-void launch(const AttentionFwdParams& p, const FwdScratch& scratch, cudaStream_t stream) {
-  p.chunks.page_table ? launch_kernel<T, DPAD, true>(p, scratch, stream)
-                      : launch_kernel<T, DPAD, false>(p, scratch, stream);
-}
-
+// With pages, D up to 96 is padded to 128: its key tiles have as many keys, so that results have the same bits.
 template <class T>
 void launch_for_head_dim(const AttentionFwdParams& p, const FwdScratch& scratch, cudaStream_t stream) {
+  static_assert(FwdTraits<96, false>::kKeys == FwdTraits<128, true>::kKeys);
   const int64_t d = p.size.head_dim;
-  if (d <= 32) return launch<T, 32>(p, scratch, stream);
-  if (d <= 64) return launch<T, 64>(p, scratch, stream);
-  if (d <= 96) return launch<T, 96>(p, scratch, stream);
-  if (d <= 128) return launch<T, 128>(p, scratch, stream);
-  if (d <= 192) return launch<T, 192>(p, scratch, stream);
-  return launch<T, 256>(p, scratch, stream);
+  const bool paged = p.chunks.page_table != nullptr;
+  if (d <= 64) return launch<T, 64, true>(p, scratch, stream);
+  if (d <= 96 && !paged) return launch<T, 96, false>(p, scratch, stream);
+  if (d <= 128 && !paged) return launch<T, 128, false>(p, scratch, stream);
+  if (d <= 128) return launch<T, 128, true>(p, scratch, stream);
+  if (d <= 192) return launch<T, 192, true>(p, scratch, stream);
+  return launch<T, 256, true>(p, scratch, stream);
 }
 
 }  // namespace
@@ -433,7 +430,6 @@ namespace sm80 {
 
 const char* fwd_refuses(const AttentionFwdParams& p) {
   if (p.size.dtype != DType::bf16 && p.size.dtype != DType::f16) return "the dtype is not bfloat16 or float16";
-  if (!is_aligned16(p.chunks.k) || !is_aligned16(p.chunks.v)) return "chunk states are not 16-byte aligned";
   return nullptr;
 }
 
@@ -450,17 +446,16 @@ Launch fwd(const AttentionFwdParams& p, const FwdScratch& scratch, Arena&) {
 }  // namespace sm80
 
 KernelList chunk_attention_fwd_sm80_kernels() {
-#define RAT_ENTRY(T, DPAD)                                                                                             \
-  {"chunk_attention_fwd_sm80<" #T ", " #DPAD ">",                                                                      \
-   reinterpret_cast<const void*>(&chunk_attention_fwd_sm80_kernel<T, DPAD, false>)},                                   \
+#define RAT_ENTRY(T, DPAD, PAGED, NAME)                                                                                \
   {                                                                                                                    \
-    "chunk_attention_fwd_sm80<" #T ", " #DPAD ", pages>",                                                              \
-        reinterpret_cast<const void*>(&chunk_attention_fwd_sm80_kernel<T, DPAD, true>)                                 \
+    "chunk_attention_fwd_sm80<" #T ", " NAME ">",                                                                      \
+        reinterpret_cast<const void*>(&chunk_attention_fwd_sm80_kernel<T, DPAD, PAGED>)                                \
   }
   static const KernelEntry entries[] = {
-      RAT_ENTRY(bf16, 32),  RAT_ENTRY(bf16, 64),  RAT_ENTRY(bf16, 96), RAT_ENTRY(bf16, 128),
-      RAT_ENTRY(bf16, 192), RAT_ENTRY(bf16, 256), RAT_ENTRY(f16, 32),  RAT_ENTRY(f16, 64),
-      RAT_ENTRY(f16, 96),   RAT_ENTRY(f16, 128),  RAT_ENTRY(f16, 192), RAT_ENTRY(f16, 256),
+      RAT_ENTRY(bf16, 64, true, "64"),          RAT_ENTRY(bf16, 96, false, "96"),  RAT_ENTRY(bf16, 128, false, "128"),
+      RAT_ENTRY(bf16, 128, true, "128, pages"), RAT_ENTRY(bf16, 192, true, "192"), RAT_ENTRY(bf16, 256, true, "256"),
+      RAT_ENTRY(f16, 64, true, "64"),           RAT_ENTRY(f16, 96, false, "96"),   RAT_ENTRY(f16, 128, false, "128"),
+      RAT_ENTRY(f16, 128, true, "128, pages"),  RAT_ENTRY(f16, 192, true, "192"),  RAT_ENTRY(f16, 256, true, "256"),
   };
 #undef RAT_ENTRY
   return {entries, static_cast<int>(sizeof(entries) / sizeof(entries[0]))};

@@ -780,9 +780,9 @@ __global__ void __launch_bounds__(256)
 #ifdef RAT_HOPPER_CODE
   constexpr int kStride = kFinishStride<C>;
   extern __shared__ __align__(16) float finish_shared[];  // `width` tiles
-  const int64_t groups = s.q_groups, from = static_cast<int64_t>(blockIdx.x) * width, tile = from / groups;
-  const auto first_tile = [&](int64_t n) { return s.cu_seqlens[n] / C::kQueries + n; };
-  const int64_t n = s.cu_seqlens ? last_sequence(s, tile, first_tile) : tile / tiles_per_row;
+  const int64_t groups = s.q_groups, from = static_cast<int64_t>(blockIdx.x) * width, tile = quotient(from, groups);
+  const auto first_tile = [&](int64_t n) { return quotient(s.cu_seqlens[n], C::kQueries) + n; };
+  const int64_t n = s.cu_seqlens ? last_sequence(s, tile, first_tile) : quotient(tile, tiles_per_row);
   const Sequence q = sequence_at(s, n);
   const int64_t first =
       (tile - first_query_tile<C::kQueries>(s, n, q.begin, tiles_per_row)) * C::kQueries;  // row of the sequence
@@ -796,13 +796,13 @@ __global__ void __launch_bounds__(256)
   const int head_dim = static_cast<int>(s.head_dim), half = head_dim / 2;
   for (uint32_t i = 0; i < width; ++i) {
     const float* shared = finish_shared + i * (kFinishBytes<C> / 4);
-    float* rows_of_group = dq + ((q.batch * s.tokens + q.begin + first) * groups + (from + i) % groups) * head_dim;
+    float* rows_of_group = dq + ((q.batch * s.tokens + q.begin + first) * groups + modulo(from + i, groups)) * head_dim;
     for (int index = threadIdx.x; index < rows * (C::kDim / 8); index += 256) {
       const int r = index / (C::kDim / 8), piece = index % (C::kDim / 8);
       if (4 * piece >= half) continue;
       float low[4], high[4];
-      load4(shared + r * kStride + 4 * piece, low, true);
-      load4(shared + r * kStride + 4 * piece + half, high, true);
+      load4(shared + r * kStride + 4 * piece, low);
+      load4(shared + r * kStride + 4 * piece + half, high);
       rotate4(low, high, cos, sin, angles.of(r), half, piece, -1.0f);
       float* to = rows_of_group + r * groups * head_dim + 4 * piece;
       *reinterpret_cast<float4*>(to) = make_float4(low[0], low[1], low[2], low[3]);
@@ -858,7 +858,6 @@ constexpr int64_t kTileFloats = Traits<bf16, 128>::kTileFloats;
 static_assert(kTileFloats == Traits<bf16, 64>::kTileFloats);
 
 struct Pieces {
-  ProductRows rows;
   Piece<float> dq_tiles;     // not taken where they lie in scratch.dq
   Piece<uint32_t> counters;  // turns, then the item counter
   int64_t counter_count;
@@ -868,7 +867,6 @@ struct Pieces {
 Pieces take_pieces(const AttentionBwdParams& p, const Plan& plan, Arena& arena) {
   const int64_t tiles = plan.query_tiles * p.fwd.size.q_groups * plan.parts;
   Pieces pieces;
-  pieces.rows = take_product_rows(p, arena);
   if (!plan.in_place) pieces.dq_tiles = arena.take<float>(tiles * kTileFloats);
   pieces.counter_count = tiles + 1;
   pieces.counters = arena.take<uint32_t>(pieces.counter_count);
@@ -884,8 +882,7 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
   const float* cos = static_cast<const float*>(p.fwd.rotary.cos);
   const float* sin = static_cast<const float*>(p.fwd.rotary.sin);
 
-  const ProductInputs inputs =
-      make_product_rows(p, scratch, pieces.rows, {pieces.counters, pieces.counter_count}, stream);
+  const Rows queries = make_product_queries(p, {pieces.counters, pieces.counter_count}, stream);
   float* const dq_tiles = plan.in_place ? scratch.dq.get() : pieces.dq_tiles.get();
   if (!p.deterministic) {
     const size_t bytes = plan.query_tiles * s.q_groups * kTileFloats * sizeof(float);
@@ -924,8 +921,8 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
   const int64_t outer = c.compact ? s.heads : s.sequences * s.heads;
   const CUtensorMap k_map = swizzled_rows_map(c.k, type, s.head_dim, c.rows, outer, C::kKeys);
   const CUtensorMap v_map = swizzled_rows_map(c.v, type, s.head_dim, c.rows, outer, C::kKeys);
-  const CUtensorMap q_map = token_map(inputs.q, type, s, s.q_groups, C::kQueries);
-  const CUtensorMap dout_map = token_map(inputs.dout, type, s, s.heads, C::kQueries);
+  const CUtensorMap q_map = token_map(queries, type, s, s.q_groups, C::kQueries);
+  const CUtensorMap dout_map = token_map(scratch.dout, type, s, s.heads, C::kQueries);
 
   constexpr int kBytes = static_cast<int>(sizeof(Shared<C>));
   static_assert(kBytes <= 227 * 1024);
@@ -956,7 +953,6 @@ const char* bwd_refuses(const AttentionBwdParams& p) {
   constexpr int64_t kMany = INT64_C(1) << 30;  // tile and row indices are 32-bit
   if (s.dtype != DType::bf16 && s.dtype != DType::f16) return "the dtype is not bfloat16 or float16";
   if (s.head_dim > 256) return "D is over 256";
-  if (!s.aligned16) return "rows are not 16-byte aligned";
   if (!std::isfinite(static_cast<float>(p.fwd.scale) * kLog2e)) return "the scale is not finite in float32";
   if (const char* reason = no_state_map(s, p.fwd.chunks)) return reason;
   if (s.tokens > kMany || s.sequences * s.heads > kMany) return "the call is too large for 32-bit indices";

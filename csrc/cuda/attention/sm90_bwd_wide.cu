@@ -197,11 +197,11 @@ constexpr int kDkdvProducerRegisters = 56, kDkdvConsumerRegisters = 224;
 __device__ __forceinline__ void describe(const DkdvArguments& a, KeyItem& item) {
   const Sizes& s = a.call.size;
   const ChunkStates& c = a.call.chunks;
-  const int share = static_cast<int>(blockIdx.x % a.shares);
-  const int64_t tile_head = blockIdx.x / a.shares;
+  const int share = static_cast<int>(modulo(blockIdx.x, a.shares));
+  const int64_t tile_head = quotient(blockIdx.x, a.shares);
   const int64_t tiles = c.compact ? c.rows / kRows + s.sequences : (c.rows + kRows - 1) / kRows;
-  const int64_t head = tile_head / tiles % s.heads;
-  const int64_t tile_index = tile_head % tiles + (c.compact ? 0 : tile_head / tiles / s.heads * tiles);
+  const int64_t pair = quotient(tile_head, tiles), head = modulo(pair, s.heads);
+  const int64_t tile_index = modulo(tile_head, tiles) + (c.compact ? 0 : quotient(pair, s.heads) * tiles);
   const KeyTile tile = key_tile(s, c, tile_index, kRows);
   item.keys = 0;
   if (tile.first >= tile.closed) return;
@@ -770,8 +770,8 @@ __device__ __forceinline__ void consume_dq(const DqArguments& a, DqShared<C, CON
     const int r = index / (C::kDim / 8), piece = index % (C::kDim / 8);
     if (4 * piece >= half) continue;
     float low[4], high[4];
-    load4(out + r * kOutStride<C> + 4 * piece, low, true);
-    load4(out + r * kOutStride<C> + 4 * piece + half, high, true);
+    load4(out + r * kOutStride<C> + 4 * piece, low);
+    load4(out + r * kOutStride<C> + 4 * piece + half, high);
     rotate4(low, high, a.cos, a.sin, angles.of(r), half, piece, -1.0f);
     float* to = rows_of_group + r * size.q_groups * head_dim + 4 * piece;
     *reinterpret_cast<float4*>(to) = make_float4(low[0], low[1], low[2], low[3]);
@@ -855,11 +855,10 @@ void launch_dq(const DqArguments& a, const Maps& maps, int64_t blocks, cudaStrea
 }
 
 template <class C>
-void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& plan, const ProductRows& rows,
-            const Shares& shares, cudaStream_t stream) {
+void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& plan, const Shares& shares,
+            cudaStream_t stream) {
   const Sizes& s = p.fwd.size;
   if (s.sequences * s.heads == 0) return;
-  const ProductInputs inputs = make_product_rows(p, scratch, rows, {}, stream);
 
   Arguments call;
   call.size = s;
@@ -875,7 +874,8 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
   const int64_t outer = c.compact ? s.heads : s.sequences * s.heads;
   const Maps maps{swizzled_rows_map(c.k, type, s.head_dim, c.rows, outer, kRows),
                   swizzled_rows_map(c.v, type, s.head_dim, c.rows, outer, kRows),
-                  token_map(inputs.q, type, s, s.q_groups, kRows), token_map(inputs.dout, type, s, s.heads, kRows)};
+                  token_map(make_product_queries(p, {}, stream), type, s, s.q_groups, kRows),
+                  token_map(scratch.dout, type, s, s.heads, kRows)};
 
   if (plan.key_blocks > 0) {
     DkdvArguments a;
@@ -917,16 +917,15 @@ const char* bwd_wide_refuses(const AttentionBwdParams& p) {
 
 Launch bwd_wide(const AttentionBwdParams& p, const BwdScratch& scratch, Arena& arena) {
   const Plan plan = make_plan(p);
-  const ProductRows rows = take_product_rows(p, arena);
   const Shares shares = take_shares(p, plan.shares, arena);
-  return [&p, scratch, plan, rows, shares](cudaStream_t stream) {
+  return [&p, scratch, plan, shares](cudaStream_t stream) {
     const bool full = p.fwd.size.head_dim > 192;
     if (p.fwd.size.dtype == DType::bf16) {
-      full ? launch<Wide<bf16, 256>>(p, scratch, plan, rows, shares, stream)
-           : launch<Wide<bf16, 192>>(p, scratch, plan, rows, shares, stream);
+      full ? launch<Wide<bf16, 256>>(p, scratch, plan, shares, stream)
+           : launch<Wide<bf16, 192>>(p, scratch, plan, shares, stream);
     } else {
-      full ? launch<Wide<f16, 256>>(p, scratch, plan, rows, shares, stream)
-           : launch<Wide<f16, 192>>(p, scratch, plan, rows, shares, stream);
+      full ? launch<Wide<f16, 256>>(p, scratch, plan, shares, stream)
+           : launch<Wide<f16, 192>>(p, scratch, plan, shares, stream);
     }
   };
 }

@@ -829,8 +829,8 @@ struct Consumer {
       query.sign = a.q_sign;
       query.keys = warp_uniform(t.visible.end(r));
       query.head_dim = head_dim;
-      attend_alone(query, static_cast<const T*>(a.chunks.k), static_cast<const T*>(a.chunks.v),
-                   [&](int j) { return state_offset(a, t, j); });
+      attend_alone<C::kDim>(query, static_cast<const T*>(a.chunks.k), static_cast<const T*>(a.chunks.v),
+                            [&](int j) { return state_offset(a, t, j); });
     }
   }
 
@@ -1176,9 +1176,6 @@ const char* fwd_refuses(const AttentionFwdParams& params) {
   if (params.chunks.rows > 0) {
     if (const char* reason = no_state_map(s, params.chunks)) return reason;
   }
-  if (!s.aligned16) return "rows are not 16-byte aligned";
-  if (!is_aligned16(params.rotary.cos) || !is_aligned16(params.rotary.sin))
-    return "rotary tables are not 16-byte aligned";
   if (s.tokens > kMany || std::max(s.sequences, params.chunks.blocks) * s.heads > kMany ||
       work_items(s, 64) > kMany / s.heads) {
     return "the call is too large for 32-bit indices";

@@ -14,17 +14,17 @@ namespace rat::cuda {
 __device__ __forceinline__ WorkItem ordered_item(const Sizes& s, const TileOrder& order, int64_t block, int64_t tile,
                                                  int64_t* lane) {
   if (s.cu_seqlens) {
-    *lane = block % order.lanes;
-    return work_item(s, work_items(s, tile) - 1 - block / order.lanes, tile);
+    *lane = modulo(block, order.lanes);
+    return work_item(s, work_items(s, tile) - 1 - quotient(block, order.lanes), tile);
   }
   const int64_t tiles = tiles_per_row(s, tile);
-  const int64_t first = block / (order.section * tiles) * order.section;
+  const int64_t first = quotient(block, order.section * tiles) * order.section;
   const int64_t rest = s.sequences * order.lanes - first;
   const int64_t width = rest < order.section ? rest : order.section;
   const int64_t inside = block - first * tiles;
-  const int64_t pair = first + inside % width;
-  *lane = pair % order.lanes;
-  return work_item(s, pair / order.lanes * tiles + tiles - 1 - inside / width, tile);
+  const int64_t pair = first + modulo(inside, width);
+  *lane = modulo(pair, order.lanes);
+  return work_item(s, quotient(pair, order.lanes) * tiles + tiles - 1 - quotient(inside, width), tile);
 }
 
 template <class T>
@@ -38,25 +38,19 @@ struct alignas(sizeof(T) * 4) FourOf {
 };
 
 template <class T>
-__device__ __forceinline__ void load4(const T* p, float (&x)[4], bool vector) {
-  if (vector) {
-    const FourOf<T> four = *reinterpret_cast<const FourOf<T>*>(p);
+__device__ __forceinline__ void load4(const T* p, float (&x)[4]) {
+  const FourOf<T> four = *reinterpret_cast<const FourOf<T>*>(p);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = to_float(four.value[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = to_float(p[i]);
-  }
+  for (int i = 0; i < 4; ++i) x[i] = to_float(four.value[i]);
 }
 
 // Columns 4i ... 4i+3 of both halves of a row of q, rotated by index c (R_c; direction -1 gives its transpose).
 __device__ __forceinline__ void rotate4(float (&low)[4], float (&high)[4], const float* cos, const float* sin,
                                         int64_t c, int half, int i, float direction) {
   if (cos == nullptr) return;
-  const bool vector = ((reinterpret_cast<uintptr_t>(cos) | reinterpret_cast<uintptr_t>(sin)) & 15) == 0;
   float cs[4], sn[4];
-  load4(cos + c * half + 4 * i, cs, vector);
-  load4(sin + c * half + 4 * i, sn, vector);
+  load4(cos + c * half + 4 * i, cs);
+  load4(sin + c * half + 4 * i, sn);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const float a = low[j], b = high[j], sine = direction * sn[j];
@@ -75,16 +69,16 @@ struct KeyTile {
 __device__ __forceinline__ KeyTile key_tile(const Sizes& s, const ChunkStates& c, int64_t item, int64_t keys) {
   KeyTile k;
   if (c.compact) {
-    const auto first_tile = [&](int64_t n) { return first_chunk_row(s, c, n) / keys + n; };
+    const auto first_tile = [&](int64_t n) { return quotient(first_chunk_row(s, c, n), keys) + n; };
     const int64_t n = last_sequence(s, item, first_tile);
     k.sequence = sequence_at(s, n);
     k.first = (item - first_tile(n)) * keys;
   } else {
-    const int64_t tiles = (c.rows + keys - 1) / keys;
-    k.sequence = sequence_at(s, item / tiles);
-    k.first = item % tiles * keys;
+    const int64_t tiles = quotient(c.rows + keys - 1, keys);
+    k.sequence = sequence_at(s, quotient(item, tiles));
+    k.first = modulo(item, tiles) * keys;
   }
-  k.closed = (k.sequence.start + k.sequence.end - k.sequence.begin) / s.key_every;
+  k.closed = quotient(k.sequence.start + k.sequence.end - k.sequence.begin, s.key_every);
   return k;
 }
 
@@ -102,8 +96,8 @@ __device__ __forceinline__ QueryWalk query_walk(const VisibleFrom& visible, int 
   walk.last = (length - 1) / QUERIES;
   const int first_seen = clamp_token(visible.from);
   const int64_t tiles = first_seen < length ? walk.last - first_seen / QUERIES + 1 : 0;
-  walk.begin = static_cast<int>(tiles * share / shares);
-  walk.end = static_cast<int>(tiles * (share + 1) / shares);
+  walk.begin = static_cast<int>(quotient(tiles * share, shares));
+  walk.end = static_cast<int>(quotient(tiles * (share + 1), shares));
   return walk;
 }
 

@@ -14,12 +14,12 @@ namespace rat::cuda {
 struct RowSteps {
   uint32_t first;    // of row 0
   uint32_t to_next;  // rows until the next step
-  uint32_t every;    // clamped: no position is beyond the first step then
+  uint32_t every;
 
   RowSteps() = default;
   __device__ __forceinline__ RowSteps(int64_t position, int64_t every_) {
     const uint32_t row_0 = static_cast<uint32_t>(position);
-    every = every_ < INT64_C(0xffffffff) ? static_cast<uint32_t>(every_) : 0xffffffffu;
+    every = static_cast<uint32_t>(every_);
     first = row_0 / every;
     to_next = every - row_0 % every;
   }

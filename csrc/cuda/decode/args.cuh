@@ -49,11 +49,15 @@ struct MatrixKind : Kind<T_, T_, W_, N_> {
   static constexpr int kStageKeys = 512 / W_;
   static constexpr int kReaders = kStageKeys / kWarpKeys;
 };
-// Drafts of float32, which registers hardly hold, go token by token.
-template <class T>
-constexpr bool kHasDrafts = sizeof(T) == 2;
+// Drafts of float32, which registers hardly hold, go token by token; so do those of D over 128 with scaled states, which are rare.
+template <class T, class S, int W>
+constexpr bool kHasDrafts = sizeof(T) == 2 && (sizeof(S) == 2 || W <= 16);
 template <class T, class S, int W>
 constexpr bool kHasMatrix = sizeof(T) == 2 && sizeof(S) == 2 && W <= 16;
+// Kernels without tensor cores: 8 lanes for a row only where D = 64 needs them, else 16; 32 where tokens are float32. Half of them
+// idle there, or more.
+template <class T, class S, int W>
+constexpr bool kHasLanes = sizeof(T) == 4 ? W == 32 : W > 8 || sizeof(S) == 1;
 
 // The tokens' inputs, in the order of Decode::input.
 enum Input : int { kQuery, kKey, kValue, kGate, kOutGate, kInputs };
@@ -74,7 +78,6 @@ struct Decode {
   int stages;           // of the ring
   int stage_bytes;
   bool admitted;    // p.slots are distinct, and have their pages
-  bool vector;      // rows of tokens are read 16 bytes at a time
   bool bulk;        // stages are filled by bulk copies
   float scale;      // in units of log2
   int64_t entries;  // of partial results for each (pair, token): the own state, then slices

@@ -73,7 +73,7 @@ struct Tokens {
   __device__ __forceinline__ typename K::T* row(int input, int i) const {
     return at + (input * K::N + i) * K::kColumns;
   }
-  __device__ __forceinline__ Raw8<typename K::T> load(int input, int i) const { return load_raw<true>(row(input, i)); }
+  __device__ __forceinline__ Raw8<typename K::T> load(int input, int i) const { return load_raw(row(input, i)); }
 };
 
 // Brings them there, all at once: nothing waits for one row before it asks for the next.
@@ -92,13 +92,9 @@ __device__ __forceinline__ void fetch_tokens(const Decode& a, const Item& item, 
       const uint32_t head = input == kQuery || input == kKey ? of / a.input_share[input] : of;
       const T* const from = row_of<T>(rows, item.row, token, head, lane.d);
       T* const to = tokens.row(input, token);
-      if (a.vector) {
 #pragma unroll
-        for (int part = 0; part < static_cast<int>(sizeof(T)) / 2; ++part) {
-          cp_async16(shared_address(to) + 16 * part, reinterpret_cast<const char*>(from) + 16 * part, true);
-        }
-      } else {
-        store_raw<true>(to, load_raw<false>(from));
+      for (int part = 0; part < static_cast<int>(sizeof(T)) / 2; ++part) {
+        cp_async16(shared_address(to) + 16 * part, reinterpret_cast<const char*>(from) + 16 * part, true);
       }
     }
   }
@@ -290,8 +286,8 @@ __device__ __forceinline__ void scan_tokens(const Decode& a, const Item& item, c
         Raw8<S> raw;
         pack(x, raw);
         if (stores) {
-          store_raw<true>(target, raw);
-          if constexpr (N > 1) store_raw<true>(kept, raw);
+          store_raw(target, raw);
+          if constexpr (N > 1) store_raw(kept, raw);
         }
       }
     }

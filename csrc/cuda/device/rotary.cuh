@@ -7,7 +7,7 @@ namespace rat::cuda {
 
 // x of a lane group, rotated by row `angle` of the tables; sign = -1 rotates back. The element that pairs with 8i + j lies D/2
 // away: in the same register of another lane if D/2 is a multiple of 8, four registers further if it is not. All lanes take
-// part. Of the tables no more than the alignment of a float is known.
+// part.
 template <int W>
 __device__ __forceinline__ void rotate(const Rotary& r, int64_t angle, int64_t head_dim, const Lane& lane, float sign,
                                        float (&x)[8]) {

@@ -76,42 +76,14 @@ struct alignas(16) Raw8 {
   Bytes16 part[sizeof(T) / 2];
 };
 
-// kVector: 16 bytes at a time, which Sizes::aligned16 allows; else one by one.
-template <bool kVector, class T>
+template <class T>
 __device__ __forceinline__ Raw8<T> load_raw(const T* p) {
-  Raw8<T> raw;
-  if constexpr (kVector) {
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) raw.part[i] = reinterpret_cast<const Bytes16*>(p)[i];
-  } else if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) raw.part[i / 4].word[i % 4] = reinterpret_cast<const uint32_t*>(p)[i];
-  } else {
-    const uint16_t* half = reinterpret_cast<const uint16_t*>(p);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      raw.part[0].word[i] = half[2 * i] | static_cast<uint32_t>(half[2 * i + 1]) << 16;
-    }
-  }
-  return raw;
+  return *reinterpret_cast<const Raw8<T>*>(p);
 }
 
-template <bool kVector, class T>
+template <class T>
 __device__ __forceinline__ void store_raw(T* p, const Raw8<T>& raw) {
-  if constexpr (kVector) {
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) reinterpret_cast<Bytes16*>(p)[i] = raw.part[i];
-  } else if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) reinterpret_cast<uint32_t*>(p)[i] = raw.part[i / 4].word[i % 4];
-  } else {
-    uint16_t* half = reinterpret_cast<uint16_t*>(p);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      half[2 * i] = static_cast<uint16_t>(raw.part[0].word[i]);
-      half[2 * i + 1] = static_cast<uint16_t>(raw.part[0].word[i] >> 16);
-    }
-  }
+  *reinterpret_cast<Raw8<T>*>(p) = raw;
 }
 
 template <class T>
@@ -140,29 +112,19 @@ __device__ __forceinline__ void pack(const float (&x)[8], Raw8<T>& raw) {
   }
 }
 
-template <bool kVector, class T>
+template <class T>
 __device__ __forceinline__ void store_row(T* p, const float (&x)[8]) {
   Raw8<T> raw;
   pack(x, raw);
-  store_raw<kVector>(p, raw);
+  store_raw(p, raw);
 }
 
-template <bool kVector, class T>
+template <class T>
 __device__ __forceinline__ void load_row(const T* p, float (&x)[8]) {
-  unpack(load_raw<kVector>(p), x);
+  unpack(load_raw(p), x);
 }
 
-// The same where the kernel serves both alignments: `vector` is uniform over the launch.
-template <class T>
-__device__ __forceinline__ void load8(const T* p, float (&x)[8], bool vector) {
-  vector ? load_row<true>(p, x) : load_row<false>(p, x);
-}
-template <class T>
-__device__ __forceinline__ void store8(T* p, const float (&x)[8], bool vector) {
-  vector ? store_row<true>(p, x) : store_row<false>(p, x);
-}
-
-// Floats that the caller allocated: 4-byte alignment is all that is known.
+// Floats that the caller allocated, one by one: they are few.
 __device__ __forceinline__ void load_floats(const float* p, float (&x)[8]) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) x[i] = p[i];

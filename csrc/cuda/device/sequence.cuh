@@ -5,6 +5,20 @@
 
 namespace rat::cuda {
 
+// Of numbers from 0 to 2^32 - 1: positions, tokens, heads, tiles, chunk sizes. The chip has no division; one of 64 bits takes a
+// hundred instructions, or a call.
+__host__ __device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
+  return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+}
+__host__ __device__ __forceinline__ int64_t modulo(int64_t a, int64_t b) {
+  return static_cast<uint32_t>(a) % static_cast<uint32_t>(b);
+}
+
+// Which of `groups` groups of heads a head belongs to.
+__device__ __forceinline__ int64_t group_of(const Sizes& s, int64_t head, int64_t groups) {
+  return quotient(head, quotient(s.heads, groups));
+}
+
 // One sequence of the call. Tokens are [begin, end) of row `batch`; token t has position start + (t - begin).
 struct Sequence {
   int64_t index;  // n
@@ -47,7 +61,7 @@ __device__ __forceinline__ Index last_sequence(const Sizes& s, Index at, First&&
 // [n*tiles_per_row, (n+1)*tiles_per_row). Packed: sequence n owns items from cu_seqlens[n] / tile + 2n on, which never
 // overlap: floor(a + b) >= floor(a) + floor(b).
 __host__ __device__ __forceinline__ int64_t tiles_per_row(const Sizes& s, int64_t tile) {
-  return (s.tokens + tile - 1) / tile + (s.lengths ? 1 : 0);
+  return quotient(s.tokens + tile - 1, tile) + (s.lengths ? 1 : 0);
 }
 
 __host__ __device__ __forceinline__ int64_t work_items(const Sizes& s, int64_t tile) {
@@ -56,7 +70,7 @@ __host__ __device__ __forceinline__ int64_t work_items(const Sizes& s, int64_t t
 
 // The first item of sequence n.
 __device__ __forceinline__ int64_t first_item(const Sizes& s, int64_t n, int64_t tile) {
-  return s.cu_seqlens ? s.cu_seqlens[n] / tile + 2 * n : n * tiles_per_row(s, tile);
+  return s.cu_seqlens ? quotient(s.cu_seqlens[n], tile) + 2 * n : n * tiles_per_row(s, tile);
 }
 
 struct WorkItem {
@@ -69,11 +83,11 @@ __device__ __forceinline__ WorkItem work_item(const Sizes& s, int64_t item, int6
   if (s.cu_seqlens) {
     const int64_t n = last_sequence(s, item, [&](int64_t n) { return first_item(s, n, tile); });
     w.sequence = sequence_at(s, n);
-    w.tile = item - (w.sequence.begin / tile + 2 * n);
+    w.tile = item - (quotient(w.sequence.begin, tile) + 2 * n);
   } else {
-    const int64_t per_row = tiles_per_row(s, tile);
-    w.sequence = sequence_at(s, item / per_row);
-    w.tile = item % per_row;
+    const int64_t per_row = tiles_per_row(s, tile), n = quotient(item, per_row);
+    w.sequence = sequence_at(s, n);
+    w.tile = item - n * per_row;
   }
   return w;
 }
@@ -82,7 +96,7 @@ __device__ __forceinline__ WorkItem work_item(const Sizes& s, int64_t item, int6
 
 // First row of a sequence's chunk states inside a head's rows, see ChunkStates.
 __device__ __forceinline__ int64_t first_chunk_row(const Sizes& s, const ChunkStates& c, int64_t n) {
-  return c.compact ? s.cu_seqlens[n] / s.key_every + n : 0;
+  return c.compact ? quotient(s.cu_seqlens[n], s.key_every) + n : 0;
 }
 
 // Whose states those of sequence n are: an entry of a pool, below 0 where n is skipped, or n itself.
@@ -111,8 +125,8 @@ class ChunkClock {
   __device__ __forceinline__ ChunkClock(const Sizes& s, int64_t position) {
     constexpr int64_t kFar = int64_t{1} << 30;
     const int64_t size = s.reset;
-    chunk_ = position / size;
-    const int64_t exact = position - chunk_ * size;
+    chunk_ = static_cast<uint32_t>(quotient(position, size));
+    const int64_t exact = modulo(position, size);
     length_ = static_cast<int>(size < kFar ? size : kFar);
     if (size <= kFar) {
       offset_ = static_cast<int>(exact);
@@ -142,7 +156,7 @@ class ChunkClock {
   }
 
  private:
-  int64_t chunk_;
+  uint32_t chunk_;
   int offset_;  // tokens of the chunk before this one
   int length_;
 };

@@ -8,21 +8,15 @@
 // A family that is named but does not serve the call is passed over: the sm80 family takes no float32.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include <functional>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "../../arena.h"
 #include "../explain.h"
+#include "../phases.h"
 
 namespace rat::cuda {
-
-// What a phase does once its scratch is there. It holds references to the params, which live as long as the call.
-using Launch = std::function<void(cudaStream_t)>;
 
 template <class Params, class Scratch>
 struct Family {

@@ -1,42 +1,30 @@
 // Names and addresses of the kernels of a family, for build_info().
 #pragma once
 
-#include <deque>
-#include <string>
-#include <utility>
-#include <vector>
-
 #include "../phases.h"
-#include "variant.h"
 
 namespace rat::cuda {
 
+// Lives as long as the process, copies too: what it holds is not given back.
 class KernelTable {
  public:
+  KernelTable();
+  // "name", "name<type, W>", or as printf makes it.
   template <class... Arguments>
-  void add(std::string name, void (*kernel)(Arguments...)) {
-    add(std::move(name), reinterpret_cast<const void*>(kernel));
-  }
-  void add(std::string name, const void* function) {
-    names_.push_back(std::move(name));
-    entries_.push_back({names_.back().c_str(), function});
+  void add(const char* name, void (*kernel)(Arguments...)) {
+    add(reinterpret_cast<const void*>(kernel), "%s", name);
   }
   template <class V, class... Arguments>
-  void add(const char* name, V variant, const char* type, void (*kernel)(Arguments...)) {
-    add(name, variant, type, reinterpret_cast<const void*>(kernel));
+  void add(const char* name, V, const char* type, void (*kernel)(Arguments...)) {
+    add(reinterpret_cast<const void*>(kernel), "%s<%s, %d>", name, type, V::W);
   }
-  template <class V>
-  void add(const char* name, V, const char* type, const void* function) {
-    add(std::string(name) + "<" + type + ", " + std::to_string(V::W) + (V::kVector ? ">" : ", unaligned>"), function);
-  }
-  void add(KernelList list) {
-    for (int i = 0; i < list.count; ++i) add(list.entries[i].name, list.entries[i].function);
-  }
-  KernelList list() const { return {entries_.data(), static_cast<int>(entries_.size())}; }
+  void add(const void* kernel, const char* form, ...) __attribute__((format(printf, 3, 4)));
+  void add(KernelList list);
+  KernelList list() const;
 
  private:
-  std::deque<std::string> names_;
-  std::vector<KernelEntry> entries_;
+  struct Entries;
+  Entries* entries_;
 };
 
 }  // namespace rat::cuda

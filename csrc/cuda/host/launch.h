@@ -4,20 +4,14 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
-#include <cstddef>
 #include <cstdint>
-#include <map>
-#include <mutex>
-#include <stdexcept>
-#include <string>
-#include <utility>
 
 namespace rat::cuda {
 
+[[noreturn]] void fail(cudaError_t error, const char* what);
+
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("rat_ext: ") + what + ": " + cudaGetErrorString(error));
-  }
+  if (error != cudaSuccess) fail(error, what);
 }
 
 // After every launch. cudaGetLastError clears a launch error (too many resources, no kernel image for this device).
@@ -62,24 +56,21 @@ inline const char* no_hopper() {
 
 // Raises the limit of dynamic shared memory where a kernel needs more than the 48 KB that need no asking. The limit holds
 // until the process ends: the runtime, which takes microseconds, is told once for each kernel and device.
+void raise_shared_memory(const void* kernel, int bytes, const char* name);
+
 template <class Kernel>
 void allow_shared_memory(Kernel* kernel, int bytes, const char* name) {
-  if (bytes <= 48 * 1024) return;
-  static std::mutex mutex;
-  static std::map<std::pair<Kernel*, int>, int> told;
-  const std::lock_guard<std::mutex> lock(mutex);
-  int& limit = told[{kernel, current_device()}];
-  if (bytes <= limit) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
-  limit = bytes;
+  if (bytes > 48 * 1024) raise_shared_memory(reinterpret_cast<const void*>(kernel), bytes, name);
 }
 
+// Of a call in float64, which `op` has no kernels for.
+[[noreturn]] void fail_dtype(const char* op);
+
 // Grids are one-dimensional in x (limit 2^31 - 1); y and z stop at 65,535 and are not used for data-dependent sizes.
+[[noreturn]] void fail_grid(int64_t blocks, const char* kernel);
+
 inline unsigned grid_x(int64_t blocks, const char* kernel) {
-  if (blocks > INT32_MAX) {
-    throw std::runtime_error(std::string("rat_ext: ") + kernel + " needs " + std::to_string(blocks) +
-                             " blocks, more than one grid can hold (2147483647)");
-  }
+  if (blocks > INT32_MAX) fail_grid(blocks, kernel);
   return static_cast<unsigned>(blocks);
 }
 

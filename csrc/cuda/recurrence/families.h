@@ -1,8 +1,8 @@
-// The families of the backward recurrence of rat_attention: phases 1 and 3, which agree on who makes p_tt and ds_tt. choose.cu
+// The families of the backward recurrence of rat_attention: phases 1 and 3, which agree on who makes p_tt and ds_tt. choose.cpp
 // picks one per call.
 #pragma once
 
-#include "scan_launch.h"
+#include "../phases.h"
 
 namespace rat::cuda {
 
@@ -21,5 +21,10 @@ const char* refuses(const AttentionBwdParams&);
 Launch prepare(const AttentionBwdParams&, const BwdScratch&, Arena&);
 Launch reverse(const AttentionBwdParams&, const BwdScratch&, Arena&);
 }  // namespace scan
+
+// State that sequences bring along, outside the tokens, whatever the family (sequences.cu). Forward: copies the initial chunk
+// states to the front of `chunks`, and gives empty sequences their running state. Backward: the gradients of the same.
+void carry_state_fwd(const AttentionFwdParams&, cudaStream_t);
+void carry_state_bwd(const AttentionBwdParams&, const BwdScratch&, cudaStream_t);
 
 }  // namespace rat::cuda

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "../device/e4m3.cuh"
+#include "families.h"
 #include "scan_launch.h"
 
 namespace rat::cuda {
@@ -49,7 +50,7 @@ __device__ __forceinline__ void quantise(void* states, float* scales, int64_t at
 
 // The state of a token that closes a chunk, to the chunk states: k~ rotated by its angle. `n` is the sequence, of the pool where
 // there is one; `row` that of the call.
-template <class T, int W, bool kVector, bool kPool>
+template <class T, int W, bool kPool>
 __device__ __forceinline__ void store_key(const PrepareFwd& p, int64_t n, [[maybe_unused]] int64_t row,
                                           const Lane& lane, const ChunkClock& clock, const float (&k_state)[8],
                                           const float (&v_state)[8]) {
@@ -61,16 +62,15 @@ __device__ __forceinline__ void store_key(const PrepareFwd& p, int64_t n, [[mayb
   if constexpr (kPool) {
     const PoolStates& pool = p.in.pool;
     if (pool.quantised.k) {
-      float value[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) value[j] = v_state[j];
       const int64_t at = pool_offset(s, pool.quantised, n, lane.head, clock.key()) / s.head_dim;
-      quantise<W>(pool.quantised.k, pool.scale_k, at, lane, s.head_dim, turned);
-      quantise<W>(pool.quantised.v, pool.scale_v, at, lane, s.head_dim, value);
-      if (lane.live) {
-        const int64_t to = pool_offset(s, p.chunks, row, lane.head, clock.key()) + lane.d;
-        store_row<kVector>(static_cast<T*>(p.chunks.k) + to, turned);
-        store_row<kVector>(static_cast<T*>(p.chunks.v) + to, value);
+      const int64_t to = pool_offset(s, p.chunks, row, lane.head, clock.key()) + lane.d;
+#pragma unroll 1
+      for (int which = 0; which < 2; ++which) {  // the key, then the value: the code once
+        quantise<W>(which ? pool.quantised.v : pool.quantised.k, which ? pool.scale_v : pool.scale_k, at, lane,
+                    s.head_dim, turned);
+        if (lane.live) store_row(static_cast<T*>(which ? p.chunks.v : p.chunks.k) + to, turned);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) turned[j] = v_state[j];
       }
       return;
     }
@@ -79,16 +79,15 @@ __device__ __forceinline__ void store_key(const PrepareFwd& p, int64_t n, [[mayb
     const int64_t at = (kPool ? pool_offset(s, p.chunks, n, lane.head, clock.key())
                               : chunk_offset(s, p.chunks, n, lane.head) + clock.key() * s.head_dim) +
                        lane.d;
-    store_row<kVector>(static_cast<T*>(p.chunks.k) + at, turned);
-    store_row<kVector>(static_cast<T*>(p.chunks.v) + at, v_state);
+    store_row(static_cast<T*>(p.chunks.k) + at, turned);
+    store_row(static_cast<T*>(p.chunks.v) + at, v_state);
   }
 }
 
 // kAttention: scan k and v, dot with q, write chunk states. Otherwise scan k alone and write its states.
 // kPool, in attention: rows of a pool.
-template <class T, int W, bool kVector, bool kAttention, bool kPool>
-__global__ void __launch_bounds__(kThreads, kVector ? 4 : 2)
-    chunk_prepare_fwd_kernel(const __grid_constant__ PrepareFwd p) {
+template <class T, int W, bool kAttention, bool kPool>
+__global__ void __launch_bounds__(kThreads, 4) chunk_prepare_fwd_kernel(const __grid_constant__ PrepareFwd p) {
   const ScanInput& in = p.in;
   const Sizes& s = in.size;
   ScanTile tile;
@@ -96,8 +95,8 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 2)
   if (!warp_work<W>(in, tile, lane)) return;
   const bool gated = in.gate.ptr != nullptr;
   const int64_t row = tile.sequence.batch, token = tile.token, h = lane.head;
-  const T* k_row = row_of<T>(in.k, row, token, h / (s.heads / s.k_groups), lane.d);
-  const T* q_row = kAttention ? row_of<T>(in.q, row, token, h / (s.heads / s.q_groups), lane.d) : nullptr;
+  const T* k_row = row_of<T>(in.k, row, token, group_of(s, h, s.k_groups), lane.d);
+  const T* q_row = kAttention ? row_of<T>(in.q, row, token, group_of(s, h, s.q_groups), lane.d) : nullptr;
   const T* v_row = kAttention ? row_of<T>(in.v, row, token, h, lane.d) : nullptr;
   const T* gate_row = gated ? row_of<T>(in.gate, row, token, h, lane.d) : nullptr;
   T* y_row = out_row_of<T>(p.y, row, token, h, lane.d);
@@ -112,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 2)
       zero(v_state);
       for (int i = 0; i < tile.count; ++i) {
         T* const out = take(y_row, p.y.token);
-        if (lane.live) store_row<kVector>(out, v_state);
+        if (lane.live) store_row(out, v_state);
       }
       return;
     }
@@ -132,10 +131,10 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 2)
     [[maybe_unused]] Raw8<T> q_raw[N], k_raw[N], v_raw[N], gate_raw[N];
 #pragma unroll
     for (int u = 0; u < N; ++u) {
-      if constexpr (kAttention) v_raw[u] = load_raw<kVector>(take(v_row, in.v.token));
-      if (gated) gate_raw[u] = load_raw<kVector>(take(gate_row, in.gate.token));
-      k_raw[u] = load_raw<kVector>(take(k_row, in.k.token));
-      if constexpr (kAttention) q_raw[u] = load_raw<kVector>(take(q_row, in.q.token));
+      if constexpr (kAttention) v_raw[u] = load_raw(take(v_row, in.v.token));
+      if (gated) gate_raw[u] = load_raw(take(gate_row, in.gate.token));
+      k_raw[u] = load_raw(take(k_row, in.k.token));
+      if constexpr (kAttention) q_raw[u] = load_raw(take(q_row, in.q.token));
     }
     [[maybe_unused]] float own[N];
 #pragma unroll
@@ -152,11 +151,11 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 2)
       if constexpr (kAttention) {
         unpack(v_raw[u], x);
         advance(f, g, x, v_state);
-        if (lane.live) store_row<kVector>(out, v_state);
+        if (lane.live) store_row(out, v_state);
         unpack(q_raw[u], x);
         own[u] = lane.live ? dot(x, k_state) : 0.0f;
         if (clock.leaves_key()) {
-          store_key<T, W, kVector, kPool>(p, owner, tile.sequence.index, lane, clock, k_state, v_state);
+          store_key<T, W, kPool>(p, owner, tile.sequence.index, lane, clock, k_state, v_state);
         }
         if constexpr (kPool) {
           if (i + u >= kept && lane.live) {
@@ -166,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 2)
           }
         }
       } else {
-        if (lane.live) store_row<kVector>(out, k_state);
+        if (lane.live) store_row(out, k_state);
       }
       clock.next();
     }
@@ -203,7 +202,7 @@ void launch_prepare(PrepareFwd p, const char* op, cudaStream_t stream) {
     }
     const int64_t blocks = ceil_div(p.in.items * p.in.head_batches, kThreads / 32);
     if (blocks == 0) return;
-    chunk_prepare_fwd_kernel<typename V::T, V::W, V::kVector, kAttention, kPool>
+    chunk_prepare_fwd_kernel<typename V::T, V::W, kAttention, kPool>
         <<<grid_x(blocks, "chunk_prepare_fwd"), kThreads, 0, stream>>>(p);
     check_launch("chunk_prepare_fwd");
   });
@@ -256,9 +255,9 @@ KernelList forward_kernels() {
     for_each_variant([&](auto variant, const char* type) {
       using V = decltype(variant);
       using T = typename V::T;
-      t.add("chunk_prepare_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, V::kVector, true, false>);
-      t.add("chunk_prepare_pool_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, V::kVector, true, true>);
-      t.add("chunk_recurrence_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, V::kVector, false, false>);
+      t.add("chunk_prepare_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, true, false>);
+      t.add("chunk_prepare_pool_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, true, true>);
+      t.add("chunk_recurrence_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, false, false>);
     });
     return t;
   }();

@@ -1,4 +1,4 @@
-// Backward phase 1: what the gradient of attention and the reverse scan need of a token, by family (choose.cu).
+// Backward phase 1: what the gradient of attention and the reverse scan need of a token, by family (choose.cpp).
 //
 //   chunk_prepare_short_bwd_kernel   short: dO, d(out_gate), Delta. Elementwise, and a sum over each row
 //   chunk_prepare_bwd_kernel         scan: the same and p_tt, ds_tt, which need k~ and v~: it works as the forward does
@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "families.h"
+#include "scan_launch.h"
 
 namespace rat::cuda {
 namespace {
@@ -23,7 +24,7 @@ struct OutputGrad {
 };
 
 // The rows that a lane is at.
-template <class T, bool kVector>
+template <class T>
 struct OutputRows {
   const T *dy, *y, *out_gate;
   T *dout, *dout_gate;
@@ -51,8 +52,8 @@ struct OutputRows {
       dy_to_do[j] *= open;
     }
     if (lane.live) {
-      store_row<kVector>(dout_gate, y_to_dgate);
-      store_row<kVector>(dout, dy_to_do);
+      store_row(dout_gate, y_to_dgate);
+      store_row(dout, dy_to_do);
     }
     dout_gate += p.dout_gate.token;
     dout += p.dout.token;
@@ -73,8 +74,8 @@ struct PrepareBwd {
   float* ds_self;
 };
 
-template <class T, int W, bool kVector>
-__global__ void __launch_bounds__(kThreads, kVector && sizeof(T) == 2 ? 4 : 2)
+template <class T, int W>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 4 : 2)
     chunk_prepare_bwd_kernel(const __grid_constant__ PrepareBwd p) {
   const ScanInput& in = p.in;
   const Sizes& s = in.size;
@@ -83,11 +84,11 @@ __global__ void __launch_bounds__(kThreads, kVector && sizeof(T) == 2 ? 4 : 2)
   if (!warp_work<W>(in, tile, lane)) return;
   const bool gated = in.gate.ptr != nullptr, out_gated = p.out.out_gate.ptr != nullptr;
   const int64_t row = tile.sequence.batch, token = tile.token, h = lane.head;
-  const T* q_row = row_of<T>(in.q, row, token, h / (s.heads / s.q_groups), lane.d);
-  const T* k_row = row_of<T>(in.k, row, token, h / (s.heads / s.k_groups), lane.d);
+  const T* q_row = row_of<T>(in.q, row, token, group_of(s, h, s.q_groups), lane.d);
+  const T* k_row = row_of<T>(in.k, row, token, group_of(s, h, s.k_groups), lane.d);
   const T* v_row = row_of<T>(in.v, row, token, h, lane.d);
   const T* gate_row = gated ? row_of<T>(in.gate, row, token, h, lane.d) : nullptr;
-  OutputRows<T, kVector> out(p.out, row, token, lane);
+  OutputRows<T> out(p.out, row, token, lane);
   const int64_t scalars = (row * s.heads + h) * s.tokens + token;
 
   float bias[8], k_state[8], v_state[8];
@@ -97,14 +98,14 @@ __global__ void __launch_bounds__(kThreads, kVector && sizeof(T) == 2 ? 4 : 2)
 
 #pragma unroll 1
   for (int i = 0; i < tile.count; ++i) {
-    const Raw8<T> dy_raw = load_raw<kVector>(take(out.dy, p.out.dy.token));
-    const Raw8<T> y_raw = load_raw<kVector>(take(out.y, p.out.y.token));
-    const Raw8<T> v_raw = load_raw<kVector>(take(v_row, in.v.token));
+    const Raw8<T> dy_raw = load_raw(take(out.dy, p.out.dy.token));
+    const Raw8<T> y_raw = load_raw(take(out.y, p.out.y.token));
+    const Raw8<T> v_raw = load_raw(take(v_row, in.v.token));
     Raw8<T> gate_raw, out_gate_raw;
-    if (gated) gate_raw = load_raw<kVector>(take(gate_row, in.gate.token));
-    if (out_gated) out_gate_raw = load_raw<kVector>(take(out.out_gate, p.out.out_gate.token));
-    const Raw8<T> k_raw = load_raw<kVector>(take(k_row, in.k.token));
-    const Raw8<T> q_raw = load_raw<kVector>(take(q_row, in.q.token));
+    if (gated) gate_raw = load_raw(take(gate_row, in.gate.token));
+    if (out_gated) out_gate_raw = load_raw(take(out.out_gate, p.out.out_gate.token));
+    const Raw8<T> k_raw = load_raw(take(k_row, in.k.token));
+    const Raw8<T> q_raw = load_raw(take(q_row, in.q.token));
     const float lse = p.lse[scalars + i];
 
     float dout[8], delta, x[8], f[8], g[8];
@@ -157,13 +158,13 @@ template <class T, int W>
 __global__ void __launch_bounds__(kThreads, 5) chunk_prepare_short_bwd_kernel(const __grid_constant__ PrepareShort p) {
   const Sizes& s = p.size;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  const int64_t tile = warp / p.head_batches, batch = warp % p.head_batches;
+  const int64_t tile = quotient(warp, p.head_batches), batch = modulo(warp, p.head_batches);
   if (tile >= s.batch * p.row_tiles) return;
   const Lane lane = lane_of<W>(batch * (32 / W) + threadIdx.x % 32 / W, s.heads, s.head_dim);
-  const int64_t row = tile / p.row_tiles, token = tile % p.row_tiles * kTokens, h = lane.head;
+  const int64_t row = quotient(tile, p.row_tiles), token = modulo(tile, p.row_tiles) * kTokens, h = lane.head;
   const int count = static_cast<int>(min(s.tokens - token, static_cast<int64_t>(kTokens)));
   const bool out_gated = p.out.out_gate.ptr != nullptr;
-  OutputRows<T, true> out(p.out, row, token, lane);
+  OutputRows<T> out(p.out, row, token, lane);
   float* const delta = p.out.delta + (row * s.heads + h) * s.tokens + token;
 
   // N tokens from token i on: all rows are requested, then used one after the other.
@@ -172,9 +173,9 @@ __global__ void __launch_bounds__(kThreads, 5) chunk_prepare_short_bwd_kernel(co
     Raw8<T> dy_raw[N], y_raw[N], out_gate_raw[N];
 #pragma unroll
     for (int u = 0; u < N; ++u) {
-      dy_raw[u] = load_raw<true>(take(out.dy, p.out.dy.token));
-      y_raw[u] = load_raw<true>(take(out.y, p.out.y.token));
-      if (out_gated) out_gate_raw[u] = load_raw<true>(take(out.out_gate, p.out.out_gate.token));
+      dy_raw[u] = load_raw(take(out.dy, p.out.dy.token));
+      y_raw[u] = load_raw(take(out.y, p.out.y.token));
+      if (out_gated) out_gate_raw[u] = load_raw(take(out.out_gate, p.out.out_gate.token));
     }
     float sum[N];
 #pragma unroll
@@ -220,8 +221,7 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, float* 
     plan_tiles<V>(p.in, tile_size(p.in.size, a.fwd.gate.ptr != nullptr, kMaxChunkFwd, 16));
     const int64_t blocks = ceil_div(p.in.items * p.in.head_batches, kThreads / 32);
     if (blocks == 0) return;
-    chunk_prepare_bwd_kernel<typename V::T, V::W, V::kVector>
-        <<<grid_x(blocks, "chunk_prepare_bwd"), kThreads, 0, stream>>>(p);
+    chunk_prepare_bwd_kernel<typename V::T, V::W><<<grid_x(blocks, "chunk_prepare_bwd"), kThreads, 0, stream>>>(p);
     check_launch("chunk_prepare_bwd");
   });
 }
@@ -234,7 +234,7 @@ void launch_short(const AttentionBwdParams& a, const BwdScratch& scratch, cudaSt
   p.row_tiles = ceil_div(s.tokens, kTokens);
   with_variant(s, "rat_attention_backward", [&](auto variant) {
     using V = decltype(variant);
-    if constexpr (V::kVector && sizeof(typename V::T) == 2) {
+    if constexpr (sizeof(typename V::T) == 2) {
       p.head_batches = ceil_div(s.heads, 32 / V::W);
       const int64_t blocks = ceil_div(s.batch * p.row_tiles * p.head_batches, kThreads / 32);
       if (blocks == 0) return;
@@ -262,8 +262,8 @@ KernelList prepare_kernels() {
     for_each_variant([&](auto variant, const char* type) {
       using V = decltype(variant);
       using T = typename V::T;
-      t.add("chunk_prepare_bwd", variant, type, chunk_prepare_bwd_kernel<T, V::W, V::kVector>);
-      if constexpr (V::kVector && sizeof(T) == 2) {
+      t.add("chunk_prepare_bwd", variant, type, chunk_prepare_bwd_kernel<T, V::W>);
+      if constexpr (sizeof(T) == 2) {
         t.add("chunk_prepare_short_bwd", variant, type, chunk_prepare_short_bwd_kernel<T, V::W>);
       }
     });

@@ -18,10 +18,12 @@
 #include "reverse.cuh"
 
 #include <algorithm>
+#include <stdexcept>
 #include <type_traits>
 
 #include "../ptx/opaque.cuh"
 #include "families.h"
+#include "scan_launch.h"
 
 namespace rat::cuda {
 namespace {
@@ -120,7 +122,7 @@ __device__ __forceinline__ HeadShare head_share(const ScanBwd& p) {
 }
 
 // A lane's rows of a tile. The pointers walk forward over the tile and back.
-template <class T, bool kVector, bool kAttention>
+template <class T, bool kAttention>
 struct ReverseRows {
   const T *q, *k, *v, *gate, *dout;
   T *dv, *dgate;
@@ -176,9 +178,9 @@ __device__ __forceinline__ void incoming_gradient(const ScanBwd& p, const ScanTi
 }
 
 // Step 1, over tokens begin ... end - 1 of the tile. `keep`: the state before each goes to shared memory.
-template <class T, bool kVector, bool kAttention>
+template <class T, bool kAttention>
 __device__ __forceinline__ void scan_forward(const ScanBwd& p, const ReverseShared<T>& shared, ChunkClock clock,
-                                             int begin, int end, bool keep, ReverseRows<T, kVector, kAttention>& rows,
+                                             int begin, int end, bool keep, ReverseRows<T, kAttention>& rows,
                                              float (&k_state)[8], float (&v_state)[8]) {
   // N tokens: all rows are requested, then used one after the other.
   const auto walk = [&](int i, auto tokens) {
@@ -186,9 +188,9 @@ __device__ __forceinline__ void scan_forward(const ScanBwd& p, const ReverseShar
     [[maybe_unused]] Raw8<T> k_raw[N], v_raw[kAttention ? N : 1], gate_raw[N];
 #pragma unroll
     for (int u = 0; u < N; ++u) {
-      gate_raw[u] = load_raw<kVector>(take(rows.gate, p.in.gate.token));
-      if constexpr (kAttention) v_raw[u] = load_raw<kVector>(take(rows.v, p.in.v.token));
-      k_raw[u] = load_raw<kVector>(take(rows.k, p.in.k.token));
+      gate_raw[u] = load_raw(take(rows.gate, p.in.gate.token));
+      if constexpr (kAttention) v_raw[u] = load_raw(take(rows.v, p.in.v.token));
+      k_raw[u] = load_raw(take(rows.k, p.in.k.token));
     }
 #pragma unroll
     for (int u = 0; u < N; ++u) {
@@ -267,12 +269,11 @@ __device__ __forceinline__ void contribute(const ScanBwd& p, const ReverseShared
 
 // Step 2, over tokens end - 1 ... begin of the tile: dv, dgate, and dq, dk where they are of one head. The rows stand at end - 1,
 // and at begin - 1 afterwards.
-template <class T, int W, bool kVector, bool kAttention>
+template <class T, int W, bool kAttention>
 __device__ __forceinline__ void walk_back(const ScanBwd& p, const ReverseShared<T>& shared, const HeadShare& share,
                                           const ScanTile& tile, const Lane& lane, bool gated, int which_count,
-                                          int begin, int end, ReverseRows<T, kVector, kAttention>& rows,
-                                          ChunkClock& clock, float (&k_grad)[8], float (&v_grad)[8],
-                                          float (&dbias)[8]) {
+                                          int begin, int end, ReverseRows<T, kAttention>& rows, ChunkClock& clock,
+                                          float (&k_grad)[8], float (&v_grad)[8], float (&dbias)[8]) {
   const ScanInput& in = p.in;
   const Sizes& s = in.size;
   const int64_t h = lane.head, row = tile.sequence.batch, token = tile.token;
@@ -286,25 +287,25 @@ __device__ __forceinline__ void walk_back(const ScanBwd& p, const ReverseShared<
       --rows.scalar;
     }
   };
-  dout_raw = load_raw<kVector>(take(rows.dout, -p.dout.token));
+  dout_raw = load_raw(take(rows.dout, -p.dout.token));
   load_scalars();
-  if constexpr (kAttention) q_raw = load_raw<kVector>(take(rows.q, -in.q.token));
-  if (gated) gate_raw = load_raw<kVector>(take(rows.gate, -in.gate.token));
-  k_raw = load_raw<kVector>(take(rows.k, -in.k.token));
-  if constexpr (kAttention) v_raw = load_raw<kVector>(take(rows.v, -in.v.token));
+  if constexpr (kAttention) q_raw = load_raw(take(rows.q, -in.q.token));
+  if (gated) gate_raw = load_raw(take(rows.gate, -in.gate.token));
+  k_raw = load_raw(take(rows.k, -in.k.token));
+  if constexpr (kAttention) v_raw = load_raw(take(rows.v, -in.v.token));
 #pragma unroll 1
   for (int i = end - 1; i >= begin; --i) {
     const bool more = i > begin;
     const float ds_now = in.scale * ds;
     float x[8], f[8], g[8], bias[8];
     unpack(dout_raw, x);
-    if (more) dout_raw = load_raw<kVector>(take(rows.dout, -p.dout.token));
+    if (more) dout_raw = load_raw(take(rows.dout, -p.dout.token));
     if constexpr (kAttention) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) v_grad[j] = fmaf(probability, x[j], v_grad[j]);
       unpack(q_raw, x);
       if (more) {
-        q_raw = load_raw<kVector>(take(rows.q, -in.q.token));
+        q_raw = load_raw(take(rows.q, -in.q.token));
         load_scalars();
       }
 #pragma unroll
@@ -317,7 +318,7 @@ __device__ __forceinline__ void walk_back(const ScanBwd& p, const ReverseShared<
     // k_grad and v_grad are now a_t and b_t.
     if (gated) shared.read_bias(bias);
     gates_of(gate_raw, bias, gated, f, g);
-    if (gated && more) gate_raw = load_raw<kVector>(take(rows.gate, -in.gate.token));
+    if (gated && more) gate_raw = load_raw(take(rows.gate, -in.gate.token));
     float k_before[8], v_before[8], dq[8], dk[8], dgate[8];
     zero(k_before);
     zero(v_before);
@@ -327,7 +328,7 @@ __device__ __forceinline__ void walk_back(const ScanBwd& p, const ReverseShared<
       if constexpr (kAttention) unpack(from[32], v_before);
     }
     unpack(k_raw, x);
-    if (more) k_raw = load_raw<kVector>(take(rows.k, -in.k.token));
+    if (more) k_raw = load_raw(take(rows.k, -in.k.token));
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       dgate[j] = k_grad[j] * (k_before[j] - x[j]);
@@ -336,14 +337,14 @@ __device__ __forceinline__ void walk_back(const ScanBwd& p, const ReverseShared<
     }
     if constexpr (kAttention) {
       unpack(v_raw, x);
-      if (more) v_raw = load_raw<kVector>(take(rows.v, -in.v.token));
+      if (more) v_raw = load_raw(take(rows.v, -in.v.token));
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         dgate[j] = fmaf(v_grad[j], v_before[j] - x[j], dgate[j]);
         x[j] = g[j] * v_grad[j];
       }
       T* const to = take(rows.dv, -p.dv.token);
-      if (lane.live) store_row<kVector>(to, x);
+      if (lane.live) store_row(to, x);
     }
     if (gated) {
 #pragma unroll
@@ -352,7 +353,7 @@ __device__ __forceinline__ void walk_back(const ScanBwd& p, const ReverseShared<
         dbias[j] += dgate[j];
       }
       T* const to = take(rows.dgate, -p.dgate.token);
-      if (lane.live) store_row<kVector>(to, dgate);
+      if (lane.live) store_row(to, dgate);
     }
     const bool resets = clock.resets() || !gated;
     clock.back();
@@ -372,16 +373,16 @@ __device__ __forceinline__ void walk_back(const ScanBwd& p, const ReverseShared<
       load_scratch(p.dq_sum + at, x);
 #pragma unroll
       for (int j = 0; j < 8; ++j) x[j] += dq[j];
-      store_row<kVector>(out_row_of<T>(p.dq, row, token + i, h, lane.d), x);
+      store_row(out_row_of<T>(p.dq, row, token + i, h, lane.d), x);
     }
-    if (!p.sum_k && lane.live) store_row<kVector>(out_row_of<T>(p.dk, row, token + i, h, lane.d), dk);
+    if (!p.sum_k && lane.live) store_row(out_row_of<T>(p.dk, row, token + i, h, lane.d), dk);
     if (which_count == 0) continue;
     contribute<W, kAttention>(p, shared, share, which_count, i - begin, dq, dk);
   }
 }
 
 // Step 3: the sums of `tokens` tokens from `first` of row `row` on, over the heads of each family.
-template <class T, int W, bool kVector>
+template <class T, int W>
 __device__ __forceinline__ void add_up(const ScanBwd& p, const ReverseShared<T>& shared, unsigned family_batch,
                                        int which_count, int64_t row, int64_t first, int tokens) {
   const Sizes& s = p.in.size;
@@ -411,17 +412,17 @@ __device__ __forceinline__ void add_up(const ScanBwd& p, const ReverseShared<T>&
     if (p.pass + 1 < p.passes) {
       store_scratch((is_q ? p.dq_sum : p.dk_sum) + sum_at, sum);
     } else {
-      store_row<kVector>(out_row_of<T>(is_q ? p.dq : p.dk, row, t, piece_family, piece_d), sum);
+      store_row(out_row_of<T>(is_q ? p.dq : p.dk, row, t, piece_family, piece_d), sum);
     }
   }
 }
 
 // Blocks have at most 256 threads. The bound for elements of two bytes limits registers, so that three blocks of 128 fit.
-template <class T, bool kVector>
-constexpr int kScanBound = kVector && sizeof(T) == 2 ? 384 : 256;
+template <class T>
+constexpr int kScanBound = sizeof(T) == 2 ? 384 : 256;
 
-template <class T, int W, bool kVector, bool kAttention>
-__global__ void __launch_bounds__(kScanBound<T, kVector>) chunk_scan_bwd_kernel(const __grid_constant__ ScanBwd p) {
+template <class T, int W, bool kAttention>
+__global__ void __launch_bounds__(kScanBound<T>) chunk_scan_bwd_kernel(const __grid_constant__ ScanBwd p) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const ScanInput& in = p.in;
   const Sizes& s = in.size;
@@ -450,7 +451,7 @@ __global__ void __launch_bounds__(kScanBound<T, kVector>) chunk_scan_bwd_kernel(
     if (tile.count == 0) continue;  // the same for the whole block
     // Lanes and addresses are computed anew for each tile: kept, they cost 20 registers.
     const Lane lane = lane_of<W>(opaque(share.head), s.heads, s.head_dim);
-    ReverseRows<T, kVector, kAttention> rows(p, tile, lane, gated);
+    ReverseRows<T, kAttention> rows(p, tile, lane, gated);
     float k_grad[8], v_grad[8], k_state[8], v_state[8];
     incoming_gradient<kAttention>(p, tile, lane, k_grad, v_grad);
     const int subs = (tile.count + p.sub_block - 1) / p.sub_block;
@@ -482,16 +483,15 @@ __global__ void __launch_bounds__(kScanBound<T, kVector>) chunk_scan_bwd_kernel(
       if (!gated) rows.move_inputs(p, gated, end - begin);
       rows.move_inputs(p, gated, -1);
       rows.move_others(p, gated, end - 1 - begin);
-      walk_back<T, W, kVector, kAttention>(p, shared, share, tile, lane, gated, which_count, begin, end, rows,
-                                           back_clock, k_grad, v_grad, dbias);
+      walk_back<T, W, kAttention>(p, shared, share, tile, lane, gated, which_count, begin, end, rows, back_clock,
+                                  k_grad, v_grad, dbias);
       // All stand before `begin` now; the sub-block before this one is a whole one.
       rows.move_inputs(p, gated, 1 - p.sub_block);
       rows.move_others(p, gated, 1 - p.sub_block);
       if (which_count == 0) continue;
 
       __syncthreads();  // contributions to all tokens of the sub-block are there
-      add_up<T, W, kVector>(p, shared, share.family_batch, which_count, tile.sequence.batch, tile.token + begin,
-                            end - begin);
+      add_up<T, W>(p, shared, share.family_batch, which_count, tile.sequence.batch, tile.token + begin, end - begin);
       __syncthreads();  // all are added up: the next states may take their place
     }
     if (tile.first && p.dinitial_k && lane.live) {
@@ -618,7 +618,7 @@ void launch_scan_bwd(ScanBwd p, float* dgate_bias, const ReverseWorkspace& w, cu
     const Deal d = deal<V>(p, kAttention);
     const int64_t blocks = d.tile_blocks * p.family_batches;
     if (blocks == 0) return;
-    const auto kernel = chunk_scan_bwd_kernel<T, V::W, V::kVector, kAttention>;
+    const auto kernel = chunk_scan_bwd_kernel<T, V::W, kAttention>;
     const int shared = static_cast<int>(scan_bwd_shared<T>(p, kAttention, d.threads));
     allow_shared_memory(kernel, shared, "chunk_scan_bwd shared memory");
     for (p.pass = 0; p.pass < p.passes; ++p.pass) {
@@ -697,8 +697,8 @@ KernelList reverse_kernels() {
     for_each_variant([&](auto variant, const char* type) {
       using V = decltype(variant);
       using T = typename V::T;
-      t.add("chunk_scan_bwd", variant, type, chunk_scan_bwd_kernel<T, V::W, V::kVector, true>);
-      t.add("chunk_recurrence_bwd", variant, type, chunk_scan_bwd_kernel<T, V::W, V::kVector, false>);
+      t.add("chunk_scan_bwd", variant, type, chunk_scan_bwd_kernel<T, V::W, true>);
+      t.add("chunk_recurrence_bwd", variant, type, chunk_scan_bwd_kernel<T, V::W, false>);
     });
     t.add("gate_bias_reduce", gate_bias_reduce_kernel);
     return t;

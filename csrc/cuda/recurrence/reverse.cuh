@@ -17,12 +17,12 @@ __device__ __forceinline__ void add_chunk_grad(const ReverseInput& p, const Lane
 #pragma unroll
   for (int j = 0; j < 8; ++j) gv[j] += y[j];
   if (p.chunk.returned_v) {
-    load_row<false>(static_cast<const T*>(p.chunk.returned_v) + at, y);
+    load_row(static_cast<const T*>(p.chunk.returned_v) + at, y);
 #pragma unroll
     for (int j = 0; j < 8; ++j) gv[j] += y[j];
   }
   if (p.chunk.returned_k) {
-    load_row<false>(static_cast<const T*>(p.chunk.returned_k) + at, y);
+    load_row(static_cast<const T*>(p.chunk.returned_k) + at, y);
 #pragma unroll
     for (int j = 0; j < 8; ++j) x[j] += y[j];
   }

@@ -1,5 +1,5 @@
-// Backward phase 3, the short family: the reverse scan where chunks are at most kTokens tokens, of elements of two bytes, in aligned
-// rows. reverse.cu has the other cases. The forward saved none of k~, v~: the kernel makes them again, and p_tt, ds_tt from them.
+// Backward phase 3, the short family: the reverse scan where chunks are at most kTokens tokens, of elements of two bytes. reverse.cu
+// has the other cases. The forward saved none of k~, v~: the kernel makes them again, and p_tt, ds_tt from them.
 //
 //   chunk_scan_short_bwd_kernel   dk, dv, dgate, dq, partial sums of dgate_bias
 //
@@ -26,6 +26,7 @@
 #include "../ptx/memory.cuh"
 #include "../ptx/opaque.cuh"
 #include "families.h"
+#include "scan_launch.h"
 
 namespace rat::cuda {
 namespace {
@@ -104,7 +105,7 @@ template <class T>
 __device__ __forceinline__ float2 chunk_grad_at(const float* attention, const void* returned, int64_t at) {
   float2 x = *reinterpret_cast<const float2*>(attention + at);
   if (returned) {
-    const T* from = static_cast<const T*>(returned) + at;  // the caller's memory: alignment of T is all that is known
+    const T* from = static_cast<const T*>(returned) + at;
     x.x += to_float(from[0]);
     x.y += to_float(from[1]);
   }
@@ -524,7 +525,7 @@ __global__ void __launch_bounds__(kThreads, kRoomy && !kWhole ? 2 : kWarps / (kT
 
     request_group<T>(p, place, tile, group_again(), valid);
     Edges edges;
-    const int first_chunk = static_cast<int>(tile.position / s.key_every);  // positions fit in 31 bits
+    const int first_chunk = static_cast<int>(quotient(tile.position, s.key_every));
     if constexpr (!kWhole) edges.find(s, tile, first_chunk);
     int64_t state_at = chunk_offset(s, p.chunk.layout, tile.sequence.index, first_head) + first_chunk * s.head_dim;
 
@@ -658,7 +659,6 @@ const char* short_scan::refuses(const AttentionBwdParams& a) {
   if (a.fwd.gate.ptr == nullptr) return "the states are given";
   if (s.reset > kShortChunk) return "chunks are longer than 16 tokens";
   if (s.k_groups != s.q_groups) return "k has other groups than q";
-  if (!s.aligned16) return "rows are not 16-byte aligned";
   return nullptr;
 }
 

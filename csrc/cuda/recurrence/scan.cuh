@@ -29,10 +29,11 @@ __device__ __forceinline__ ScanTile tile_of(const Sizes& s, int64_t item, int64_
   ScanTile t;
   t.item = item;
   t.sequence = w.sequence;
-  const int64_t start = w.sequence.start, stop = start + (w.sequence.end - w.sequence.begin);
-  const int64_t base = start - (start ? start % size : 0) + w.tile * size;
-  const int64_t low = base > start ? base : start;
-  const int64_t high = base + size < stop ? base + size : stop;
+  // Positions are below 2^31, and so is the first tile behind them.
+  const uint32_t start = static_cast<uint32_t>(w.sequence.start), length = static_cast<uint32_t>(size);
+  const uint32_t stop = start + static_cast<uint32_t>(w.sequence.end - w.sequence.begin);
+  const uint32_t base = (start / length + static_cast<uint32_t>(w.tile)) * length;
+  const uint32_t low = max(base, start), high = min(base + length, stop);
   t.count = high > low ? static_cast<int>(high - low) : 0;
   t.position = low;
   t.token = w.sequence.begin + (low - start);
@@ -44,7 +45,7 @@ __device__ __forceinline__ ScanTile tile_of(const Sizes& s, int64_t item, int64_
 // Tiles of a sequence that hold tokens.
 __device__ __forceinline__ int64_t tile_count(const Sequence& q, int64_t size) {
   const int64_t length = q.end - q.begin;
-  return length ? (q.start % size + length + size - 1) / size : 0;
+  return length ? quotient(modulo(q.start, size) + length + size - 1, size) : 0;
 }
 
 // The running states of a pool, as a scan finds and leaves them.
@@ -72,7 +73,8 @@ __device__ __forceinline__ int64_t running_at(const Sizes& s, const PoolStates& 
 // only a row of as many tokens as the ring has places comes round to that state.
 __device__ __forceinline__ bool is_staged(const Sizes& s, const PoolStates& p, const Sequence& q) {
   const int64_t length = q.end - q.begin;
-  return length >= p.ring && q.start % s.reset != 0 && q.start / s.reset != (q.start + length - 1) / s.reset;
+  return length >= p.ring && modulo(q.start, s.reset) != 0 &&
+         quotient(q.start, s.reset) != quotient(q.start + length - 1, s.reset);
 }
 
 // Inputs of a scan. In rat_attention two streams share the gates, k~ and v~; in chunk_recurrence there is one, called k.
@@ -158,7 +160,7 @@ __device__ __forceinline__ void pool_state(const ScanInput& in, const ScanTile& 
   if (in.incoming) {
     load_scratch(in.incoming + segment_at(s, tile.item, lane.head, 3, 0) + lane.d, k);
     load_scratch(in.incoming + segment_at(s, tile.item, lane.head, 3, 1) + lane.d, v);
-  } else if (tile.first && tile.position % s.reset != 0) {
+  } else if (tile.first && modulo(tile.position, s.reset) != 0) {
     const bool staged = is_staged(s, in.pool, tile.sequence);
     const int64_t at = staged ? (tile.sequence.index * s.heads + lane.head) * s.head_dim
                               : running_at(s, in.pool, owner, lane.head, tile.position - 1);
@@ -172,7 +174,7 @@ template <int W>
 __device__ __forceinline__ bool warp_work(const ScanInput& in, ScanTile& tile, Lane& lane) {
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (warp >= in.items * in.head_batches) return false;
-  const int64_t item = warp / in.head_batches, batch = warp % in.head_batches;
+  const int64_t item = quotient(warp, in.head_batches), batch = modulo(warp, in.head_batches);
   lane = lane_of<W>(batch * (32 / W) + threadIdx.x % 32 / W, in.size.heads, in.size.head_dim);
   tile = tile_of(in.size, item, in.tile);
   return tile.count > 0;

@@ -1,6 +1,9 @@
 // Host side of the scan kernels: tile sizes, inputs, what passes between segments, and the launchers that the files share.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "../host/kernel_table.h"
 #include "../host/launch.h"
 #include "../host/variant.h"
@@ -31,6 +34,10 @@ void plan_tiles(ScanInput& in, int64_t tile) {
   in.tile = tile;
   in.items = work_items(in.size, tile);
   in.head_batches = ceil_div(in.size.heads, 32 / V::W);
+  if (in.items * in.head_batches > INT64_C(0xffffffff)) {
+    throw std::runtime_error("rat_ext: a scan needs " + std::to_string(in.items * in.head_batches) +
+                             " warps, more than it can number (4294967295)");
+  }
 }
 
 // ---- inputs -----------------------------------------------------------------------------------------------------------
@@ -82,10 +89,6 @@ void reverse_segments(const ReverseInput& p, bool attention, cudaStream_t stream
 
 // ---- sequences (sequences.cu) -----------------------------------------------------------------------------------------
 
-// State that sequences bring along, outside the tokens. Forward: copies the initial chunk states to the front of `chunks`, and
-// gives empty sequences their running state. Backward: the gradients of the same.
-void carry_state_fwd(const AttentionFwdParams&, cudaStream_t);
-void carry_state_bwd(const AttentionBwdParams&, const BwdScratch&, cudaStream_t);
 // dinitial or final state of empty sequences in chunk_recurrence: (N, H, D), from `source` or zeros.
 void copy_empty(const Sizes&, const float* source, float* target, cudaStream_t);
 

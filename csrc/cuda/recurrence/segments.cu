@@ -14,14 +14,14 @@ namespace {
 
 constexpr int kThreads = 128;
 
-template <class T, int W, bool kVector, bool kAttention>
+template <class T, int W, bool kAttention>
 __global__ void __launch_bounds__(kThreads) chunk_segment_fwd_kernel(const __grid_constant__ ScanInput in) {
   const Sizes& s = in.size;
   ScanTile tile;
   Lane lane;
   if (!warp_work<W>(in, tile, lane)) return;
   const int64_t row = tile.sequence.batch, token = tile.token, h = lane.head;
-  const T* k_row = row_of<T>(in.k, row, token, h / (s.heads / s.k_groups), lane.d);
+  const T* k_row = row_of<T>(in.k, row, token, group_of(s, h, s.k_groups), lane.d);
   const T* v_row = kAttention ? row_of<T>(in.v, row, token, h, lane.d) : nullptr;
   const T* gate_row = row_of<T>(in.gate, row, token, h, lane.d);
 
@@ -40,9 +40,9 @@ __global__ void __launch_bounds__(kThreads) chunk_segment_fwd_kernel(const __gri
 #pragma unroll
     for (int u = 0; u < kStep; ++u) {
       const int64_t t = min(i + u, tile.count - 1);
-      k_raw[u] = load_raw<kVector>(k_row + t * in.k.token);
-      if constexpr (kAttention) v_raw[u] = load_raw<kVector>(v_row + t * in.v.token);
-      gate_raw[u] = load_raw<kVector>(gate_row + t * in.gate.token);
+      k_raw[u] = load_raw(k_row + t * in.k.token);
+      if constexpr (kAttention) v_raw[u] = load_raw(v_row + t * in.v.token);
+      gate_raw[u] = load_raw(gate_row + t * in.gate.token);
     }
 #pragma unroll
     for (int u = 0; u < kStep; ++u) {
@@ -74,16 +74,15 @@ __global__ void __launch_bounds__(kThreads) chunk_segment_fwd_kernel(const __gri
   }
 }
 
-template <class T, int W, bool kVector, bool kAttention>
-__global__ void __launch_bounds__(kThreads, kVector ? 4 : 2)
-    chunk_segment_bwd_kernel(const __grid_constant__ ReverseInput p) {
+template <class T, int W, bool kAttention>
+__global__ void __launch_bounds__(kThreads, 4) chunk_segment_bwd_kernel(const __grid_constant__ ReverseInput p) {
   const ScanInput& in = p.in;
   const Sizes& s = in.size;
   ScanTile tile;
   Lane lane;
   if (!warp_work<W>(in, tile, lane)) return;
   const int64_t row = tile.sequence.batch, token = tile.token, h = lane.head;
-  const T* q_row = kAttention ? row_of<T>(in.q, row, token, h / (s.heads / s.q_groups), lane.d) : nullptr;
+  const T* q_row = kAttention ? row_of<T>(in.q, row, token, group_of(s, h, s.q_groups), lane.d) : nullptr;
   const T* gate_row = row_of<T>(in.gate, row, token, h, lane.d);
   const T* dout_row = row_of<T>(p.dout, row, token, h, lane.d);
   const int64_t scalars = (row * s.heads + h) * s.tokens + token;
@@ -102,10 +101,10 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 2)
 #pragma unroll
     for (int u = 0; u < kStep; ++u) {
       const int64_t t = max(i - u, 0);
-      gate_raw[u] = load_raw<kVector>(gate_row + t * in.gate.token);
-      dout_raw[u] = load_raw<kVector>(dout_row + t * p.dout.token);
+      gate_raw[u] = load_raw(gate_row + t * in.gate.token);
+      dout_raw[u] = load_raw(dout_row + t * p.dout.token);
       if constexpr (kAttention) {
-        q_raw[u] = load_raw<kVector>(q_row + t * in.q.token);
+        q_raw[u] = load_raw(q_row + t * in.q.token);
         probability[u] = p.p_self[scalars + t];
         ds[u] = in.scale * p.ds_self[scalars + t];
       }
@@ -219,7 +218,7 @@ void launch_fwd(ScanInput in, cudaStream_t stream) {
     plan_tiles<V>(in, kSegment);
     const int64_t blocks = ceil_div(in.items * in.head_batches, kThreads / 32);
     if (blocks == 0) return;
-    chunk_segment_fwd_kernel<typename V::T, V::W, V::kVector, kAttention>
+    chunk_segment_fwd_kernel<typename V::T, V::W, kAttention>
         <<<grid_x(blocks, "chunk_segment_fwd"), kThreads, 0, stream>>>(in);
     check_launch("chunk_segment_fwd");
   });
@@ -232,7 +231,7 @@ void launch_bwd(ReverseInput p, cudaStream_t stream) {
     plan_tiles<V>(p.in, kSegment);
     const int64_t blocks = ceil_div(p.in.items * p.in.head_batches, kThreads / 32);
     if (blocks == 0) return;
-    chunk_segment_bwd_kernel<typename V::T, V::W, V::kVector, kAttention>
+    chunk_segment_bwd_kernel<typename V::T, V::W, kAttention>
         <<<grid_x(blocks, "chunk_segment_bwd"), kThreads, 0, stream>>>(p);
     check_launch("chunk_segment_bwd");
   });
@@ -277,10 +276,10 @@ KernelList segments_kernels() {
     for_each_variant([&](auto variant, const char* type) {
       using V = decltype(variant);
       using T = typename V::T;
-      t.add("chunk_segment_fwd", variant, type, chunk_segment_fwd_kernel<T, V::W, V::kVector, true>);
-      t.add("chunk_recurrence_segment_fwd", variant, type, chunk_segment_fwd_kernel<T, V::W, V::kVector, false>);
-      t.add("chunk_segment_bwd", variant, type, chunk_segment_bwd_kernel<T, V::W, V::kVector, true>);
-      t.add("chunk_recurrence_segment_bwd", variant, type, chunk_segment_bwd_kernel<T, V::W, V::kVector, false>);
+      t.add("chunk_segment_fwd", variant, type, chunk_segment_fwd_kernel<T, V::W, true>);
+      t.add("chunk_recurrence_segment_fwd", variant, type, chunk_segment_fwd_kernel<T, V::W, false>);
+      t.add("chunk_segment_bwd", variant, type, chunk_segment_bwd_kernel<T, V::W, true>);
+      t.add("chunk_recurrence_segment_bwd", variant, type, chunk_segment_bwd_kernel<T, V::W, false>);
     });
     t.add("chunk_segment_join", chunk_segment_join_kernel);
     return t;

@@ -2,8 +2,8 @@
 // along or leaves behind.
 #include <algorithm>
 #include <cstdio>
-#include <initializer_list>
 
+#include "families.h"
 #include "scan_launch.h"
 
 namespace rat::cuda {
@@ -71,28 +71,22 @@ struct StateFwd {
   float* running_k;
   float* running_v;
   int64_t splits;  // blocks of an owner
-  bool vector;
 };
 
 // An owner is a (sequence, head). T stands for its size: elements are moved, not read.
 template <class T>
 __global__ void __launch_bounds__(kThreads) carry_state_fwd_kernel(const __grid_constant__ StateFwd p) {
   const Sizes& s = p.size;
-  const int64_t owner = blockIdx.x / p.splits, split = blockIdx.x % p.splits;
-  const int64_t n = owner / s.heads, h = owner % s.heads;
+  const int64_t owner = quotient(blockIdx.x, p.splits), split = modulo(blockIdx.x, p.splits);
+  const int64_t n = quotient(owner, s.heads), h = modulo(owner, s.heads);
   const Sequence q = sequence_at(s, n);
   if (p.initial.k) {
-    const int64_t count = q.start / s.key_every * s.head_dim;
+    const int64_t count = quotient(q.start, s.key_every) * s.head_dim;
     const int64_t from = owner * p.initial.rows * s.head_dim, to = chunk_offset(s, p.chunks, n, h);
+#pragma unroll 1
     for (int64_t i = (split * kThreads + threadIdx.x) * 8; i < count; i += p.splits * kThreads * 8) {
       const auto move = [&](const void* source, void* target) {
-        const T* a = static_cast<const T*>(source) + from + i;
-        T* b = static_cast<T*>(target) + to + i;
-        if (p.vector) {
-          store_raw<true>(b, load_raw<true>(a));
-        } else {
-          store_raw<false>(b, load_raw<false>(a));
-        }
+        store_raw(static_cast<T*>(target) + to + i, load_raw(static_cast<const T*>(source) + from + i));
       };
       move(p.initial.k, p.chunks.k);
       move(p.initial.v, p.chunks.v);
@@ -121,12 +115,12 @@ struct StateBwd {
 template <class T>
 __global__ void __launch_bounds__(kThreads) carry_state_bwd_kernel(const __grid_constant__ StateBwd p) {
   const Sizes& s = p.size;
-  const int64_t owner = blockIdx.x / p.splits, split = blockIdx.x % p.splits;
-  const int64_t n = owner / s.heads, h = owner % s.heads;
+  const int64_t owner = quotient(blockIdx.x, p.splits), split = modulo(blockIdx.x, p.splits);
+  const int64_t n = quotient(owner, s.heads), h = modulo(owner, s.heads);
   const Sequence q = sequence_at(s, n);
   const bool empty = q.begin == q.end;
   if (p.dinitial.k) {
-    const int64_t valid = q.start / s.key_every * s.head_dim;
+    const int64_t valid = quotient(q.start, s.key_every) * s.head_dim;
     const int64_t from = chunk_offset(s, p.chunk.layout, n, h), to = owner * p.dinitial.rows * s.head_dim;
     for (int64_t i = split * kThreads + threadIdx.x; i < p.dinitial.rows * s.head_dim; i += p.splits * kThreads) {
       float k = 0.0f, v = 0.0f;
@@ -165,11 +159,6 @@ int64_t splits_for(int64_t owners, int64_t elements) {
   return std::min(useful, std::max<int64_t>(1, 4096 / owners));
 }
 
-bool aligned16(std::initializer_list<const void*> pointers) {
-  return std::all_of(pointers.begin(), pointers.end(),
-                     [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
-}
-
 }  // namespace
 
 void check_sequences(const Sizes& size, int64_t chunk_rows, int64_t rotary_rows, int64_t initial_rows,
@@ -191,7 +180,6 @@ void carry_state_fwd(const AttentionFwdParams& a, cudaStream_t stream) {
   p.running_k = static_cast<float*>(a.running_k);
   p.running_v = static_cast<float*>(a.running_v);
   p.splits = splits_for(owners, a.initial.k ? a.initial.rows * s.head_dim : 0);
-  p.vector = aligned16({a.initial.k, a.initial.v, a.chunks.k, a.chunks.v});
   const unsigned blocks = grid_x(owners * p.splits, "carry_state_fwd");
   if (s.dtype == DType::f32) {
     carry_state_fwd_kernel<float><<<blocks, kThreads, 0, stream>>>(p);
@@ -217,9 +205,7 @@ void carry_state_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, cud
     case DType::f32: carry_state_bwd_kernel<float><<<blocks, kThreads, 0, stream>>>(p); break;
     case DType::bf16: carry_state_bwd_kernel<bf16><<<blocks, kThreads, 0, stream>>>(p); break;
     case DType::f16: carry_state_bwd_kernel<f16><<<blocks, kThreads, 0, stream>>>(p); break;
-    default:
-      throw std::runtime_error(
-          "rat_ext.rat_attention: dtype: expected float32, bfloat16 or float16 on CUDA, got float64");
+    default: fail_dtype("rat_attention");
   }
   check_launch("carry_state_bwd");
 }

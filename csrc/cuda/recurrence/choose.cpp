@@ -2,6 +2,8 @@
 // they agree. chunk_recurrence, and every forward, has one family.
 #include "families.h"
 
+#include "../host/family.h"
+
 namespace rat::cuda {
 namespace {
 
