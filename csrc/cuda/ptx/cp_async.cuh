@@ -19,6 +19,12 @@ __device__ __forceinline__ void cp_async16(uint32_t target, const void* source) 
                : "memory");
 }
 
+// The same through L1, for rows that several warps of an SM read.
+__device__ __forceinline__ void cp_async16_through_l1(uint32_t target, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;\n" ::"r"(target), "l"(__cvta_generic_to_global(source))
+               : "memory");
+}
+
 __device__ __forceinline__ void cp_async4(uint32_t target, const void* source, bool valid) {
   const int bytes = valid ? 4 : 0;
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(target), "l"(__cvta_generic_to_global(source)),

@@ -5,13 +5,15 @@
 // It also comes for rows of a pool (launchers.h): chunk states and running states are then read and written where they lie in the
 // pool, and the y of a row that is skipped becomes zeros.
 //
-// A warp takes a tile of tokens and 32 / W heads, and walks the tile with the states in registers (scan.cuh). Rows of a few
-// tokens are requested before the first is used; many warps per SM hide the rest. Bytes per token in attention, elements of
-// two bytes: reads v, gate (4 H D) and q, k (4 G D, the heads of a group hit the L1 cache), writes v~ (2 H D), s_tt (4 H)
-// and 1/L of a key and a value. About 225 instructions per row and warp.
+// A warp takes a tile of tokens and 32 / W heads, and walks the tile with the states in registers (scan.cuh). Each lane copies its
+// pieces of the rows of the next kRing tokens to shared memory of its own, and asks for one token when it has used one: bytes on
+// their way cost no registers, and no thread waits for another. Bytes per token in attention, elements of two bytes: reads v, gate
+// (4 H D) and q, k (4 G D, the heads of a group hit the L1 cache), writes v~ (2 H D), s_tt (4 H) and 1/L of a key and a value.
 #include <type_traits>
 
 #include "../device/e4m3.cuh"
+#include "../ptx/cp_async.cuh"
+#include "../ptx/memory.cuh"
 #include "families.h"
 #include "scan_launch.h"
 
@@ -20,9 +22,54 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// Tokens requested at once: what keeps four blocks on an SM.
+// Tokens whose rows are on their way: at most 48 KB of shared memory, so that four blocks fit on an SM of Hopper.
+template <class T>
+constexpr int kRing = sizeof(T) == 2 ? 6 : 3;
+
+// What a token has: its gate and k; in attention v and q too.
+enum Row : int { kGate, kKey, kValue, kQuery };
+
+// Places for rows: [token of the ring][Row][16 bytes of a row's 8 elements][thread].
 template <class T, bool kAttention>
-constexpr int kTokens = (sizeof(T) == 4 ? 1 : 2) * (kAttention ? 1 : 2);
+class Ring {
+ public:
+  static constexpr int kParts = sizeof(T) / 2, kRows = kAttention ? 4 : 2;
+  static constexpr int kTokenBytes = kRows * kParts * 16 * kThreads, kBytes = kRing<T> * kTokenBytes;
+
+  __device__ __forceinline__ explicit Ring(const void* memory)
+      : first_(shared_address(memory) + threadIdx.x * 16), end_(first_ + kBytes), put_(first_), get_(first_) {}
+
+  // Rows that the warps of a block share come through L1.
+  __device__ __forceinline__ void ask(Row row, const T* source, bool shared) {
+    const char* const from = reinterpret_cast<const char*>(source);
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const uint32_t to = put_ + (row * kParts + i) * (16 * kThreads);
+      if (shared) {
+        cp_async16_through_l1(to, from + 16 * i);
+      } else {
+        cp_async16(to, from + 16 * i);
+      }
+    }
+  }
+  __device__ __forceinline__ void asked() {  // for a token; or for none, so that groups stay in step
+    cp_async_commit();
+    put_ = put_ + kTokenBytes == end_ ? first_ : put_ + kTokenBytes;
+  }
+  __device__ __forceinline__ void wait() const { cp_async_wait<kRing<T> - 1>(); }  // for the oldest token
+  __device__ __forceinline__ Raw8<T> row(Row row) const {
+    Raw8<T> raw;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      load_shared16(raw.part[i].word, get_ + (row * kParts + i) * (16 * kThreads));
+    }
+    return raw;
+  }
+  __device__ __forceinline__ void used() { get_ = get_ + kTokenBytes == end_ ? first_ : get_ + kTokenBytes; }
+
+ private:
+  uint32_t first_, end_, put_, get_;
+};
 
 struct PrepareFwd {
   ScanInput in;
@@ -95,12 +142,32 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_fwd_kernel(const __
   if (!warp_work<W>(in, tile, lane)) return;
   const bool gated = in.gate.ptr != nullptr;
   const int64_t row = tile.sequence.batch, token = tile.token, h = lane.head;
+  extern __shared__ __align__(16) unsigned char ring_memory[];
+  Ring<T, kAttention> ring(ring_memory);
   const T* k_row = row_of<T>(in.k, row, token, group_of(s, h, s.k_groups), lane.d);
   const T* q_row = kAttention ? row_of<T>(in.q, row, token, group_of(s, h, s.q_groups), lane.d) : nullptr;
   const T* v_row = kAttention ? row_of<T>(in.v, row, token, h, lane.d) : nullptr;
   const T* gate_row = gated ? row_of<T>(in.gate, row, token, h, lane.d) : nullptr;
   T* y_row = out_row_of<T>(p.y, row, token, h, lane.d);
   float* s_self = kAttention ? p.s_self + (row * s.heads + h) * s.tokens + token : nullptr;
+
+  int left = tile.count;  // tokens that are not asked for
+  const auto ask = [&] {
+    if (left-- > 0) {
+      if (gated) ring.ask(kGate, take(gate_row, in.gate.token), false);
+      ring.ask(kKey, take(k_row, in.k.token), true);
+      if constexpr (kAttention) {
+        ring.ask(kValue, take(v_row, in.v.token), false);
+        ring.ask(kQuery, take(q_row, in.q.token), true);
+      }
+    }
+    ring.asked();
+  };
+  const auto ask_first = [&] {
+#pragma unroll
+    for (int i = 0; i < kRing<T>; ++i) ask();
+  };
+  if constexpr (!kPool) ask_first();
 
   float bias[8], k_state[8], v_state[8];
   int64_t owner = tile.sequence.index;  // of the states
@@ -115,6 +182,7 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_fwd_kernel(const __
       }
       return;
     }
+    ask_first();
     const int64_t stop = tile.sequence.start + (tile.sequence.end - tile.sequence.begin);
     const int64_t first = stop - in.pool.ring - tile.position;
     kept = first <= 0 ? 0 : first < tile.count ? static_cast<int>(first) : tile.count;
@@ -125,64 +193,43 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_fwd_kernel(const __
   load_bias<T>(in, lane, bias);
   ChunkClock clock(s, tile.position);
 
-  // N tokens from token i on: all rows are requested, then used one after the other.
-  const auto walk = [&](int i, auto tokens) {
-    constexpr int N = decltype(tokens)::value;
-    [[maybe_unused]] Raw8<T> q_raw[N], k_raw[N], v_raw[N], gate_raw[N];
-#pragma unroll
-    for (int u = 0; u < N; ++u) {
-      if constexpr (kAttention) v_raw[u] = load_raw(take(v_row, in.v.token));
-      if (gated) gate_raw[u] = load_raw(take(gate_row, in.gate.token));
-      k_raw[u] = load_raw(take(k_row, in.k.token));
-      if constexpr (kAttention) q_raw[u] = load_raw(take(q_row, in.q.token));
+#pragma unroll 1
+  for (int i = 0; i < tile.count; ++i) {
+    ring.wait();
+    if (clock.resets() || !gated) {
+      zero(k_state);
+      zero(v_state);
     }
-    [[maybe_unused]] float own[N];
-#pragma unroll
-    for (int u = 0; u < N; ++u) {
-      if (clock.resets() || !gated) {
-        zero(k_state);
-        zero(v_state);
-      }
-      float f[8], g[8], x[8];
-      gates_of(gate_raw[u], bias, gated, f, g);
-      unpack(k_raw[u], x);
-      advance(f, g, x, k_state);
-      T* const out = take(y_row, p.y.token);
-      if constexpr (kAttention) {
-        unpack(v_raw[u], x);
-        advance(f, g, x, v_state);
-        if (lane.live) store_row(out, v_state);
-        unpack(q_raw[u], x);
-        own[u] = lane.live ? dot(x, k_state) : 0.0f;
-        if (clock.leaves_key()) {
-          store_key<T, W, kPool>(p, owner, tile.sequence.index, lane, clock, k_state, v_state);
-        }
-        if constexpr (kPool) {
-          if (i + u >= kept && lane.live) {
-            const int64_t at = running_at(s, in.pool, owner, h, tile.position + i + u) + lane.d;
-            store_floats(in.pool.k + at, k_state);
-            store_floats(in.pool.v + at, v_state);
-          }
-        }
-      } else {
-        if (lane.live) store_row(out, k_state);
-      }
-      clock.next();
-    }
+    float f[8], g[8], x[8];
+    gates_of(gated ? ring.row(kGate) : Raw8<T>{}, bias, gated, f, g);
+    unpack(ring.row(kKey), x);
+    advance(f, g, x, k_state);
+    T* const out = take(y_row, p.y.token);
     if constexpr (kAttention) {
-#pragma unroll
-      for (int u = 0; u < N; ++u) {
-        own[u] = group_sum<W>(own[u]);
-        if (lane.live && lane.index == 0) s_self[i + u] = in.scale * own[u];
+      unpack(ring.row(kValue), x);
+      advance(f, g, x, v_state);
+      if (lane.live) store_row(out, v_state);
+      unpack(ring.row(kQuery), x);
+      float own = lane.live ? dot(x, k_state) : 0.0f;
+      if (clock.leaves_key()) {
+        store_key<T, W, kPool>(p, owner, tile.sequence.index, lane, clock, k_state, v_state);
       }
+      if constexpr (kPool) {
+        if (i >= kept && lane.live) {
+          const int64_t at = running_at(s, in.pool, owner, h, tile.position + i) + lane.d;
+          store_floats(in.pool.k + at, k_state);
+          store_floats(in.pool.v + at, v_state);
+        }
+      }
+      own = group_sum<W>(own);
+      if (lane.live && lane.index == 0) s_self[i] = in.scale * own;
+    } else {
+      if (lane.live) store_row(out, k_state);
     }
-  };
-  constexpr int kStep = kTokens<T, kAttention>;
-  int i = 0;
-#pragma unroll 1
-  for (; i + kStep <= tile.count; i += kStep) walk(i, std::integral_constant<int, kStep>());
-#pragma unroll 1
-  for (; i < tile.count; ++i) walk(i, std::integral_constant<int, 1>());
+    clock.next();
+    ring.used();
+    ask();
+  }
   if (!kPool && tile.last && p.running_k && lane.live) {
     const int64_t at = (tile.sequence.index * s.heads + h) * s.head_dim + lane.d;
     store_floats(p.running_k + at, k_state);
@@ -202,8 +249,10 @@ void launch_prepare(PrepareFwd p, const char* op, cudaStream_t stream) {
     }
     const int64_t blocks = ceil_div(p.in.items * p.in.head_batches, kThreads / 32);
     if (blocks == 0) return;
-    chunk_prepare_fwd_kernel<typename V::T, V::W, kAttention, kPool>
-        <<<grid_x(blocks, "chunk_prepare_fwd"), kThreads, 0, stream>>>(p);
+    constexpr int kShared = Ring<typename V::T, kAttention>::kBytes;
+    auto* const kernel = chunk_prepare_fwd_kernel<typename V::T, V::W, kAttention, kPool>;
+    allow_shared_memory(kernel, kShared, "chunk_prepare_fwd shared memory");
+    kernel<<<grid_x(blocks, "chunk_prepare_fwd"), kThreads, kShared, stream>>>(p);
     check_launch("chunk_prepare_fwd");
   });
 }
