@@ -24,7 +24,11 @@ struct BwdScratch {
   Piece<float> p_self;   // (B, H, T): p_tt; null where short_chunks()
   Piece<float> ds_self;  // (B, H, T): ds_tt, scale not included; null where short_chunks()
   Piece<float> delta;    // (B, H, T): Delta_t
-  Piece<float> dq;  // (B, T, q_groups, D): the attention part of dq, rotated back, scale included, summed over a group
+  // (B, T, q_groups, D): the attention part of dq, rotated back, scale included, summed over a group. With dq_in_tiles it lies as
+  // attention's tiles do (attention/dq_tiles.h), neither rotated back nor scaled.
+  Piece<float> dq;
+  bool dq_tiles_welcome;  // phase 3 reads such tiles
+  bool dq_in_tiles;       // phase 2 leaves them
   Piece<float> dchunk_k;  // gradient of the rotated chunk keys from attention alone, scale included
   Piece<float> dchunk_v;  // gradient of the chunk values from attention alone
   Rows dout;  // dO_t = sigmoid(out_gate_t) * dy_t in T: stored in dv's memory until the reverse scan overwrites it
@@ -48,12 +52,16 @@ Launch chunk_attention_fwd(const AttentionFwdParams&, const FwdScratch&, Arena&)
 // Do phases 1 and 3 come from the family for short chunks (recurrence/choose.cpp)? Phase 3 then makes p_tt and ds_tt itself.
 bool short_chunks(const AttentionBwdParams&);
 
+// Does phase 3 take the tiles of dq as attention has them? It spares a pass over them.
+bool scan_reads_dq_tiles(const AttentionBwdParams&);
+
 // Backward phase 1 (recurrence/prepare.cu): dO, dout_gate, Delta; p_self, ds_self unless short_chunks().
 Launch chunk_prepare_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
 
 // Backward phase 2 (attention/*_bwd.cu, f32.cu): scratch.dq, scratch.dchunk_k, scratch.dchunk_v; every element of dq and
 // every valid chunk row is written (zeros where nothing attends). dq's memory may hold R q from here to phase 3.
-Launch chunk_attention_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
+// Sets scratch.dq_in_tiles, which phase 3 looks at.
+Launch chunk_attention_bwd(const AttentionBwdParams&, BwdScratch&, Arena&);
 
 // Backward phase 3 (recurrence/reverse.cu, reverse_short.cu): reverse scan; dq, dk, dv, dgate, dgate_bias, dinitial.
 Launch chunk_scan_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);

@@ -24,6 +24,7 @@ BwdScratch take_scratch(const AttentionBwdParams& a, Arena& arena) {
   }
   scratch.delta = arena.take<float>(scalars);
   scratch.dq = arena.take<float>(s.batch * s.tokens * s.q_groups * s.head_dim);
+  scratch.dq_tiles_welcome = scan_reads_dq_tiles(a);
   scratch.dchunk_k = arena.take<float>(states);
   scratch.dchunk_v = arena.take<float>(states);
   scratch.dout = a.fwd.out_gate.ptr ? a.dv : a.dy;
@@ -55,7 +56,7 @@ void attention_bwd(const AttentionBwdParams& a, const Allocator& allocator, void
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   const bool tokens = a.fwd.size.batch * a.fwd.size.tokens > 0;
   Arena arena;
-  const BwdScratch scratch = take_scratch(a, arena);
+  BwdScratch scratch = take_scratch(a, arena);
   const size_t mark = arena.mark();
   const Launch prepare = tokens ? chunk_prepare_bwd(a, scratch, arena) : Launch();
   arena.rewind(mark);

@@ -7,7 +7,7 @@
 namespace rat::cuda {
 namespace {
 
-using FwdTable = FamilyTable<Family<AttentionFwdParams, FwdScratch>>;
+using FwdTable = FamilyTable<Family<AttentionFwdParams, const FwdScratch>>;
 using BwdTable = FamilyTable<Family<AttentionBwdParams, BwdScratch>>;
 
 const FwdTable kFwd("attention_fwd", {{"sm90", sm90::fwd_refuses, sm90::fwd},
@@ -24,7 +24,7 @@ Launch chunk_attention_fwd(const AttentionFwdParams& p, const FwdScratch& scratc
   return kFwd.choose(p).plan(p, scratch, arena);
 }
 
-Launch chunk_attention_bwd(const AttentionBwdParams& p, const BwdScratch& scratch, Arena& arena) {
+Launch chunk_attention_bwd(const AttentionBwdParams& p, BwdScratch& scratch, Arena& arena) {
   return kBwd.choose(p).plan(p, scratch, arena);
 }
 

@@ -541,7 +541,7 @@ Launch fwd(const AttentionFwdParams& p, const FwdScratch& scratch, Arena&) {
 
 const char* bwd_refuses(const AttentionBwdParams& p) { return fwd_refuses(p.fwd); }
 
-Launch bwd(const AttentionBwdParams& p, const BwdScratch& scratch, Arena&) {
+Launch bwd(const AttentionBwdParams& p, BwdScratch& scratch, Arena&) {
   return [&p, scratch](cudaStream_t stream) {
     const Sizes& s = p.fwd.size;
     if (s.sequences * s.heads == 0) return;

@@ -12,11 +12,11 @@ namespace sm90 {
 const char* fwd_refuses(const AttentionFwdParams&);
 Launch fwd(const AttentionFwdParams&, const FwdScratch&, Arena&);
 const char* bwd_refuses(const AttentionBwdParams&);
-Launch bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
+Launch bwd(const AttentionBwdParams&, BwdScratch&, Arena&);
 // Of head sizes over 128, in a file of their own: bwd() and bwd_refuses() ask them, nobody else. The reasons here come on top of
 // those of bwd_refuses().
 const char* bwd_wide_refuses(const AttentionBwdParams&);
-Launch bwd_wide(const AttentionBwdParams&, const BwdScratch&, Arena&);
+Launch bwd_wide(const AttentionBwdParams&, BwdScratch&, Arena&);
 }  // namespace sm90
 
 // bfloat16 and float16 on tensor cores, compute capability 8.0 and newer.
@@ -24,7 +24,7 @@ namespace sm80 {
 const char* fwd_refuses(const AttentionFwdParams&);
 Launch fwd(const AttentionFwdParams&, const FwdScratch&, Arena&);
 const char* bwd_refuses(const AttentionBwdParams&);
-Launch bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
+Launch bwd(const AttentionBwdParams&, BwdScratch&, Arena&);
 }  // namespace sm80
 
 // float32 on the CUDA cores: full float32 products, no TF32.
@@ -32,7 +32,7 @@ namespace f32 {
 const char* fwd_refuses(const AttentionFwdParams&);
 Launch fwd(const AttentionFwdParams&, const FwdScratch&, Arena&);
 const char* bwd_refuses(const AttentionBwdParams&);
-Launch bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
+Launch bwd(const AttentionBwdParams&, BwdScratch&, Arena&);
 }  // namespace f32
 
 }  // namespace rat::cuda

@@ -657,7 +657,7 @@ namespace sm80 {
 
 const char* bwd_refuses(const AttentionBwdParams& p) { return fwd_refuses(p.fwd); }
 
-Launch bwd(const AttentionBwdParams& p, const BwdScratch& scratch, Arena& arena) {
+Launch bwd(const AttentionBwdParams& p, BwdScratch& scratch, Arena& arena) {
   const Shares shares = take_shares(p, shares_of(p), arena);
   return [&p, scratch, shares](cudaStream_t stream) {
     if (p.fwd.size.dtype == DType::bf16) {

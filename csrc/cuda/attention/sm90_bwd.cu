@@ -8,8 +8,8 @@
 //       S^T = K Q^T,  dP^T = V dO^T,  dV += P^T dO,  dK += dS^T Q,  and  dQ = dS K,  which it adds to a sum in global memory.
 //     The transposed scores are, rounded, left operands in registers: P never passes through shared memory, dS once.
 //     Where there are few key tiles, shares of the queries are items of their own.
-//  2. finish: dQ from its tiles to (B, T, G, D), rotated back and scaled, in the same memory where the tiles fill it. Then the
-//     shares, if any, are added up.
+//  2. finish: dQ from its tiles to (B, T, G, D), rotated back and scaled, in the same memory where the tiles fill it; not where the
+//     reverse scan reads the tiles. Shares, if any, are added up.
 // Reads per (128 keys, query, head): q and dO, 2 D elements of T through L2, 8 bytes of lse and Delta; adds D floats in L2.
 //
 // The sum of dQ over key tiles and over the heads of a group is taken in one order, that of the items (Schedule): key tiles first to
@@ -30,7 +30,7 @@
 //
 // Shared memory: K, V; two stages of q, dO, lse, Delta; two of dS (one barrier per tile suffices then); dQ on its way out. Tiles
 // lie in panels of 64 columns, 128 bytes per row, 16-byte pieces swizzled. dQ lies as the registers do, 16 bytes per thread: so it
-// stays in global memory until `finish` puts it in order.
+// stays in global memory (dq_tiles.h) until `finish` puts it in order.
 //
 // Chunk rows past the closed ones and tokens past the end of a packed sequence may hold anything, NaN too: both are set to
 // zero in shared memory. Their lse is +inf, so that their weight is zero.
@@ -50,6 +50,7 @@
 #include "../ptx/target.cuh"
 #include "../ptx/tma.cuh"
 #include "../ptx/wgmma.cuh"
+#include "dq_tiles.h"
 #include "families.h"
 #include "rotate_reduce.h"
 #include "row_maps.h"
@@ -855,7 +856,8 @@ Plan make_plan(const AttentionBwdParams& p) {
 }
 Plan make_plan(const AttentionBwdParams& p) { return p.fwd.size.head_dim > 64 ? make_plan<128>(p) : make_plan<64>(p); }
 constexpr int64_t kTileFloats = Traits<bf16, 128>::kTileFloats;
-static_assert(kTileFloats == Traits<bf16, 64>::kTileFloats);
+static_assert(kTileFloats == Traits<bf16, 64>::kTileFloats && kTileFloats == kDqTileFloats);
+static_assert(dq_tile_queries(64) == Traits<bf16, 64>::kQueries && dq_tile_queries(128) == Traits<bf16, 128>::kQueries);
 
 struct Pieces {
   Piece<float> dq_tiles;     // not taken where they lie in scratch.dq
@@ -932,6 +934,8 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
       <<<grid_x(blocks, name), C::kThreads, kBytes, stream>>>(a, k_map, v_map, q_map, dout_map);
   check_launch(name);
 
+  add_shares(pieces.shares, scratch, stream);
+  if (scratch.dq_in_tiles) return;
   name = "chunk_attention_finish_bwd_sm90_kernel";
   const int64_t width = plan.in_place ? s.q_groups : 1;
   const int finish_bytes = static_cast<int>(width) * kFinishBytes<C>;
@@ -941,7 +945,6 @@ void launch(const AttentionBwdParams& p, const BwdScratch& scratch, const Plan& 
           s, dq_tiles, pieces.counters, a.parts, static_cast<uint32_t>(width), a.tiles_per_row, cos, sin, a.scale,
           scratch.dq);
   check_launch(name);
-  add_shares(pieces.shares, scratch, stream);
 }
 
 }  // namespace
@@ -971,10 +974,12 @@ const char* bwd_refuses(const AttentionBwdParams& p) {
   return no_hopper();
 }
 
-Launch bwd(const AttentionBwdParams& p, const BwdScratch& scratch, Arena& arena) {
+Launch bwd(const AttentionBwdParams& p, BwdScratch& scratch, Arena& arena) {
   if (p.fwd.size.head_dim > 128) return bwd_wide(p, scratch, arena);
   const Plan plan = make_plan(p);
   const Pieces pieces = take_pieces(p, plan, arena);
+  // A tile that sees no key was not written: with whole chunks of 16 tokens every tile sees one.
+  scratch.dq_in_tiles = scratch.dq_tiles_welcome && plan.in_place;
   return [&p, scratch, plan, pieces](cudaStream_t stream) {
     const bool wide = p.fwd.size.head_dim > 64;
     if (p.fwd.size.dtype == DType::bf16) {

@@ -915,7 +915,7 @@ const char* bwd_wide_refuses(const AttentionBwdParams& p) {
   return plan.key_blocks > kMany || plan.query_blocks > kMany ? "the call is too large for 32-bit indices" : nullptr;
 }
 
-Launch bwd_wide(const AttentionBwdParams& p, const BwdScratch& scratch, Arena& arena) {
+Launch bwd_wide(const AttentionBwdParams& p, BwdScratch& scratch, Arena& arena) {
   const Plan plan = make_plan(p);
   const Shares shares = take_shares(p, plan.shares, arena);
   return [&p, scratch, plan, shares](cudaStream_t stream) {

@@ -22,7 +22,7 @@ template <class Params, class Scratch>
 struct Family {
   const char* name;
   const char* (*refuses)(const Params&);  // null where it serves the call, else the reason in words
-  Launch (*plan)(const Params&, const Scratch&, Arena&);
+  Launch (*plan)(const Params&, Scratch&, Arena&);
 };
 
 // A name that RAT_EXT_KERNELS may give. Tables call it when the library is loaded.

@@ -71,6 +71,23 @@ __device__ __forceinline__ void store_pair_if(uint64_t at, uint32_t raw, bool va
                "r"(raw), "r"(static_cast<int>(valid)));
 }
 
+// The same of floats, two of them at a multiple of eight bytes.
+__device__ __forceinline__ void load_float_if(float& x, const float* at, bool valid) {
+  asm volatile("{\n.reg .pred valid;\nsetp.ne.s32 valid, %2, 0;\n@valid ld.global.f32 %0, [%1];\n}\n"
+               : "+f"(x)
+               : "l"(__cvta_generic_to_global(at)), "r"(static_cast<int>(valid)));
+}
+__device__ __forceinline__ void load_float2_if(float2& x, const float* at, bool valid) {
+  asm volatile("{\n.reg .pred valid;\nsetp.ne.s32 valid, %3, 0;\n@valid ld.global.v2.f32 {%0, %1}, [%2];\n}\n"
+               : "+f"(x.x), "+f"(x.y)
+               : "l"(__cvta_generic_to_global(at)), "r"(static_cast<int>(valid)));
+}
+
+// Adds to a float; nothing waits for it. The sums of one thread in one place are made in its order. PTX ISA 9.7.13.6.
+__device__ __forceinline__ void add_global(float* at, float x) {
+  asm volatile("red.global.add.f32 [%0], %1;\n" ::"l"(__cvta_generic_to_global(at)), "f"(x) : "memory");
+}
+
 // 16 bytes, where `valid`.
 __device__ __forceinline__ void store_global16_if(void* at, const uint32_t (&x)[4], bool valid) {
   asm volatile(

@@ -24,6 +24,8 @@ const FamilyTable<ReverseFamily> kReverse("recurrence_bwd",
 
 bool short_chunks(const AttentionBwdParams& a) { return kReverse.choose(a).makes_weights; }
 
+bool scan_reads_dq_tiles(const AttentionBwdParams& a) { return short_chunks(a) && short_scan::all_whole(a); }
+
 Launch chunk_prepare_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, Arena& arena) {
   return kReverse.choose(a).prepare(a, scratch, arena);
 }

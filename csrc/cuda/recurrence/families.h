@@ -11,6 +11,8 @@ namespace rat::cuda {
 namespace short_scan {
 constexpr int64_t kShortChunk = 16;
 const char* refuses(const AttentionBwdParams&);
+// All tiles of the call are whole (reverse_short.cu): then attention's part of dq may come in its tiles.
+bool all_whole(const AttentionBwdParams&);
 Launch prepare(const AttentionBwdParams&, const BwdScratch&, Arena&);
 Launch reverse(const AttentionBwdParams&, const BwdScratch&, Arena&);
 }  // namespace short_scan

@@ -3,8 +3,8 @@
 //
 //   chunk_scan_short_bwd_kernel   dk, dv, dgate, dq, partial sums of dgate_bias
 //
-// A block takes a run of tiles, of kTokens tokens (whole chunks) each, and the heads of one group. A thread owns two neighbouring
-// elements of D and takes the heads one after the other:
+// A team of warps takes a run of tiles, of kTokens tokens (whole chunks) each, and the heads of one group. A thread owns two
+// neighbouring elements of D and takes the heads one after the other:
 //
 //   0. request_group, once per tile: q, k and attention's part of dq, into shared memory, each thread its own elements
 //   1. scan_forward: k~ and v~ before each token stay in registers, in T; the dot products q.k~ and dO.v~ of a token are
@@ -15,16 +15,22 @@
 //      and the next head's beginning to arrive
 //   4. store_group, after the last head: dq and dk
 //
-// So nothing is read twice, threads wait for each other only at 2 and between tiles, and each has up to 48 loads in flight. All
-// loops over tokens are unrolled, since registers cannot be indexed: 168 of them, 12 warps per SM. About 140 SASS instructions per
-// token and warp (64 elements). It reads v, gate, dO and writes dv, dgate: 10 H D bytes per token, and small change.
+// So nothing is read twice, and each thread has up to 48 loads in flight. All loops over tokens are unrolled, since registers
+// cannot be indexed: 168 of them, 12 warps per SM, in a loop of 36 KB. The teams of a block meet at each head, so that their warps
+// fetch the same instructions at about the same time: apart, a seventh of the time went into waiting for instructions. About 150
+// SASS instructions per token and warp (64 elements). It reads v, gate, dO and writes dv, dgate: 10 H D bytes per token, and small
+// change. What a query's own key adds to dq is made from k~ as it is kept, rounded to T.
+//
+// Tiles are of three kinds (Kind), by what is known when the kernel is compiled.
 #include <algorithm>
 #include <cfloat>
 #include <type_traits>
 
+#include "../attention/dq_tiles.h"
 #include "../ptx/cp_async.cuh"
 #include "../ptx/memory.cuh"
 #include "../ptx/opaque.cuh"
+#include "../ptx/target.cuh"
 #include "families.h"
 #include "scan_launch.h"
 
@@ -34,8 +40,21 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kTokens = static_cast<int>(short_scan::kShortChunk);
 static_assert(kTokens == 16, "a half-warp has a lane for each token");
-constexpr int kWarps = 12;  // on an SM, by registers and by shared memory
+constexpr int kWarps = 12;  // on an SM, by registers; by shared memory too where it has 228 KB
 constexpr int kLast = kTokens - 1;
+
+// Before compute capability 9.0 the masked forms need one register more than kWarps warps leave them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kRoomy = true;
+#else
+constexpr bool kRoomy = false;
+#endif
+// Tiles of dq come from Hopper's attention alone.
+#ifdef RAT_HOPPER_CODE
+constexpr bool kReadsTiles = true;
+#else
+constexpr bool kReadsTiles = false;
+#endif
 
 // Rows that a thread walks: pointer to its elements and steps in bytes.
 struct Walk {
@@ -43,30 +62,41 @@ struct Walk {
   int64_t batch, token, head;
 };
 
+enum Kind : int {
+  kWhole,     // one chunk of kTokens tokens, all lanes have elements, and no state enters: nothing is masked
+  kOneChunk,  // of one chunk of kTokens tokens, those of the call
+  kAny        // chunks begin and end at any token
+};
+
 struct ScanShort {
   ScanInput in;         // q, k; v and gate are below
   Walk v, gate, dout;   // (B, T, H, D)
   Walk dv, dgate;       // outputs; dv may be dO's memory
   Rows dq, dk;          // outputs, (B, T, G, D)
-  const float* dq_sum;  // (B, T, G, D): attention's part
-  const float* lse;     // (B, H, T)
-  const float* delta;   // (B, H, T)
+  const float* dq_sum;  // (B, T, G, D): attention's part, or its tiles
+  bool dq_in_tiles;
+  const float* lse;    // (B, H, T)
+  const float* delta;  // (B, H, T)
   ChunkGrads chunk;
   const float* drunning_k;  // (N, H, D) or null
   const float* drunning_v;
   float* dinitial_k;  // (N, H, D) or null
   float* dinitial_v;
-  float* bias_partial;  // (tile blocks, H, D) or null
+  float* bias_partial;  // (runs, H, D) or null
   int group_heads;      // H / G
-  int64_t tiles_per_block;
+  bool all_live;        // all lanes have elements
+  int64_t tiles_per_run, runs;
 };
 
-// Shared memory of a block: what a warp has to itself, for each warp, and then (2, warps, 32) dot products, by parity of the
+// Shared memory of a team: what a warp has to itself, for each warp, and then (2, warps, 32) dot products, by parity of the
 // head.
 struct WarpShared {
   float4 sums[kTokens][32];  // two elements of dq, two of dk
   uint2 rows[kTokens][32];   // q and k
   float2 self[kTokens];      // p_tt, scale * ds_tt
+  // Of a whole tile: two cosines and two sines of its chunk's angle, and the gradient of the chunk's state as ChunkGrad has it.
+  float4 angle[32];
+  float2 grad[3][32];
 };
 constexpr size_t shared_bytes(int warps) { return warps * (sizeof(WarpShared) + 2 * 32 * sizeof(float)); }
 
@@ -93,54 +123,95 @@ __device__ __forceinline__ void gates2(uint32_t raw, const float (&bias)[2], flo
 // over heads, in registers that are not there.
 __device__ __forceinline__ void move(uint64_t& at, int64_t bytes) { at = opaque(at + bytes); }
 
+// Tile `item`. kAllWhole: all tiles of the call are whole.
+template <bool kAllWhole>
+__device__ __forceinline__ ScanTile scan_tile_of(const ScanShort& p, int64_t item) {
+  if constexpr (kAllWhole) {
+    const Sizes& s = p.in.size;
+    const int64_t per_row = s.tokens / kTokens;
+    ScanTile t;
+    t.item = item;
+    t.sequence.index = t.sequence.batch = quotient(item, per_row);
+    t.sequence.begin = t.sequence.start = 0;
+    t.sequence.end = s.tokens;
+    t.token = t.position = (item - t.sequence.batch * per_row) * kTokens;
+    t.count = kTokens;
+    t.first = t.token == 0;
+    t.last = t.token == s.tokens - kTokens;
+    return t;
+  } else {
+    return tile_of(p.in.size, item, p.in.tile);
+  }
+}
+
 // ---- gradients of chunk states ----------------------------------------------------------------------------------------
 
-// Gradient of a chunk state, two elements of it, before it is rotated back.
+// Two cosines and two sines of an angle, signed as they rotate a gradient back.
+__device__ __forceinline__ float4 angle_at(const ScanShort& p, int angle, int d) {
+  if (!p.in.rotary.cos) return make_float4(1.0f, 1.0f, 0.0f, 0.0f);
+  const int half = static_cast<int>(p.in.size.head_dim) / 2, i = d < half ? d : d - half;
+  const float* cosine = static_cast<const float*>(p.in.rotary.cos) + int64_t{angle} * half + i;
+  const float* sine = static_cast<const float*>(p.in.rotary.sin) + int64_t{angle} * half + i;
+  const float sign = d < half ? 1.0f : -1.0f;
+  return make_float4(cosine[0], cosine[1], sign * sine[0], sign * sine[1]);
+}
+
+// Gradient of a chunk state, two elements of it, before it is rotated back. Where a tile is one chunk it is asked for long before it
+// is added, and not touched in between: a use would wait.
 struct ChunkGrad {
   float2 v, k, pair;  // pair: the elements that rotation mixes with k
-  float2 cosine, sine;
-};
 
-template <class T>
-__device__ __forceinline__ float2 chunk_grad_at(const float* attention, const void* returned, int64_t at) {
-  float2 x = *reinterpret_cast<const float2*>(attention + at);
-  if (returned) {
+  static __device__ __forceinline__ int64_t pair_of(const ScanShort& p, int d) {
+    const int half = static_cast<int>(p.in.size.head_dim) / 2;
+    return d < half ? d + half : d - half;
+  }
+  __device__ __forceinline__ void request(const ScanShort& p, int64_t state, int d) {
+    v = k = pair = make_float2(0.0f, 0.0f);
+    load_float2_if(v, p.chunk.attention_v + (state + d), true);
+    load_float2_if(k, p.chunk.attention_k + (state + d), true);
+    load_float2_if(pair, p.chunk.attention_k + (state + pair_of(p, d)), p.in.rotary.cos != nullptr);
+  }
+  // Through shared memory: the compiler would move loads to registers down to where they are used.
+  static __device__ __forceinline__ void request(const ScanShort& p, int64_t state, int d, bool valid,
+                                                 WarpShared& shared, int lane) {
+    cp_async8(shared_address(&shared.grad[0][lane]), p.chunk.attention_v + (state + d), valid);
+    cp_async8(shared_address(&shared.grad[1][lane]), p.chunk.attention_k + (state + d), valid);
+    const bool rotary = valid && p.in.rotary.cos != nullptr;  // else there is no pair: zeros
+    cp_async8(shared_address(&shared.grad[2][lane]), p.chunk.attention_k + (state + pair_of(p, d)), rotary);
+    cp_async_commit();
+  }
+  __device__ __forceinline__ void take(const WarpShared& shared, int lane) {
+    cp_async_wait<0>();
+    v = shared.grad[0][lane];
+    k = shared.grad[1][lane];
+    pair = shared.grad[2][lane];
+  }
+  template <class T>
+  static __device__ __forceinline__ void add_returned(const void* returned, int64_t at, float2& x) {
     const T* from = static_cast<const T*>(returned) + at;
     x.x += to_float(from[0]);
     x.y += to_float(from[1]);
   }
-  return x;
-}
-
-template <class T>
-__device__ __forceinline__ ChunkGrad load_chunk_grad(const ScanShort& p, int64_t state, int angle, int d) {
-  const int half = static_cast<int>(p.in.size.head_dim) / 2, i = d < half ? d : d - half;
-  ChunkGrad c;
-  c.v = chunk_grad_at<T>(p.chunk.attention_v, p.chunk.returned_v, state + d);
-  c.k = chunk_grad_at<T>(p.chunk.attention_k, p.chunk.returned_k, state + d);
-  c.pair = c.sine = make_float2(0.0f, 0.0f);
-  c.cosine = make_float2(1.0f, 1.0f);
-  if (p.in.rotary.cos) {
-    c.pair = chunk_grad_at<T>(p.chunk.attention_k, p.chunk.returned_k, state + (d < half ? d + half : i));
-    const float* cosine = static_cast<const float*>(p.in.rotary.cos) + int64_t{angle} * half + i;
-    const float* sine = static_cast<const float*>(p.in.rotary.sin) + int64_t{angle} * half + i;
-    c.cosine = make_float2(cosine[0], cosine[1]);
-    c.sine = d < half ? make_float2(sine[0], sine[1]) : make_float2(-sine[0], -sine[1]);
+  // Adds it to the gradients that the state receives from the token after it.
+  template <class T>
+  __device__ __forceinline__ void add(const ScanShort& p, const float4& angle, int64_t state, int d, float (&gk)[2],
+                                      float (&gv)[2]) {
+    if (p.chunk.returned_v) add_returned<T>(p.chunk.returned_v, state + d, v);
+    if (p.chunk.returned_k) {
+      add_returned<T>(p.chunk.returned_k, state + d, k);
+      if (p.in.rotary.cos) add_returned<T>(p.chunk.returned_k, state + pair_of(p, d), pair);
+    }
+    gv[0] += v.x;
+    gv[1] += v.y;
+    gk[0] += fmaf(k.x, angle.x, pair.x * angle.z);
+    gk[1] += fmaf(k.y, angle.y, pair.y * angle.w);
   }
-  return c;
-}
-
-__device__ __forceinline__ void add_chunk_grad(const ChunkGrad& c, float (&gk)[2], float (&gv)[2]) {
-  gv[0] += c.v.x;
-  gv[1] += c.v.y;
-  gk[0] += fmaf(c.k.x, c.cosine.x, c.pair.x * c.sine.x);
-  gk[1] += fmaf(c.k.y, c.cosine.y, c.pair.y * c.sine.y);
-}
+};
 
 // ---- steps ------------------------------------------------------------------------------------------------------------
 
-// What a thread knows of its block and of its elements. kWhole: see the kernel.
-template <bool kWhole>
+// What a thread knows of its team and of its elements.
+template <Kind kKind>
 struct Place {
   int lane, warp, warps;
   int d;      // first of its two elements, 0 where it has none
@@ -153,7 +224,7 @@ struct Place {
     lane = tid % 32;
     warp = tid / 32;
     warps = static_cast<int>(blockDim.x) / 32;
-    live = kWhole || 2 * tid < s.head_dim;
+    live = kKind == kWhole || 2 * tid < s.head_dim;
     d = live ? 2 * tid : 0;
     shared = reinterpret_cast<WarpShared*>(memory) + warp;
     dots = reinterpret_cast<float*>(memory + warps * sizeof(WarpShared));
@@ -162,9 +233,10 @@ struct Place {
   __device__ __forceinline__ float* dots_of(int h, int w) const { return dots + (h % 2 * warps + w) * 32; }
 };
 
-// Step 0: rows of the group, and zeros for dk.
-template <class T, bool kWhole, class Valid>
-__device__ __forceinline__ void request_group(const ScanShort& p, const Place<kWhole>& place, const ScanTile& tile,
+// Step 0: rows of the group, and zeros for dk. Where attention's part of dq lies in its tiles, sums[t] of the first eight tokens
+// has that of token t and of token t + 8, as they do.
+template <class T, Kind kKind, class Valid>
+__device__ __forceinline__ void request_group(const ScanShort& p, const Place<kKind>& place, const ScanTile& tile,
                                               int64_t group, Valid&& valid) {
   const Sizes& s = p.in.size;
   const int64_t row = tile.sequence.batch, token = tile.token, sums_row = s.q_groups * s.head_dim;
@@ -172,13 +244,27 @@ __device__ __forceinline__ void request_group(const ScanShort& p, const Place<kW
   const T* k_at = row_of<T>(p.in.k, row, token, group, place.d);
   const float* dq_at = p.dq_sum + (row * s.tokens + token) * sums_row + group * s.head_dim + place.d;
   WarpShared& shared = *place.shared;
+  const bool tiles = kReadsTiles && kKind == kWhole && p.dq_in_tiles;
+  if (tiles) {
+    const int head_dim = static_cast<int>(s.head_dim);
+    const int queries_log2 = head_dim == 128 ? 6 : 7;
+    const int64_t tokens = row * s.tokens + token, number = (tokens >> queries_log2) * s.q_groups + group;
+    dq_at = p.dq_sum + number * kDqTileFloats +
+            dq_tile_offset(head_dim, static_cast<int>(tokens) & ((1 << queries_log2) - 1), place.d);
+#pragma unroll
+    for (int t = 0; t < kTokens / 2; ++t) {
+      cp_async16(shared_address(&shared.sums[t][place.lane]), dq_at + dq_tile_offset(64, t, 0));
+    }
+  }
 #pragma unroll 4
   for (int t = 0; t < kTokens; ++t) {
     cp_async4(shared_address(&shared.rows[t][place.lane].x), q_at, valid(t));
     cp_async4(shared_address(&shared.rows[t][place.lane].y), k_at, valid(t));
-    cp_async8(shared_address(&shared.sums[t][place.lane]), dq_at, valid(t));
-    reinterpret_cast<float2*>(&shared.sums[t][place.lane])[1] = make_float2(0.0f, 0.0f);
-    if (kWhole || t + 1 < tile.count) {  // addresses of rows that do not exist are not even formed
+    if (!tiles) {
+      cp_async8(shared_address(&shared.sums[t][place.lane]), dq_at, valid(t));
+      reinterpret_cast<float2*>(&shared.sums[t][place.lane])[1] = make_float2(0.0f, 0.0f);
+    }
+    if (kKind == kWhole || t + 1 < tile.count) {  // addresses of rows that do not exist are not even formed
       q_at += p.in.q.token;
       k_at += p.in.k.token;
       dq_at += sums_row;
@@ -187,9 +273,37 @@ __device__ __forceinline__ void request_group(const ScanShort& p, const Place<kW
   cp_async_commit();
 }
 
+// Step 0, the rest, where attention's part of dq came in tiles: scaled, and rotated back by the angle of the tile's chunk. The
+// elements that rotation mixes are another thread's.
+template <class T>
+__device__ __forceinline__ void rotate_group(const ScanShort& p, const Place<kWhole>& place) {
+  const int pair = static_cast<int>(ChunkGrad::pair_of(p, place.d)), lane = place.lane;
+  const WarpShared& other = place.shared[pair / 64 - place.warp];
+  const bool rotary = p.in.rotary.cos != nullptr;  // else a NaN of the other thread would come along
+  const float4 angle = place.shared->angle[lane];
+  const float scale = p.in.scale;
+  float4 turned[kTokens / 2];
+  __syncthreads();
+#pragma unroll
+  for (int t = 0; t < kTokens / 2; ++t) {
+    const float4 own = place.shared->sums[t][lane];
+    const float4 mixed = rotary ? other.sums[t][pair % 64 / 2] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    turned[t].x = fmaf(scale * own.x, angle.x, scale * mixed.x * angle.z);
+    turned[t].y = fmaf(scale * own.y, angle.y, scale * mixed.y * angle.w);
+    turned[t].z = fmaf(scale * own.z, angle.x, scale * mixed.z * angle.z);
+    turned[t].w = fmaf(scale * own.w, angle.y, scale * mixed.w * angle.w);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int t = 0; t < kTokens / 2; ++t) {
+    place.shared->sums[t][lane] = make_float4(turned[t].x, turned[t].y, 0.0f, 0.0f);
+    place.shared->sums[t + kTokens / 2][lane] = make_float4(turned[t].z, turned[t].w, 0.0f, 0.0f);
+  }
+}
+
 // Step 4. The sums over the heads.
-template <class T, bool kWhole, class Valid>
-__device__ __forceinline__ void store_group(const ScanShort& p, const Place<kWhole>& place, const ScanTile& tile,
+template <class T, Kind kKind, class Valid>
+__device__ __forceinline__ void store_group(const ScanShort& p, const Place<kKind>& place, const ScanTile& tile,
                                             int64_t group, Valid&& valid) {
   T* dq_at = out_row_of<T>(p.dq, tile.sequence.batch, tile.token, group, place.d);
   T* dk_at = out_row_of<T>(p.dk, tile.sequence.batch, tile.token, group, place.d);
@@ -265,6 +379,16 @@ struct HeadRows {
     gate_at += p.gate.head;
     dout_at += p.dout.head;
   }
+  // Rows of the head that the addresses are at, of its first kTokens tokens, to L2: 128 bytes of a token for a warp. `here`: the
+  // token that the addresses are at. Where all lanes have elements.
+  __device__ __forceinline__ void prefetch(const ScanShort& p, int lane, int here) const {
+    const int t = lane % kTokens - here;
+    const auto line = [&](uint64_t at, const Walk& w) {
+      prefetch_l2(reinterpret_cast<const void*>(at + t * w.token - lane * 2 * int{sizeof(T)}));
+    };
+    lane < kTokens ? line(v_at, p.v) : line(gate_at, p.gate);
+    if (lane < kTokens) line(dout_at, p.dout);
+  }
   __device__ __forceinline__ void back(const ScanShort& p) {
     move(v_at, -p.v.token);
     move(gate_at, -p.gate.token);
@@ -299,16 +423,20 @@ __device__ __forceinline__ float sum_eight(float (&part)[8], int lane) {
 }
 
 // Step 1. The states before each token, in T, and this warp's part of the dots.
-template <class T, bool kWhole>
-__device__ __forceinline__ void scan_forward(const Place<kWhole>& place, const HeadRows<T>& rows, const Edges& edges,
+template <class T, Kind kKind>
+__device__ __forceinline__ void scan_forward(const Place<kKind>& place, const HeadRows<T>& rows, const Edges& edges,
                                              const float (&bias)[2], int h, float (&k_state)[2], float (&v_state)[2],
                                              uint32_t (&k_before)[kTokens], uint32_t (&v_before)[kTokens]) {
   const int lane = place.lane;
   float part[8];  // of q.k~ of four tokens and of dO.v~
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
-    if (kWhole ? t == 0 : edges.resets(t)) k_state[0] = k_state[1] = v_state[0] = v_state[1] = 0.0f;
-    k_before[t] = pack2<T>(k_state[0], k_state[1]);
+    // k~ as the token before left it, also where this one starts anew: walk_back takes it for that token's own.
+    if (kKind == kAny) k_before[t] = pack2<T>(k_state[0], k_state[1]);
+    if (kKind == kAny ? edges.resets(t) : t == 0 && (kKind == kWhole || edges.resets(0))) {
+      k_state[0] = k_state[1] = v_state[0] = v_state[1] = 0.0f;
+    }
+    if (kKind != kAny) k_before[t] = pack2<T>(k_state[0], k_state[1]);
     v_before[t] = pack2<T>(v_state[0], v_state[1]);
     const uint2 raw = place.shared->rows[t][lane];
     float f[2], g[2], q[2], k[2], v[2], dout[2];
@@ -335,8 +463,8 @@ __device__ __forceinline__ void scan_forward(const Place<kWhole>& place, const H
 enum SelfKind : int { kNone, kAlone, kAttends };
 
 // Step 2. p_tt and scale * ds_tt, one lane per token. `scalar`: lse of the token of lanes 0 ... 15, Delta of that of lanes 16 ... 31.
-template <bool kWhole>
-__device__ __forceinline__ void own_weights(const ScanShort& p, const Place<kWhole>& place, int h, int self_kind,
+template <Kind kKind>
+__device__ __forceinline__ void own_weights(const ScanShort& p, const Place<kKind>& place, int h, int self_kind,
                                             float scalar) {
   const int lane = place.lane;
   float dot = 0.0f;
@@ -355,16 +483,18 @@ __device__ __forceinline__ void own_weights(const ScanShort& p, const Place<kWho
 
 // Step 3. k_grad and v_grad: what the state of the last token receives from the tokens after it; in the end what the state before the
 // first does. `more`: another head of the group follows, whose rows are asked for.
-template <class T, bool kWhole, class Valid>
-__device__ __forceinline__ void walk_back(const ScanShort& p, const Place<kWhole>& place, const Edges& edges,
+template <class T, Kind kKind, class Valid, class BiasAt>
+__device__ __forceinline__ void walk_back(const ScanShort& p, const Place<kKind>& place, const Edges& edges,
                                           int64_t state_at, int first_chunk, const float (&bias)[2],
                                           const uint32_t (&k_before)[kTokens], const uint32_t (&v_before)[kTokens],
                                           bool more, Valid&& valid, HeadRows<T>& rows, float (&k_grad)[2],
-                                          float (&v_grad)[2], float (&dbias)[2]) {
+                                          float (&v_grad)[2], float (&dbias)[2], const float (&k_last)[2],
+                                          float (&next_bias)[2], BiasAt&& bias_at, int h) {
   WarpShared& shared = *place.shared;
   const int lane = place.lane;
   uint2 raw = shared.rows[kLast][lane];
   float2 own = shared.self[kLast];
+  float k_now[2] = {k_last[0], k_last[1]};  // k~ of the token
 #pragma unroll
   for (int t = kLast; t >= 0; --t) {
     float f[2], g[2], q[2], k[2], v[2], dout[2], k_past[2], v_past[2], dk[2], dv[2], dgate[2];
@@ -376,6 +506,11 @@ __device__ __forceinline__ void walk_back(const ScanShort& p, const Place<kWhole
     unpack_pair<T>(k_before[t], k_past);
     unpack_pair<T>(v_before[t], v_past);
     gates2<T>(rows.gate[t], bias, f, g);
+    sum.x = fmaf(own.y, k_now[0], sum.x);
+    sum.y = fmaf(own.y, k_now[1], sum.y);
+    k_now[0] = k_past[0];
+    k_now[1] = k_past[1];
+    if (kKind == kAny && edges.resets(t)) k_past[0] = k_past[1] = 0.0f;
     const float probability = own.x, ds = own.y;
     if (t > 0) {
       raw = shared.rows[t - 1][lane];
@@ -386,11 +521,12 @@ __device__ __forceinline__ void walk_back(const ScanShort& p, const Place<kWhole
       v_grad[j] = fmaf(probability, dout[j], v_grad[j]);
       k_grad[j] = fmaf(ds, q[j], k_grad[j]);
     }
-    if (!kWhole && edges.leaves_key(t)) {
+    if (kKind == kAny && edges.leaves_key(t)) {
       const int before = edges.keys_before(t);
-      add_chunk_grad(load_chunk_grad<T>(p, state_at + before * static_cast<int>(p.in.size.head_dim),
-                                        first_chunk + before, place.d),
-                     k_grad, v_grad);
+      const int64_t state = state_at + before * static_cast<int>(p.in.size.head_dim);
+      ChunkGrad grad;
+      grad.request(p, state, place.d);
+      grad.add<T>(p, angle_at(p, first_chunk + before, place.d), state, place.d, k_grad, v_grad);
     }
     // They are a_t and b_t now.
 #pragma unroll
@@ -402,32 +538,39 @@ __device__ __forceinline__ void walk_back(const ScanShort& p, const Place<kWhole
       k_grad[j] *= f[j];
       v_grad[j] *= f[j];
     }
-    sum.x = fmaf(ds, fmaf(f[0], k_past[0], g[0] * k[0]), sum.x);
-    sum.y = fmaf(ds, fmaf(f[1], k_past[1], g[1] * k[1]), sum.y);
     sum.z += dk[0];
     sum.w += dk[1];
     shared.sums[t][lane] = sum;
-    if (!kWhole && edges.resets(t)) k_grad[0] = k_grad[1] = v_grad[0] = v_grad[1] = 0.0f;
+    if (kKind == kAny && edges.resets(t)) k_grad[0] = k_grad[1] = v_grad[0] = v_grad[1] = 0.0f;
     store_pair_if(rows.dv_at, pack2<T>(dv[0], dv[1]), valid(t));
     store_pair_if(rows.dgate_at, pack2<T>(dgate[0], dgate[1]), valid(t));
     rows.request(t, more && valid(t));
+    // Not before: states that are done with leave registers.
+    // Of one chunk, f16 would spill.
+    constexpr bool kPrefetch = kKind == kWhole || (kKind == kOneChunk && std::is_same_v<T, bf16>);
+    if (kPrefetch && t == kTokens * 3 / 4 && more && (kKind == kWhole || (p.all_live && valid(kLast)))) {
+      rows.prefetch(p, lane, t);
+    }
+    if (t == kTokens / 4) {
+      const float* const at = bias_at(h + 1);
+      load_float_if(next_bias[0], at, more && p.in.gate_bias);
+      load_float_if(next_bias[1], at + 1, more && p.in.gate_bias);
+    }
     if (t > 0) rows.back(p);
   }
   rows.to_ends(p);
+  if (kKind == kOneChunk && edges.resets(0)) k_grad[0] = k_grad[1] = v_grad[0] = v_grad[1] = 0.0f;
 }
 
 // ---- what a head and a sequence bring along -----------------------------------------------------------------------------
 
+// A bias as it lies in memory, to units of the gates. A token that does not exist has a gate of +inf, which a bias of -inf would
+// make NaN: the largest float shuts gates as well.
 template <class T>
-__device__ __forceinline__ void load_bias2(const ScanShort& p, int h, int d, float (&bias)[2]) {
-  bias[0] = bias[1] = 0.0f;
-  if (!p.in.gate_bias) return;
-  const float* at = p.in.gate_bias + static_cast<int64_t>(h) * p.in.size.head_dim + d;
-  bias[0] = kLogitUnit<T> * at[0];
-  bias[1] = kLogitUnit<T> * at[1];
-  // A token that does not exist has a gate of +inf, which a bias of -inf would make NaN: the largest float shuts gates as well.
+__device__ __forceinline__ void scale_bias(const float (&raw)[2], float (&bias)[2]) {
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
+    bias[j] = kLogitUnit<T> * raw[j];
     if (bias[j] > FLT_MAX) bias[j] = FLT_MAX;
   }
 }
@@ -439,11 +582,11 @@ __device__ __forceinline__ int64_t running_at(const Sizes& s, const ScanTile& ti
 }
 
 // The states before the first token of the tile, but for chunks that start in it.
-template <bool kWhole, class TileAgain>
+template <Kind kKind, class TileAgain>
 __device__ __forceinline__ void states_before(const ScanShort& p, TileAgain&& tile_again, int h, int d,
                                               float (&k_state)[2], float (&v_state)[2]) {
   k_state[0] = k_state[1] = v_state[0] = v_state[1] = 0.0f;
-  if (kWhole || !p.in.initial_k) return;
+  if (kKind == kWhole || !p.in.initial_k) return;
   if (const ScanTile again = tile_again(); again.first) {
     const int64_t at = running_at(p.in.size, again, h, d);
 #pragma unroll
@@ -470,10 +613,10 @@ __device__ __forceinline__ void gradients_after(const ScanShort& p, TileAgain&& 
   }
 }
 
-template <bool kWhole, class TileAgain>
+template <Kind kKind, class TileAgain>
 __device__ __forceinline__ void store_initial(const ScanShort& p, TileAgain&& tile_again, int h, int d, bool live,
                                               const float (&k_grad)[2], const float (&v_grad)[2]) {
-  if (kWhole || !p.dinitial_k) return;
+  if (kKind == kWhole || !p.dinitial_k) return;
   if (const ScanTile again = tile_again(); again.first && live) {
     const int64_t at = running_at(p.in.size, again, h, d);
 #pragma unroll
@@ -486,118 +629,162 @@ __device__ __forceinline__ void store_initial(const ScanShort& p, TileAgain&& ti
 
 // ---- the kernel -------------------------------------------------------------------------------------------------------
 
-// Before compute capability 9.0 the masked form needs one register more than kWarps warps leave it.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kRoomy = true;
-#else
-constexpr bool kRoomy = false;
-#endif
+// The number of this thread's team among all of the call. Made at each use.
+__device__ __forceinline__ unsigned this_team() {
+  return blockIdx.x * blockDim.y + warp_uniform(static_cast<int>(threadIdx.y));
+}
 
-// kWhole: every tile is one chunk of kTokens tokens, all lanes have elements, and no state enters: nothing is masked. The bound
-// limits registers, so that kWarps warps fit: with 144 or 128 of them spills cost more than the added warps bring.
-template <class T, bool kWhole>
-__global__ void __launch_bounds__(kThreads, kRoomy && !kWhole ? 2 : kWarps / (kThreads / 32))
+template <class T, Kind kKind>
+__device__ __forceinline__ void scan_tile(const ScanShort& p, const Place<kKind>& place, unsigned run, int64_t item,
+                                          const ScanTile& tile, bool first_tile) {
+  const Sizes& s = p.in.size;
+  const int lane = place.lane, d = place.d, count = tile.count;
+  const bool live = place.live;
+  // Made anew where they are needed: kept, they cost a spill.
+  const auto groups_again = [&] { return opaque(static_cast<unsigned>(s.q_groups)); };
+  const auto group_again = [&]() -> int64_t { return this_team() % groups_again(); };
+  const auto tile_again = [&] { return scan_tile_of<kKind == kWhole>(p, opaque(item)); };
+  const int first_head = static_cast<int>(group_again()) * p.group_heads;
+  const auto bias_partial = [&](int h) {
+    return reinterpret_cast<float2*>(p.bias_partial + (static_cast<int64_t>(run) * s.heads + h) * s.head_dim + d);
+  };
+  const int own_count = live ? count : 0;
+  const auto valid = [&](int t) { return kKind == kWhole || t < own_count; };
+
+  request_group<T>(p, place, tile, group_again(), valid);
+  Edges edges;
+  const int first_chunk = static_cast<int>(quotient(tile.position, s.key_every));
+  if constexpr (kKind != kWhole) edges.find(s, tile, first_chunk);
+  // Does the chunk of a tile of one chunk end in it?
+  const bool closes = kKind == kWhole || (kKind == kOneChunk && count > 0 && edges.leaves_key(count - 1));
+  int64_t state_at = chunk_offset(s, p.chunk.layout, tile.sequence.index, first_head) + first_chunk * s.head_dim;
+
+  HeadRows<T> rows(p, tile, first_head, d);
+  int64_t scalar_at = (tile.sequence.batch * s.heads + first_head) * s.tokens + tile.token + lane % 16;
+  const int self_kind = lane % 16 >= count ? kNone : tile.position + lane % 16 < s.key_every ? kAlone : kAttends;
+  const auto load_scalar = [&]() {
+    return kKind == kWhole || self_kind != kNone ? (lane < 16 ? p.lse : p.delta)[scalar_at] : 0.0f;
+  };
+  rows.request_all(p, valid);
+  float scalar = load_scalar();
+  if (kKind != kAny && closes) place.shared->angle[lane] = angle_at(p, first_chunk, d);
+  const auto bias_at = [&](int h) { return p.in.gate_bias + (opaque(h) * static_cast<int>(s.head_dim) + d); };
+  float raw_bias[2] = {0.0f, 0.0f};
+  load_float_if(raw_bias[0], bias_at(first_head), p.in.gate_bias != nullptr);
+  load_float_if(raw_bias[1], bias_at(first_head) + 1, p.in.gate_bias != nullptr);
+
+#pragma unroll 1
+  for (int h = first_head; h < first_head + p.group_heads; ++h) {
+    const bool more = h + 1 < first_head + p.group_heads;
+    float bias[2], dbias[2] = {0.0f, 0.0f}, k_state[2], v_state[2];
+    cp_async_wait<0>();  // here, not before the loop: there it would be moved before the loads of v, gate and dO
+    if constexpr (kReadsTiles && kKind == kWhole) {
+      if (p.dq_in_tiles && h == first_head) rotate_group<T>(p, place);
+    }
+    scale_bias<T>(raw_bias, bias);
+    states_before<kKind>(p, tile_again, h, d, k_state, v_state);
+    uint32_t k_before[kTokens], v_before[kTokens];
+    if constexpr (kKind != kAny) ChunkGrad::request(p, state_at, d, closes, *place.shared, lane);
+    scan_forward(place, rows, edges, bias, h, k_state, v_state, k_before, v_before);
+
+    float k_grad[2], v_grad[2];
+    gradients_after(p, tile_again, h, d, k_grad, v_grad);
+    // The dots of all warps are there. The next head's go to the other half: who is two heads ahead has passed the barrier
+    // of the head between, before which all have read these.
+    __syncthreads();
+    own_weights(p, place, h, self_kind, scalar);
+    if constexpr (kKind != kAny) {
+      ChunkGrad chunk_grad;
+      chunk_grad.take(*place.shared, lane);
+      if (closes) chunk_grad.add<T>(p, place.shared->angle[lane], state_at, d, k_grad, v_grad);
+    }
+    rows.forget_unpacked();
+    scalar_at += s.tokens;
+    if (more) {
+      rows.inputs_to_next_head(p);
+      scalar = load_scalar();
+    }
+    walk_back(p, place, edges, state_at, first_chunk, bias, k_before, v_before, more, valid, rows, k_grad, v_grad,
+              dbias, k_state, raw_bias, bias_at, h);
+    state_at += p.chunk.layout.head;
+
+    const bool has_tokens = kKind == kWhole || own_count > 0;
+    store_initial<kKind>(p, tile_again, h, d, has_tokens, k_grad, v_grad);
+    if (p.bias_partial && has_tokens) {  // summed over the tiles of the run
+      // Nobody else adds to these, and nothing waits for the sum.
+      float2* const at = bias_partial(h);
+      if (first_tile) {
+        *at = make_float2(dbias[0], dbias[1]);
+      } else {
+        add_global(&at->x, dbias[0]);
+        add_global(&at->y, dbias[1]);
+      }
+    }
+  }
+  store_group<T>(p, place, tile_again(), group_again(), valid);
+  __syncthreads();  // all have read the last head's dots: the next tile's may take their place
+}
+
+// kAllWhole: every tile is. A team: threadIdx.y and the threads of that. The bound limits registers, so that kWarps warps fit: with
+// 144 or 128 of them spills cost more than the added warps bring.
+template <class T, bool kAllWhole>
+__global__ void __launch_bounds__(kThreads, kRoomy && !kAllWhole ? 2 : kWarps / (kThreads / 32))
     chunk_scan_short_bwd_kernel(const __grid_constant__ ScanShort p) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const Sizes& s = p.in.size;
-  const Place<kWhole> place(s, shared_memory);
-  const int lane = place.lane, d = place.d;
-  const bool live = place.live;
-  const unsigned groups = static_cast<unsigned>(s.q_groups), tile_block = blockIdx.x / groups;
-  // Made anew where it is needed: kept, it costs a spill.
-  const auto group_again = [&]() -> int64_t { return blockIdx.x % opaque(groups); };
-  const int first_head = static_cast<int>(blockIdx.x % groups) * p.group_heads;
-  const auto bias_partial = [&](int h) {
-    return reinterpret_cast<float2*>(p.bias_partial + (static_cast<int64_t>(tile_block) * s.heads + h) * s.head_dim +
-                                     d);
-  };
+  unsigned char* const memory = shared_memory + threadIdx.y * shared_bytes(static_cast<int>(blockDim.x / 32));
+  const unsigned groups = static_cast<unsigned>(s.q_groups), run = this_team() / groups;
   bool first_tile = true;
 
-  int64_t item = static_cast<int64_t>(tile_block) * p.tiles_per_block;
+  int64_t item = run * p.tiles_per_run;
+  int left = static_cast<int>(p.tiles_per_run);
+  if constexpr (kAllWhole) {  // every team has all of its tiles
 #pragma unroll 1
-  for (int left = static_cast<int>(min(p.tiles_per_block, p.in.items - item)); left > 0; --left, ++item) {
-    const ScanTile tile = tile_of(s, item, p.in.tile);
-    const int count = tile.count;
-    if (count == 0) continue;  // the same for the whole block
-    const auto tile_again = [&] { return tile_of(s, opaque(item), p.in.tile); };
-    const int own_count = live ? count : 0;
-    const auto valid = [&](int t) { return kWhole || t < own_count; };
-
-    request_group<T>(p, place, tile, group_again(), valid);
-    Edges edges;
-    const int first_chunk = static_cast<int>(quotient(tile.position, s.key_every));
-    if constexpr (!kWhole) edges.find(s, tile, first_chunk);
-    int64_t state_at = chunk_offset(s, p.chunk.layout, tile.sequence.index, first_head) + first_chunk * s.head_dim;
-
-    HeadRows<T> rows(p, tile, first_head, d);
-    int64_t scalar_at = (tile.sequence.batch * s.heads + first_head) * s.tokens + tile.token + lane % 16;
-    const int self_kind = lane % 16 >= count ? kNone : tile.position + lane % 16 < s.key_every ? kAlone : kAttends;
-    const auto load_scalar = [&]() {
-      return kWhole || self_kind != kNone ? (lane < 16 ? p.lse : p.delta)[scalar_at] : 0.0f;
-    };
-    rows.request_all(p, valid);
-    float scalar = load_scalar();
-    cp_async_wait<0>();
-
-#pragma unroll 1
-    for (int h = first_head; h < first_head + p.group_heads; ++h) {
-      const bool more = h + 1 < first_head + p.group_heads;
-      float bias[2], dbias[2] = {0.0f, 0.0f}, k_state[2], v_state[2];
-      load_bias2<T>(p, h, d, bias);
-      states_before<kWhole>(p, tile_again, h, d, k_state, v_state);
-      uint32_t k_before[kTokens], v_before[kTokens];
-      scan_forward(place, rows, edges, bias, h, k_state, v_state, k_before, v_before);
-
-      float k_grad[2], v_grad[2];
-      gradients_after(p, tile_again, h, d, k_grad, v_grad);
-      ChunkGrad chunk_grad;
-      if constexpr (kWhole) chunk_grad = load_chunk_grad<T>(p, state_at, first_chunk, d);
-
-      // The dots of all warps are there. The next head's go to the other half: who is two heads ahead has passed the barrier
-      // of the head between, before which all have read these.
-      __syncthreads();
-      own_weights(p, place, h, self_kind, scalar);
-      scalar_at += s.tokens;
-      if (more) scalar = load_scalar();
-
-      if constexpr (kWhole) add_chunk_grad(chunk_grad, k_grad, v_grad);
-      rows.forget_unpacked();
-      if (more) rows.inputs_to_next_head(p);
-      walk_back(p, place, edges, state_at, first_chunk, bias, k_before, v_before, more, valid, rows, k_grad, v_grad,
-                dbias);
-      state_at += p.chunk.layout.head;
-
-      store_initial<kWhole>(p, tile_again, h, d, live, k_grad, v_grad);
-      if (p.bias_partial && live) {  // summed over the tiles of the block
-        float2* const at = bias_partial(h);
-        float2 sum = first_tile ? make_float2(0.0f, 0.0f) : *at;
-        sum.x += dbias[0];
-        sum.y += dbias[1];
-        *at = sum;
-      }
+    for (; left > 0; --left, ++item) {
+      scan_tile<T>(p, Place<kWhole>(s, memory), run, item, scan_tile_of<true>(p, item), first_tile);
+      first_tile = false;
     }
-    first_tile = false;
-    store_group<T>(p, place, tile_again(), group_again(), valid);
-    __syncthreads();  // all have read the last head's dots: the next tile's may take their place
+    return;
   }
-  if (p.bias_partial && live && first_tile) {  // a block without tokens
-    for (int h = first_head; h < first_head + p.group_heads; ++h) *bias_partial(h) = make_float2(0.0f, 0.0f);
+#pragma unroll 1
+  for (; left > 0; --left, ++item) {
+    // A team that has no tokens goes the same way, for the barriers, with nothing to load and to store.
+    ScanTile tile = scan_tile_of<false>(p, min(item, p.in.items - 1));
+    if (item >= p.in.items) tile.count = 0;
+    if (!__syncthreads_or(tile.count)) continue;
+    if (s.reset == kTokens) {
+      scan_tile<T>(p, Place<kOneChunk>(s, memory), run, tile.item, tile, first_tile);
+    } else {
+      scan_tile<T>(p, Place<kAny>(s, memory), run, tile.item, tile, first_tile);
+    }
+    if (tile.count) first_tile = false;
+  }
+  const Place<kAny> place(s, memory);
+  const int64_t first_head = int64_t{run} * s.heads + this_team() % groups * p.group_heads;
+  if (p.bias_partial && place.live && first_tile && run < p.runs) {  // a run without tokens
+    for (int h = 0; h < p.group_heads; ++h) {
+      *reinterpret_cast<float2*>(p.bias_partial + (first_head + h) * s.head_dim + place.d) = make_float2(0.0f, 0.0f);
+    }
   }
 }
 
 // ---- launches ---------------------------------------------------------------------------------------------------------
 
 struct Deal {
-  int64_t tile, items, tiles_per_block, tile_blocks;
+  int64_t tile, items, tiles_per_run, runs;
 };
 
-// A block for each tile is fastest; but with a bias each leaves partial sums, so about 8,192 blocks where there is so much work.
-Deal deal(const Sizes& s, bool bias) {
+// A run of one tile is fastest; but with a bias each leaves partial sums, so about 8,192 of them where there is so much work.
+Deal deal(const AttentionBwdParams& a) {
+  const Sizes& s = a.fwd.size;
   Deal d;
   d.tile = tile_size(s, true, kTokens, kTokens);
   d.items = work_items(s, d.tile);
-  d.tiles_per_block = bias ? std::min<int64_t>(64, std::max<int64_t>(1, d.items * s.q_groups / 8192)) : 1;
-  d.tile_blocks = ceil_div(d.items, d.tiles_per_block);
+  d.tiles_per_run = a.dgate_bias ? std::min<int64_t>(64, std::max<int64_t>(1, d.items * s.q_groups / 8192)) : 1;
+  if (short_scan::all_whole(a)) {  // runs of equal length
+    while (d.items % d.tiles_per_run != 0) --d.tiles_per_run;
+  }
+  d.runs = ceil_div(d.items, d.tiles_per_run);
   return d;
 }
 
@@ -618,6 +805,7 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, const D
   p.dq = a.dq;
   p.dk = a.dk;
   p.dq_sum = scratch.dq;
+  p.dq_in_tiles = scratch.dq_in_tiles;
   p.lse = static_cast<const float*>(a.fwd.lse);
   p.delta = scratch.delta;
   p.chunk = chunk_grads(a, scratch);
@@ -626,28 +814,34 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, const D
   p.dinitial_k = static_cast<float*>(a.dinitial.running_k);
   p.dinitial_v = static_cast<float*>(a.dinitial.running_v);
   p.group_heads = static_cast<int>(s.heads / s.q_groups);
-  p.tiles_per_block = d.tiles_per_block;
+  p.tiles_per_run = d.tiles_per_run;
+  p.runs = d.runs;
   p.bias_partial = bias_partial;
 
-  const int64_t blocks = d.tile_blocks * s.q_groups;
-  if (blocks > 0) {
+  const int64_t teams = d.runs * s.q_groups;
+  if (teams > 0) {
+    p.all_live = s.head_dim % 64 == 0;
+    const bool all = short_scan::all_whole(a);
     const int threads = static_cast<int>(round_up(s.head_dim / 2, 32));
-    const bool whole = !s.cu_seqlens && !s.lengths && s.reset == kTokens && s.tokens % kTokens == 0 &&
-                       s.head_dim % 64 == 0 && !p.dinitial_k;
+    // Several teams where shared memory holds kWarps warps all the same.
+    constexpr int kNeeded = static_cast<int>(shared_bytes(kWarps)) + kWarps / (kThreads / 32) * 1024;
+    const bool roomy = device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>() >= kNeeded;
+    int in_block = roomy ? std::max(1, kThreads / threads) : 1;
+    while (all && teams % in_block != 0) --in_block;
     const auto launch = [&](auto* kernel) {
-      const int shared = static_cast<int>(shared_bytes(threads / 32));
+      const int shared = in_block * static_cast<int>(shared_bytes(threads / 32));
       allow_shared_memory(kernel, shared, "chunk_scan_short_bwd shared memory");
-      kernel<<<grid_x(blocks, "chunk_scan_short_bwd"), threads, shared, stream>>>(p);
+      kernel<<<grid_x(ceil_div(teams, in_block), "chunk_scan_short_bwd"), dim3(threads, in_block), shared, stream>>>(p);
       check_launch("chunk_scan_short_bwd");
     };
     if (s.dtype == DType::bf16) {
-      launch(whole ? chunk_scan_short_bwd_kernel<bf16, true> : chunk_scan_short_bwd_kernel<bf16, false>);
+      launch(all ? chunk_scan_short_bwd_kernel<bf16, true> : chunk_scan_short_bwd_kernel<bf16, false>);
     } else {
-      launch(whole ? chunk_scan_short_bwd_kernel<f16, true> : chunk_scan_short_bwd_kernel<f16, false>);
+      launch(all ? chunk_scan_short_bwd_kernel<f16, true> : chunk_scan_short_bwd_kernel<f16, false>);
     }
   }
   if (a.dgate_bias) {
-    reduce_gate_bias(p.bias_partial, d.tile_blocks, s.heads * s.head_dim, static_cast<float*>(a.dgate_bias), stream);
+    reduce_gate_bias(p.bias_partial, d.runs, s.heads * s.head_dim, static_cast<float*>(a.dgate_bias), stream);
   }
 }
 
@@ -662,11 +856,17 @@ const char* short_scan::refuses(const AttentionBwdParams& a) {
   return nullptr;
 }
 
+bool short_scan::all_whole(const AttentionBwdParams& a) {
+  const Sizes& s = a.fwd.size;
+  return s.reset == kTokens && s.head_dim % 64 == 0 && !s.cu_seqlens && !s.lengths && s.tokens % kTokens == 0 &&
+         !a.dinitial.running_k;
+}
+
 Launch short_scan::reverse(const AttentionBwdParams& a, const BwdScratch& scratch, Arena& arena) {
   const Sizes& s = a.fwd.size;
-  const Deal d = deal(s, a.dgate_bias != nullptr);
-  Piece<float> bias_partial;  // (tile_blocks, H, D)
-  if (a.dgate_bias) bias_partial = arena.take<float>(d.tile_blocks * s.heads * s.head_dim);
+  const Deal d = deal(a);
+  Piece<float> bias_partial;  // (runs, H, D)
+  if (a.dgate_bias) bias_partial = arena.take<float>(d.runs * s.heads * s.head_dim);
   return [&a, scratch, d, bias_partial](cudaStream_t stream) { launch_scan(a, scratch, d, bias_partial, stream); };
 }
 
