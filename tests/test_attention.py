@@ -28,6 +28,33 @@ def test_tokens(device, dtype, tokens):
     check(attention_case(device, dtype, tokens=tokens))
 
 
+@low
+@pytest.mark.parametrize("dim", [64, 128, 192])
+@pytest.mark.parametrize("tokens", [48, 384])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rotary": False, "gate_bias": False}, {"return_state": True}, {"batch": 2, "heads": 2, "groups": 2}],
+    ids=["", "plain", "state", "rows and groups"],
+)
+def test_whole_tiles(device, dtype, dim, tokens, options):
+    """Chunks of 16 tokens, all of them whole, and an odd number of heads that add to one dq: of 384 tokens Hopper's
+    attention leaves dq in its tiles, and the reverse scan reads them there."""
+    check(attention_case(device, dtype, dim=dim, tokens=tokens, **{"batch": 1, "heads": 3, "groups": 1} | options))
+
+
+@low
+def test_a_key_that_is_not_finite_spoils_its_own_column(device, dtype):
+    """A key of -inf in one column, of weight 0: NaN in that column of dq, and without rotation in no other."""
+    case = attention_case(device, dtype, batch=1, tokens=128, heads=1, groups=1, dim=64, rotary=False, gate_mean=-3.0)
+    q, k = case.tensors["q"], case.tensors["k"]
+    q.copy_(q.abs() + 0.1)
+    k[:, 15, :, 0] = -float("inf")
+    result, _ = evaluate(rat_ext.rat_attention, case)
+    dq = result["dq"][:, 16:]
+    assert dq[..., 0].isnan().all()
+    assert dq[..., 1:].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name)
 @pytest.mark.parametrize("chunk_size", [4, 16])
 def test_many_chunks(device, dtype, chunk_size):
