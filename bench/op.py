@@ -322,6 +322,8 @@ def main() -> int:
             print(f"time limit of {options.time_limit:.0f} s: stopped before {row}")
             result["stopped_before"] = str(row)
             break
+        if result["rows"]:  # what is done is kept if the run is cut off
+            save(result | {"stopped_before": str(row)}, options, quiet=True)
         free()
         entry = checked(row, device, checks, check_row(row, device) in with_peer)
         result["rows"].append(entry)
