@@ -162,17 +162,17 @@ def model(result: dict) -> str:
 
 
 def readme(result: dict) -> str:
-    """Six rows that say what there is to say: the shapes at which the peers are timed too."""
+    """Six rows that say what there is to say, the shapes at which the peers are timed too, under their own runs."""
+    shown = [row for row in result["rows"] if re.match(README_ROWS, row["name"]) and "ms" in row]
     rows = []
-    for row in result["rows"]:
-        if not (re.match(README_ROWS, row["name"]) and "ms" in row):
-            continue
+    for row in shown:
         for i, phase in enumerate(("forward", "forward + backward")):
             ms = {name: times[i] for name, times in row["ms"].items()}
             peers = [f"{number(ms[n])} ({ms[n] / ms['rat_ext']:.1f}x)" if n in ms else "-" for n in ("compiled", "sdpa cudnn")]
             rows.append([f"{phase}, T = {row['tokens']}, B = {row['batch']}", f"**{number(ms['rat_ext'])}**", *peers])
     rows.sort(key=lambda row: "backward" in row[0])
-    return markdown(["ms", "rat_ext", "the definition, compiled", "dense attention, cuDNN"], rows)
+    head = head_line(result | {"rows": shown, "ceilings": None})
+    return head + "\n\n" + markdown(["ms", "rat_ext", "the definition, compiled", "dense attention, cuDNN"], rows)
 
 
 README_ROWS = r"T=(4096 B=64|16384 B=16|131072 B=2) H=16 G=2 D=128 L=16 bfloat16$"
@@ -273,7 +273,7 @@ def fill(text: str, folder: Path) -> str:
         if match[1] != "readme":
             sys.exit(f"bench/table.py: unknown marker bench:{match[1]}; known: readme")
         newest = [result for result in merged("op", folder) if result["device_type"] == "cuda"]
-        body = "\n\n".join(f"{head_line(result)}\n\n{readme(result)}" for result in newest)
+        body = "\n\n".join(readme(result) for result in newest)
         return "<!-- bench:readme -->\n" + (f"\n{body}\n\n" if body else "") + "<!-- /bench -->"
 
     return re.sub(r"<!-- bench:(\w+) -->.*?<!-- /bench -->", replace, text, flags=re.DOTALL)
