@@ -21,7 +21,7 @@
 // SASS instructions per token and warp (64 elements). It reads v, gate, dO and writes dv, dgate: 10 H D bytes per token, and small
 // change. What a query's own key adds to dq is made from k~ as it is kept, rounded to T.
 //
-// Tiles are of three kinds (Kind), by what is known when the kernel is compiled.
+// Tiles are of three kinds (Kind): the more is known of one, the less is asked at each token.
 #include <algorithm>
 #include <cfloat>
 #include <type_traits>
@@ -62,6 +62,7 @@ struct Walk {
   int64_t batch, token, head;
 };
 
+// What is known of a tile when the kernel is compiled.
 enum Kind : int {
   kWhole,     // one chunk of kTokens tokens, all lanes have elements, and no state enters: nothing is masked
   kOneChunk,  // of one chunk of kTokens tokens, those of the call
@@ -94,7 +95,7 @@ struct WarpShared {
   float4 sums[kTokens][32];  // two elements of dq, two of dk
   uint2 rows[kTokens][32];   // q and k
   float2 self[kTokens];      // p_tt, scale * ds_tt
-  // Of a whole tile: two cosines and two sines of its chunk's angle, and the gradient of the chunk's state as ChunkGrad has it.
+  // Of a tile of one chunk: two cosines and two sines of its angle, and the gradient of its state as ChunkGrad has it.
   float4 angle[32];
   float2 grad[3][32];
 };
@@ -545,8 +546,7 @@ __device__ __forceinline__ void walk_back(const ScanShort& p, const Place<kKind>
     store_pair_if(rows.dv_at, pack2<T>(dv[0], dv[1]), valid(t));
     store_pair_if(rows.dgate_at, pack2<T>(dgate[0], dgate[1]), valid(t));
     rows.request(t, more && valid(t));
-    // Not before: states that are done with leave registers.
-    // Of one chunk, f16 would spill.
+    // No earlier than this, when states that are done with have left registers. The masked form of f16 would spill all the same.
     constexpr bool kPrefetch = kKind == kWhole || (kKind == kOneChunk && std::is_same_v<T, bf16>);
     if (kPrefetch && t == kTokens * 3 / 4 && more && (kKind == kWhole || (p.all_live && valid(kLast)))) {
       rows.prefetch(p, lane, t);
