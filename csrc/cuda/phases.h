@@ -24,6 +24,7 @@ struct BwdScratch {
   Piece<float> p_self;   // (B, H, T): p_tt; null where short_chunks()
   Piece<float> ds_self;  // (B, H, T): ds_tt, scale not included; null where short_chunks()
   Piece<float> delta;    // (B, H, T): Delta_t
+  Piece<uint16_t> tile_states;  // as TileStates of recurrence/scan.cuh has them; null where tile_states_elements() is 0
   // (B, T, q_groups, D): the attention part of dq, rotated back, scale included, summed over a group. With dq_in_tiles it lies as
   // attention's tiles do (attention/dq_tiles.h), neither rotated back nor scaled.
   Piece<float> dq;
@@ -52,10 +53,13 @@ Launch chunk_attention_fwd(const AttentionFwdParams&, const FwdScratch&, Arena&)
 // Do phases 1 and 3 come from the family for short chunks (recurrence/choose.cpp)? Phase 3 then makes p_tt and ds_tt itself.
 bool short_chunks(const AttentionBwdParams&);
 
+// Elements of the tile states that phase 1 leaves for phase 3; 0 where that does not ask for them.
+int64_t tile_states_elements(const AttentionBwdParams&);
+
 // Does phase 3 take the tiles of dq as attention has them? It spares a pass over them.
 bool scan_reads_dq_tiles(const AttentionBwdParams&);
 
-// Backward phase 1 (recurrence/prepare.cu): dO, dout_gate, Delta; p_self, ds_self unless short_chunks().
+// Backward phase 1 (recurrence/prepare.cu): dO, dout_gate, Delta; p_self, ds_self unless short_chunks(); tile_states where taken.
 Launch chunk_prepare_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
 
 // Backward phase 2 (attention/*_bwd.cu, f32.cu): scratch.dq, scratch.dchunk_k, scratch.dchunk_v; every element of dq and
@@ -63,7 +67,7 @@ Launch chunk_prepare_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
 // Sets scratch.dq_in_tiles, which phase 3 looks at.
 Launch chunk_attention_bwd(const AttentionBwdParams&, BwdScratch&, Arena&);
 
-// Backward phase 3 (recurrence/reverse.cu, reverse_short.cu): reverse scan; dq, dk, dv, dgate, dgate_bias, dinitial.
+// Backward phase 3 (recurrence/reverse.cu, reverse_tiles.cu): reverse scan; dq, dk, dv, dgate, dgate_bias, dinitial.
 Launch chunk_scan_bwd(const AttentionBwdParams&, const BwdScratch&, Arena&);
 
 // A kernel as build_info() lists it. Each family registers its kernels (all instantiations that it may launch).

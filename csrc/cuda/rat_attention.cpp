@@ -22,6 +22,7 @@ BwdScratch take_scratch(const AttentionBwdParams& a, Arena& arena) {
     scratch.p_self = arena.take<float>(scalars);
     scratch.ds_self = arena.take<float>(scalars);
   }
+  if (const int64_t elements = tile_states_elements(a)) scratch.tile_states = arena.take<uint16_t>(elements);
   scratch.delta = arena.take<float>(scalars);
   scratch.dq = arena.take<float>(s.batch * s.tokens * s.q_groups * s.head_dim);
   scratch.dq_tiles_welcome = scan_reads_dq_tiles(a);

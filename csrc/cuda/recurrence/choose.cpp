@@ -13,18 +13,31 @@ struct ReverseFamily {
   Launch (*prepare)(const AttentionBwdParams&, const BwdScratch&, Arena&);
   Launch (*reverse)(const AttentionBwdParams&, const BwdScratch&, Arena&);
   bool makes_weights;  // phase 3 makes p_tt and ds_tt; else phase 1 leaves them in scratch memory
+  bool (*reads_dq_tiles)(const AttentionBwdParams&);   // or null: never
+  int64_t (*tile_states)(const AttentionBwdParams&);  // elements that phase 1 leaves for phase 3, or null: none
 };
 
 const FamilyTable<ReverseFamily> kReverse("recurrence_bwd",
                                           {{"short", short_scan::refuses, short_scan::prepare, short_scan::reverse,
-                                            true},
-                                           {"scan", scan::refuses, scan::prepare, scan::reverse, false}});
+                                            true, short_scan::all_whole, nullptr},
+                                           {"long", long_scan::refuses, scan::prepare, long_scan::reverse, false,
+                                            long_scan::all_whole, long_scan::tile_states},
+                                           {"scan", scan::refuses, scan::prepare, scan::reverse, false, nullptr,
+                                            nullptr}});
 
 }  // namespace
 
 bool short_chunks(const AttentionBwdParams& a) { return kReverse.choose(a).makes_weights; }
 
-bool scan_reads_dq_tiles(const AttentionBwdParams& a) { return short_chunks(a) && short_scan::all_whole(a); }
+bool scan_reads_dq_tiles(const AttentionBwdParams& a) {
+  const auto asked = kReverse.choose(a).reads_dq_tiles;
+  return asked && asked(a);
+}
+
+int64_t tile_states_elements(const AttentionBwdParams& a) {
+  const auto asked = kReverse.choose(a).tile_states;
+  return asked ? asked(a) : 0;
+}
 
 Launch chunk_prepare_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, Arena& arena) {
   return kReverse.choose(a).prepare(a, scratch, arena);

@@ -11,11 +11,20 @@ namespace rat::cuda {
 namespace short_scan {
 constexpr int64_t kShortChunk = 16;
 const char* refuses(const AttentionBwdParams&);
-// All tiles of the call are whole (reverse_short.cu): then attention's part of dq may come in its tiles.
+// All tiles of the call are whole (reverse_tiles.cu): then attention's part of dq may come in its tiles.
 bool all_whole(const AttentionBwdParams&);
 Launch prepare(const AttentionBwdParams&, const BwdScratch&, Arena&);
 Launch reverse(const AttentionBwdParams&, const BwdScratch&, Arena&);
 }  // namespace short_scan
+
+// Longer chunks, elements of two bytes: the same in tiles of 16 tokens, which hand gradients to each other. Phase 1 is that of `scan`,
+// and leaves the states that tiles start with.
+namespace long_scan {
+const char* refuses(const AttentionBwdParams&);
+bool all_whole(const AttentionBwdParams&);
+int64_t tile_states(const AttentionBwdParams&);  // elements
+Launch reverse(const AttentionBwdParams&, const BwdScratch&, Arena&);
+}  // namespace long_scan
 
 // Every call. Phase 1 makes p_tt and ds_tt.
 namespace scan {

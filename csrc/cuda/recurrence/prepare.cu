@@ -1,10 +1,11 @@
 // Backward phase 1: what the gradient of attention and the reverse scan need of a token, by family (choose.cpp).
 //
 //   chunk_prepare_short_bwd_kernel   short: dO, d(out_gate), Delta. Elementwise, and a sum over each row
-//   chunk_prepare_bwd_kernel         scan: the same and p_tt, ds_tt, which need k~ and v~: it works as the forward does
+//   chunk_prepare_bwd_kernel         scan, long: the same and p_tt, ds_tt, which need k~ and v~: it works as the forward does. For
+//                                    long it leaves the states that tiles start with, too
 //
 // Bytes per token, elements of two bytes. Short: reads dy, y, out_gate and writes dO, dout_gate, 10 H D (without out_gate it
-// reads 4 H D). Scan: 14 H D.
+// reads 4 H D). Scan: 14 H D; long: a quarter of H D more.
 #include <type_traits>
 
 #include "families.h"
@@ -72,6 +73,7 @@ struct PrepareBwd {
   const float* lse;  // (B, H, T), as are the next two
   float* p_self;
   float* ds_self;
+  TileStates tiles;
 };
 
 template <class T, int W>
@@ -95,6 +97,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 4 : 2)
   load_bias<T>(in, lane, bias);
   incoming_state<true>(in, tile, lane, k_state, v_state);
   ChunkClock clock(s, tile.position);
+  T* tile_states = nullptr;  // of the tile of the reverse scan that the token is in
+  int in_unit = 0;
+  if (p.tiles.ptr) {
+    in_unit = static_cast<int>(modulo(tile.position, p.tiles.unit));
+    tile_states = static_cast<T*>(p.tiles.ptr) +
+                  (place_of(s, p.tiles, tile.sequence, tile.position) * s.heads + h) * 2 * s.head_dim + lane.d;
+  }
 
 #pragma unroll 1
   for (int i = 0; i < tile.count; ++i) {
@@ -107,6 +116,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 4 : 2)
     const Raw8<T> k_raw = load_raw(take(k_row, in.k.token));
     const Raw8<T> q_raw = load_raw(take(q_row, in.q.token));
     const float lse = p.lse[scalars + i];
+    if (p.tiles.ptr) {
+      if (in_unit % kStateTile == 0 && lane.live && !clock.resets()) {
+        store_row(tile_states, k_state);
+        store_row(tile_states + s.head_dim, v_state);
+      }
+      if (++in_unit == p.tiles.unit) in_unit = 0;
+      if (in_unit % kStateTile == 0) tile_states += 2 * s.heads * s.head_dim;
+    }
 
     float dout[8], delta, x[8], f[8], g[8];
     unpack(dy_raw, dout);
@@ -212,6 +229,7 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, float* 
   p.lse = static_cast<const float*>(a.fwd.lse);
   p.p_self = scratch.p_self;
   p.ds_self = scratch.ds_self;
+  if (scratch.tile_states.taken()) p.tiles = tile_states_of(a.fwd.size, scratch.tile_states);
   if (incoming) {
     p.in.incoming = incoming;
     scan_segments(p.in, true, incoming, stream);

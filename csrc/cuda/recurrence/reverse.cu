@@ -164,7 +164,7 @@ template <bool kAttention>
 __device__ __forceinline__ void incoming_gradient(const ScanBwd& p, const ScanTile& tile, const Lane& lane,
                                                   float (&k_grad)[8], float (&v_grad)[8]) {
   const Sizes& s = p.in.size;
-  constexpr int kStreams = kAttention ? 2 : 1;
+  constexpr int kStreams = kAttention ? 3 : 2;
   zero(k_grad);
   zero(v_grad);
   if (p.incoming_grad) {
@@ -588,7 +588,7 @@ ReverseWorkspace take_workspace(ScanBwd p, bool attention, bool bias, Arena& are
   ReverseWorkspace w;
   const bool gated = p.in.gate.ptr != nullptr;
   w.incoming = take_segments(s, gated, kMaxChunkBwd, attention ? 3 : 2, arena);
-  w.incoming_grad = take_segments(s, gated, kMaxChunkBwd, attention ? 2 : 1, arena);
+  w.incoming_grad = take_segments(s, gated, kMaxChunkBwd, attention ? 3 : 2, arena);
   with_variant(s, attention ? "rat_attention" : "chunk_recurrence", [&](auto variant) {
     const Deal d = deal<decltype(variant)>(p, attention);
     if (p.passes > 1 && p.sum_k) w.dk_sum = arena.take<float>(s.batch * s.tokens * s.k_groups * s.head_dim);

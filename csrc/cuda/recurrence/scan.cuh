@@ -104,6 +104,21 @@ struct ChunkGrads {
   const void* returned_v;
 };
 
+// The states that tiles of kStateTile tokens start with, as phase 1 leaves them for the long family of the reverse scan. Places are
+// counted by units of tokens: a unit is a tile, or the tiles of a span whose length is no multiple of a tile's (reverse_tiles.cu).
+constexpr int kStateTile = 16;
+struct TileStates {
+  void* ptr = nullptr;  // (places, H, 2, D) of T: k~ and v~; null: nobody asks for them
+  int64_t unit = kStateTile;
+  int64_t parts = 1;  // places of a unit
+};
+
+// The place of the tile that holds a position.
+__device__ __forceinline__ int64_t place_of(const Sizes& s, const TileStates& t, const Sequence& q, int64_t position) {
+  const int64_t units = first_item(s, q.index, t.unit) + quotient(position, t.unit) - quotient(q.start, t.unit);
+  return units * t.parts + modulo(position, t.unit) / kStateTile;
+}
+
 // What a reverse scan receives, besides the inputs that it scans again.
 struct ReverseInput {
   ScanInput in;
@@ -113,8 +128,8 @@ struct ReverseInput {
   ChunkGrads chunk;
   const float* drunning_k;  // (N, H, D) or null
   const float* drunning_v;
-  float*
-      incoming_grad;  // (items, H, 1 or 2, D): what the state of each segment's last token receives; null if not segmented
+  float* incoming_grad;  // (items, H, 2 or 3, D): what the state of each segment's last token receives, and the product of the
+                         // segment's gates; null if not segmented
 };
 
 // The bias of eight elements, in units of the gates.

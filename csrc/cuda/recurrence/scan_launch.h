@@ -40,6 +40,18 @@ void plan_tiles(ScanInput& in, int64_t tile) {
   }
 }
 
+// Tokens of a span of the long family: whole chunks, or a segment.
+inline int64_t span_tokens(const Sizes& s) {
+  // Of chunks that do not fill their last tile several, so that little of the span's last one is idle.
+  return tile_size(s, true, kMaxChunkBwd, s.reset % kStateTile == 0 ? kStateTile : 128);
+}
+
+inline TileStates tile_states_of(const Sizes& s, void* ptr) {
+  const int64_t span = span_tokens(s);
+  if (span % kStateTile == 0) return {ptr, kStateTile, 1};
+  return {ptr, span, ceil_div(span, kStateTile)};
+}
+
 // ---- inputs -----------------------------------------------------------------------------------------------------------
 
 inline ScanInput scan_input(const AttentionFwdParams& p) {
@@ -83,8 +95,8 @@ inline Piece<float> take_segments(const Sizes& s, bool gated, int64_t max_chunk,
 // gates.
 void scan_segments(ScanInput in, bool attention, float* incoming, cudaStream_t stream);
 
-// Fills p.incoming_grad, of 2 streams in attention and else 1, with what the state of each segment's last token receives from
-// the segments after it. scan_segments() has left the products in p.in.incoming.
+// Fills p.incoming_grad, of 3 streams in attention and else 2, with what the state of each segment's last token receives from
+// the segments after it, and the product of the segment's gates.
 void reverse_segments(const ReverseInput& p, bool attention, cudaStream_t stream);
 
 // ---- sequences (sequences.cu) -----------------------------------------------------------------------------------------
@@ -101,6 +113,6 @@ KernelList forward_kernels();
 KernelList segments_kernels();
 KernelList prepare_kernels();
 KernelList reverse_kernels();
-KernelList reverse_short_kernels();
+KernelList reverse_tiles_kernels();
 
 }  // namespace rat::cuda

@@ -1,7 +1,7 @@
 // Where chunks are longer than a tile: what segments pass to each other, so that all of them can be scanned at once.
 //
 //   chunk_segment_fwd_kernel   a segment's end state from a zero start, and the product of its gates
-//   chunk_segment_bwd_kernel   what the state before a segment receives from it, from a zero end
+//   chunk_segment_bwd_kernel   what the state before a segment receives from it, from a zero end, and the product of its gates
 //   chunk_segment_join_kernel  from these what each segment starts with, one after the other, along a sequence or against it
 //
 // The first two work as the forward scan does (forward.cu), without its outputs: 4 H D bytes per token of elements of two bytes,
@@ -87,10 +87,12 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_segment_bwd_kernel(const __
   const T* dout_row = row_of<T>(p.dout, row, token, h, lane.d);
   const int64_t scalars = (row * s.heads + h) * s.tokens + token;
 
-  float bias[8], k_grad[8], v_grad[8];
+  float bias[8], k_grad[8], v_grad[8], product[8];
   load_bias<T>(in, lane, bias);
   zero(k_grad);
   zero(v_grad);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) product[j] = 1.0f;
   ChunkClock clock(s, tile.position + tile.count - 1);
 
   constexpr int kStep = sizeof(T) == 4 ? 1 : 2;
@@ -131,27 +133,27 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_segment_bwd_kernel(const __
         for (int j = 0; j < 8; ++j) {
           k_grad[j] = opens ? 0.0f : f[j] * k_grad[j];
           v_grad[j] = opens ? 0.0f : f[j] * v_grad[j];
+          product[j] = opens ? 0.0f : f[j] * product[j];
         }
         clock.back();
       }
     }
   }
   if (lane.live) {
-    constexpr int kStreams = kAttention ? 2 : 1;
+    constexpr int kStreams = kAttention ? 3 : 2;
     store_scratch(p.incoming_grad + segment_at(s, tile.item, h, kStreams, 0) + lane.d, k_grad);
     if (kAttention) store_scratch(p.incoming_grad + segment_at(s, tile.item, h, kStreams, 1) + lane.d, v_grad);
+    store_scratch(p.incoming_grad + segment_at(s, tile.item, h, kStreams, kStreams - 1) + lane.d, product);
   }
 }
 
-// What the join works on. `gates` has `gate_streams` rows for each (item, head), the last of which is the product of the gates;
-// `values` has value_streams rows, of which the first `joined` are joined: on entry what a segment makes of nothing, on return what
-// it starts with.
+// What the join works on. `values` has joined + 1 rows for each (item, head): those that are joined, on entry what a segment makes
+// of nothing, on return what it starts with; and the product of the segment's gates.
 struct SegmentJoin {
   Sizes size;
   int64_t tile;
-  const float* gates;
   float* values;
-  int gate_streams, value_streams, joined;
+  int joined;
   const float* outer_k;  // (N, H, D): what the first segment on the way starts with, or null: zero
   const float* outer_v;
   PoolStates pool;  // in place of those
@@ -171,9 +173,10 @@ __global__ void __launch_bounds__(kThreads) chunk_segment_join_kernel(const __gr
   const int64_t count = tile_count(sequence, p.tile);
   if (count == 0) return;
   const int64_t first = first_item(s, n, p.tile) + (p.reverse ? count - 1 : 0);
-  const int64_t step = (p.reverse ? -1 : 1) * s.heads * s.head_dim;
-  const float* gate = p.gates + segment_at(s, first, h, p.gate_streams, p.gate_streams - 1) + d;
-  float* value = p.values + segment_at(s, first, h, p.value_streams, static_cast<int>(stream)) + d;
+  const int64_t step = (p.reverse ? -1 : 1) * s.heads * s.head_dim * (p.joined + 1);
+  const int streams = p.joined + 1;
+  const float* gate = p.values + segment_at(s, first, h, streams, p.joined) + d;
+  float* value = p.values + segment_at(s, first, h, streams, static_cast<int>(stream)) + d;
   const float* outer = stream ? p.outer_v : p.outer_k;
   int64_t outer_at = owner * s.head_dim;
   if (p.pool.entry) {
@@ -190,14 +193,14 @@ __global__ void __launch_bounds__(kThreads) chunk_segment_join_kernel(const __gr
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       if (j + u < count) {
-        product[u] = gate[(j + u) * step * p.gate_streams];
-        end[u] = value[(j + u) * step * p.value_streams];
+        product[u] = gate[(j + u) * step];
+        end[u] = value[(j + u) * step];
       }
     }
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       if (j + u < count) {
-        value[(j + u) * step * p.value_streams] = state;
+        value[(j + u) * step] = state;
         state = product[u] == 0.0f ? end[u] : fmaf(product[u], state, end[u]);
       }
     }
@@ -245,9 +248,7 @@ void scan_segments(ScanInput in, bool attention, float* incoming, cudaStream_t s
   SegmentJoin join{};
   join.size = in.size;
   join.tile = kSegment;
-  join.gates = incoming;
   join.values = incoming;
-  join.gate_streams = join.value_streams = attention ? 3 : 2;
   join.joined = attention ? 2 : 1;
   join.outer_k = in.initial_k;
   join.outer_v = in.initial_v;
@@ -260,10 +261,8 @@ void reverse_segments(const ReverseInput& p, bool attention, cudaStream_t stream
   SegmentJoin join{};
   join.size = p.in.size;
   join.tile = kSegment;
-  join.gates = p.in.incoming;
   join.values = p.incoming_grad;
-  join.gate_streams = attention ? 3 : 2;
-  join.value_streams = join.joined = attention ? 2 : 1;
+  join.joined = attention ? 2 : 1;
   join.outer_k = p.drunning_k;
   join.outer_v = p.drunning_v;
   join.reverse = true;

@@ -224,7 +224,7 @@ KernelList chunk_recurrence_kernels() {
     t.add(segments_kernels());
     t.add(prepare_kernels());
     t.add(reverse_kernels());
-    t.add(reverse_short_kernels());
+    t.add(reverse_tiles_kernels());
     t.add("check_sequences", check_sequences_kernel);
     t.add("carry_state_fwd<4 bytes>", carry_state_fwd_kernel<float>);
     t.add("carry_state_fwd<2 bytes>", carry_state_fwd_kernel<bf16>);

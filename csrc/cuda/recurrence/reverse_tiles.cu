@@ -1,15 +1,21 @@
-// Backward phase 3, the short family: the reverse scan where chunks are at most kTokens tokens, of elements of two bytes. reverse.cu
-// has the other cases. The forward saved none of k~, v~: the kernel makes them again, and p_tt, ds_tt from them.
+// Backward phase 3, the short and the long family: the reverse scan of elements of two bytes, in tiles of kTokens tokens that are kept
+// in registers. reverse.cu has the other cases. The forward saved none of k~, v~: the kernel makes them again.
 //
-//   chunk_scan_short_bwd_kernel   dk, dv, dgate, dq, partial sums of dgate_bias
+//   chunk_scan_short_bwd_kernel   chunks of at most kTokens tokens. It makes p_tt and ds_tt too
+//   chunk_scan_long_bwd_kernel    longer ones. Phase 1 has left p_tt and ds_tt, and the states that each tile starts with
 //
-// A team of warps takes a run of tiles, of kTokens tokens (whole chunks) each, and the heads of one group. A thread owns two
-// neighbouring elements of D and takes the heads one after the other:
+// Both leave dk, dv, dgate, dq, and partial sums of dgate_bias.
+//
+// A team of warps takes a run of tiles and the heads of one group. Tiles of the short kernel are whole chunks. The long one cuts a
+// *span*, whole chunks of up to kSegment tokens or a segment of a longer one, into tiles, and takes them from the last to the
+// first: what the states before a tile receive waits in shared memory, for each head, until the tile before it asks. A thread owns
+// two neighbouring elements of D and takes the heads one after the other:
 //
 //   0. request_group, once per tile: q, k and attention's part of dq, into shared memory, each thread its own elements
 //   1. scan_forward: k~ and v~ before each token stay in registers, in T; the dot products q.k~ and dO.v~ of a token are
-//      summed over a warp by shuffles, four tokens at a time
-//   2. barrier: the parts of all warps are there. own_weights: each warp adds them up and makes p_tt and ds_tt, one lane per token
+//      summed over a warp by shuffles, four tokens at a time (short)
+//   2. barrier: the parts of all warps are there. own_weights: each warp adds them up and makes p_tt and ds_tt, one lane per token.
+//      The long kernel finds them made
 //   3. walk_back: gradients of k~ and v~, then dv and dgate, which are stored, and what the head adds to dq and dk, in shared
 //      memory. v, gate and dO of a token, once used, make room for those of the next head: the loads have the rest of the walk
 //      and the next head's beginning to arrive
@@ -40,6 +46,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kTokens = static_cast<int>(short_scan::kShortChunk);
 static_assert(kTokens == 16, "a half-warp has a lane for each token");
+static_assert(kTokens == kStateTile, "phase 1 leaves the states that tiles start with");
 constexpr int kWarps = 12;  // on an SM, by registers; by shared memory too where it has 228 KB
 constexpr int kLast = kTokens - 1;
 
@@ -62,22 +69,23 @@ struct Walk {
   int64_t batch, token, head;
 };
 
-// What is known of a tile when the kernel is compiled.
+// What is known of a tile when the kernel is compiled. Short: chunks have at most kTokens tokens, else they are long.
 enum Kind : int {
-  kWhole,     // one chunk of kTokens tokens, all lanes have elements, and no state enters: nothing is masked
-  kOneChunk,  // of one chunk of kTokens tokens, those of the call
+  kWhole,     // kTokens tokens of one chunk, all lanes have elements: nothing is masked. Short: the chunk, and no state enters
+  kOneChunk,  // of one chunk, from kTokens tokens those of the call
   kAny        // chunks begin and end at any token
 };
 
-struct ScanShort {
+struct TiledScan {
   ScanInput in;         // q, k; v and gate are below
   Walk v, gate, dout;   // (B, T, H, D)
   Walk dv, dgate;       // outputs; dv may be dO's memory
   Rows dq, dk;          // outputs, (B, T, G, D)
   const float* dq_sum;  // (B, T, G, D): attention's part, or its tiles
   bool dq_in_tiles;
-  const float* lse;    // (B, H, T)
-  const float* delta;  // (B, H, T)
+  // (B, H, T). Short: lse and Delta. Long: p_tt and ds_tt.
+  const float* first_scalar;
+  const float* second_scalar;
   ChunkGrads chunk;
   const float* drunning_k;  // (N, H, D) or null
   const float* drunning_v;
@@ -87,10 +95,15 @@ struct ScanShort {
   int group_heads;      // H / G
   bool all_live;        // all lanes have elements
   int64_t tiles_per_run, runs;
+  // Long:
+  TileStates tile_states;
+  const float* incoming_grad;  // as ReverseInput has it: of spans that are segments, else null
+  int64_t parts;               // tiles of a span
+  uint32_t zero;               // 0, which the compiler does not know
 };
 
-// Shared memory of a team: what a warp has to itself, for each warp, and then (2, warps, 32) dot products, by parity of the
-// head.
+// Shared memory of a team: what a warp has to itself, for each warp, and then, short: (2, warps, 32) dot products, by parity of the
+// head; long: (warps, heads of a group, 32), what the state of a tile's last token receives, two elements for k~ and two for v~.
 struct WarpShared {
   float4 sums[kTokens][32];  // two elements of dq, two of dk
   uint2 rows[kTokens][32];   // q and k
@@ -98,8 +111,11 @@ struct WarpShared {
   // Of a tile of one chunk: two cosines and two sines of its angle, and the gradient of its state as ChunkGrad has it.
   float4 angle[32];
   float2 grad[3][32];
+  uint2 before[32];  // long: k~ and v~ before the tile's first token
 };
-constexpr size_t shared_bytes(int warps) { return warps * (sizeof(WarpShared) + 2 * 32 * sizeof(float)); }
+__host__ __device__ constexpr size_t shared_bytes(int warps, int group_heads, bool is_long) {
+  return warps * (sizeof(WarpShared) + (is_long ? group_heads * 32 * sizeof(float4) : 2 * 32 * sizeof(float)));
+}
 
 template <class T>
 constexpr uint32_t kInfinities = std::is_same_v<T, bf16> ? 0x7f807f80u : 0x7c007c00u;
@@ -124,9 +140,9 @@ __device__ __forceinline__ void gates2(uint32_t raw, const float (&bias)[2], flo
 // over heads, in registers that are not there.
 __device__ __forceinline__ void move(uint64_t& at, int64_t bytes) { at = opaque(at + bytes); }
 
-// Tile `item`. kAllWhole: all tiles of the call are whole.
-template <bool kAllWhole>
-__device__ __forceinline__ ScanTile scan_tile_of(const ScanShort& p, int64_t item) {
+// Tile `item`; long: tile item % parts of span item / parts. kAllWhole: all tiles of the call are whole.
+template <bool kAllWhole, bool kLong>
+__device__ __forceinline__ ScanTile scan_tile_of(const TiledScan& p, int64_t item) {
   if constexpr (kAllWhole) {
     const Sizes& s = p.in.size;
     const int64_t per_row = s.tokens / kTokens;
@@ -140,6 +156,19 @@ __device__ __forceinline__ ScanTile scan_tile_of(const ScanShort& p, int64_t ite
     t.first = t.token == 0;
     t.last = t.token == s.tokens - kTokens;
     return t;
+  } else if constexpr (kLong) {
+    ScanTile t = tile_of(p.in.size, quotient(item, p.parts), p.in.tile);
+    // Positions are below 2^31, and so is the first tile behind them.
+    const uint32_t low = static_cast<uint32_t>(t.position), high = low + static_cast<uint32_t>(t.count);
+    const uint32_t span = static_cast<uint32_t>(p.in.tile), part = static_cast<uint32_t>(modulo(item, p.parts));
+    const uint32_t begin = low / span * span + part * kTokens, end = min(begin + kTokens, high), from = max(begin, low);
+    t.item = item;
+    t.count = end > from ? static_cast<int>(end - from) : 0;
+    t.token += from - low;
+    t.position = from;
+    t.first &= from == low;
+    t.last &= end == high;
+    return t;
   } else {
     return tile_of(p.in.size, item, p.in.tile);
   }
@@ -148,7 +177,7 @@ __device__ __forceinline__ ScanTile scan_tile_of(const ScanShort& p, int64_t ite
 // ---- gradients of chunk states ----------------------------------------------------------------------------------------
 
 // Two cosines and two sines of an angle, signed as they rotate a gradient back.
-__device__ __forceinline__ float4 angle_at(const ScanShort& p, int angle, int d) {
+__device__ __forceinline__ float4 angle_at(const TiledScan& p, int angle, int d) {
   if (!p.in.rotary.cos) return make_float4(1.0f, 1.0f, 0.0f, 0.0f);
   const int half = static_cast<int>(p.in.size.head_dim) / 2, i = d < half ? d : d - half;
   const float* cosine = static_cast<const float*>(p.in.rotary.cos) + int64_t{angle} * half + i;
@@ -162,18 +191,18 @@ __device__ __forceinline__ float4 angle_at(const ScanShort& p, int angle, int d)
 struct ChunkGrad {
   float2 v, k, pair;  // pair: the elements that rotation mixes with k
 
-  static __device__ __forceinline__ int64_t pair_of(const ScanShort& p, int d) {
+  static __device__ __forceinline__ int64_t pair_of(const TiledScan& p, int d) {
     const int half = static_cast<int>(p.in.size.head_dim) / 2;
     return d < half ? d + half : d - half;
   }
-  __device__ __forceinline__ void request(const ScanShort& p, int64_t state, int d) {
+  __device__ __forceinline__ void request(const TiledScan& p, int64_t state, int d) {
     v = k = pair = make_float2(0.0f, 0.0f);
     load_float2_if(v, p.chunk.attention_v + (state + d), true);
     load_float2_if(k, p.chunk.attention_k + (state + d), true);
     load_float2_if(pair, p.chunk.attention_k + (state + pair_of(p, d)), p.in.rotary.cos != nullptr);
   }
   // Through shared memory: the compiler would move loads to registers down to where they are used.
-  static __device__ __forceinline__ void request(const ScanShort& p, int64_t state, int d, bool valid,
+  static __device__ __forceinline__ void request(const TiledScan& p, int64_t state, int d, bool valid,
                                                  WarpShared& shared, int lane) {
     cp_async8(shared_address(&shared.grad[0][lane]), p.chunk.attention_v + (state + d), valid);
     cp_async8(shared_address(&shared.grad[1][lane]), p.chunk.attention_k + (state + d), valid);
@@ -195,7 +224,7 @@ struct ChunkGrad {
   }
   // Adds it to the gradients that the state receives from the token after it.
   template <class T>
-  __device__ __forceinline__ void add(const ScanShort& p, const float4& angle, int64_t state, int d, float (&gk)[2],
+  __device__ __forceinline__ void add(const TiledScan& p, const float4& angle, int64_t state, int d, float (&gk)[2],
                                       float (&gv)[2]) {
     if (p.chunk.returned_v) add_returned<T>(p.chunk.returned_v, state + d, v);
     if (p.chunk.returned_k) {
@@ -212,13 +241,13 @@ struct ChunkGrad {
 // ---- steps ------------------------------------------------------------------------------------------------------------
 
 // What a thread knows of its team and of its elements.
-template <Kind kKind>
+template <Kind kKind, bool kLong>
 struct Place {
   int lane, warp, warps;
   int d;      // first of its two elements, 0 where it has none
   bool live;  // has elements
   WarpShared* shared;
-  float* dots;
+  float* behind;  // what lies behind the warps' own
 
   __device__ __forceinline__ Place(const Sizes& s, unsigned char* memory) {
     const int tid = static_cast<int>(threadIdx.x);
@@ -228,16 +257,20 @@ struct Place {
     live = kKind == kWhole || 2 * tid < s.head_dim;
     d = live ? 2 * tid : 0;
     shared = reinterpret_cast<WarpShared*>(memory) + warp;
-    dots = reinterpret_cast<float*>(memory + warps * sizeof(WarpShared));
+    behind = reinterpret_cast<float*>(memory + warps * sizeof(WarpShared));
   }
   // Dots of a warp for a head: (2, kTokens), q.k~ and dO.v~.
-  __device__ __forceinline__ float* dots_of(int h, int w) const { return dots + (h % 2 * warps + w) * 32; }
+  __device__ __forceinline__ float* dots_of(int h, int w) const { return behind + (h % 2 * warps + w) * 32; }
+  // Long: what this thread hands to the tile before, for a head of the group.
+  __device__ __forceinline__ float4* handed(int group_heads, int member) const {
+    return reinterpret_cast<float4*>(behind) + (warp * group_heads + member) * 32 + lane;
+  }
 };
 
 // Step 0: rows of the group, and zeros for dk. Where attention's part of dq lies in its tiles, sums[t] of the first eight tokens
 // has that of token t and of token t + 8, as they do.
-template <class T, Kind kKind, class Valid>
-__device__ __forceinline__ void request_group(const ScanShort& p, const Place<kKind>& place, const ScanTile& tile,
+template <class T, Kind kKind, bool kLong, class Valid>
+__device__ __forceinline__ void request_group(const TiledScan& p, const Place<kKind, kLong>& place, const ScanTile& tile,
                                               int64_t group, Valid&& valid) {
   const Sizes& s = p.in.size;
   const int64_t row = tile.sequence.batch, token = tile.token, sums_row = s.q_groups * s.head_dim;
@@ -276,8 +309,8 @@ __device__ __forceinline__ void request_group(const ScanShort& p, const Place<kK
 
 // Step 0, the rest, where attention's part of dq came in tiles: scaled, and rotated back by the angle of the tile's chunk. The
 // elements that rotation mixes are another thread's.
-template <class T>
-__device__ __forceinline__ void rotate_group(const ScanShort& p, const Place<kWhole>& place) {
+template <class T, bool kLong>
+__device__ __forceinline__ void rotate_group(const TiledScan& p, const Place<kWhole, kLong>& place) {
   const int pair = static_cast<int>(ChunkGrad::pair_of(p, place.d)), lane = place.lane;
   const WarpShared& other = place.shared[pair / 64 - place.warp];
   const bool rotary = p.in.rotary.cos != nullptr;  // else a NaN of the other thread would come along
@@ -303,8 +336,8 @@ __device__ __forceinline__ void rotate_group(const ScanShort& p, const Place<kWh
 }
 
 // Step 4. The sums over the heads.
-template <class T, Kind kKind, class Valid>
-__device__ __forceinline__ void store_group(const ScanShort& p, const Place<kKind>& place, const ScanTile& tile,
+template <class T, Kind kKind, bool kLong, class Valid>
+__device__ __forceinline__ void store_group(const TiledScan& p, const Place<kKind, kLong>& place, const ScanTile& tile,
                                             int64_t group, Valid&& valid) {
   T* dq_at = out_row_of<T>(p.dq, tile.sequence.batch, tile.token, group, place.d);
   T* dk_at = out_row_of<T>(p.dk, tile.sequence.batch, tile.token, group, place.d);
@@ -329,6 +362,11 @@ struct Edges {
       offset = offset == length - 1 ? 0 : offset + 1;
     }
   }
+  // The same of a tile that lies whole in one chunk.
+  __device__ __forceinline__ void find_ends(const Sizes& s, const ScanTile& tile, int first_chunk) {
+    const int length = static_cast<int>(s.reset), offset = static_cast<int>(tile.position) - first_chunk * length;
+    bits = (offset == 0) | static_cast<uint32_t>(offset == length - kTokens) << (16 + kLast);
+  }
   __device__ __forceinline__ bool resets(int t) const { return bits >> t & 1; }
   __device__ __forceinline__ bool leaves_key(int t) const { return bits >> (16 + t) & 1; }
   __device__ __forceinline__ int keys_before(int t) const { return __popc(bits >> 16 & ((1u << t) - 1)); }
@@ -341,7 +379,7 @@ struct HeadRows {
   uint64_t v_at, gate_at, dout_at, dv_at, dgate_at;
   uint32_t v[kTokens], gate[kTokens], dout[kTokens];
 
-  __device__ __forceinline__ HeadRows(const ScanShort& p, const ScanTile& tile, int head, int d) {
+  __device__ __forceinline__ HeadRows(const TiledScan& p, const ScanTile& tile, int head, int d) {
     const auto start = [&](const Walk& w, int t) {
       const char* at =
           w.ptr + tile.sequence.batch * w.batch + (tile.token + t) * w.token + head * w.head + d * int{sizeof(T)};
@@ -356,7 +394,7 @@ struct HeadRows {
     load_pair_if(dout[t], dout_at, in);
   }
   template <class Valid>
-  __device__ __forceinline__ void request_all(const ScanShort& p, Valid&& valid) {
+  __device__ __forceinline__ void request_all(const TiledScan& p, Valid&& valid) {
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       // A token that does not exist has f = 1, and all else zero: states and gradients pass it unchanged.
@@ -370,19 +408,27 @@ struct HeadRows {
       }
     }
   }
-  // The compiler is kept from keeping gates and unpacked rows of the forward walk: there are no registers for them.
-  __device__ __forceinline__ void forget_unpacked() {
+  // The compiler is kept from keeping gates and unpacked rows of the forward walk: there are no registers for them. Where no branch
+  // lies between the walks, ptxas sees that they are the same: then zero, which it does not know, is a reason for them to change.
+  __device__ __forceinline__ void forget_unpacked(uint32_t zero) {
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) forget(v[t], gate[t], dout[t]);
+    if (zero == 0) return;
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      v[t] ^= zero;
+      gate[t] ^= zero;
+      dout[t] ^= zero;
+    }
   }
-  __device__ __forceinline__ void inputs_to_next_head(const ScanShort& p) {
+  __device__ __forceinline__ void inputs_to_next_head(const TiledScan& p) {
     v_at += p.v.head;
     gate_at += p.gate.head;
     dout_at += p.dout.head;
   }
   // Rows of the head that the addresses are at, of its first kTokens tokens, to L2: 128 bytes of a token for a warp. `here`: the
   // token that the addresses are at. Where all lanes have elements.
-  __device__ __forceinline__ void prefetch(const ScanShort& p, int lane, int here) const {
+  __device__ __forceinline__ void prefetch(const TiledScan& p, int lane, int here) const {
     const int t = lane % kTokens - here;
     const auto line = [&](uint64_t at, const Walk& w) {
       prefetch_l2(reinterpret_cast<const void*>(at + t * w.token - lane * 2 * int{sizeof(T)}));
@@ -390,14 +436,14 @@ struct HeadRows {
     lane < kTokens ? line(v_at, p.v) : line(gate_at, p.gate);
     if (lane < kTokens) line(dout_at, p.dout);
   }
-  __device__ __forceinline__ void back(const ScanShort& p) {
+  __device__ __forceinline__ void back(const TiledScan& p) {
     move(v_at, -p.v.token);
     move(gate_at, -p.gate.token);
     move(dout_at, -p.dout.token);
     move(dv_at, -p.dv.token);
     move(dgate_at, -p.dgate.token);
   }
-  __device__ __forceinline__ void to_ends(const ScanShort& p) {  // after kLast steps back
+  __device__ __forceinline__ void to_ends(const TiledScan& p) {  // after kLast steps back
     v_at += kLast * p.v.token;
     gate_at += kLast * p.gate.token;
     dout_at += kLast * p.dout.token;
@@ -423,9 +469,9 @@ __device__ __forceinline__ float sum_eight(float (&part)[8], int lane) {
   return part[0];
 }
 
-// Step 1. The states before each token, in T, and this warp's part of the dots.
-template <class T, Kind kKind>
-__device__ __forceinline__ void scan_forward(const Place<kKind>& place, const HeadRows<T>& rows, const Edges& edges,
+// Step 1. The states before each token, in T, and, short, this warp's part of the dots.
+template <class T, Kind kKind, bool kLong>
+__device__ __forceinline__ void scan_forward(const Place<kKind, kLong>& place, const HeadRows<T>& rows, const Edges& edges,
                                              const float (&bias)[2], int h, float (&k_state)[2], float (&v_state)[2],
                                              uint32_t (&k_before)[kTokens], uint32_t (&v_before)[kTokens]) {
   const int lane = place.lane;
@@ -434,7 +480,7 @@ __device__ __forceinline__ void scan_forward(const Place<kKind>& place, const He
   for (int t = 0; t < kTokens; ++t) {
     // k~ as the token before left it, also where this one starts anew: walk_back takes it for that token's own.
     if (kKind == kAny) k_before[t] = pack2<T>(k_state[0], k_state[1]);
-    if (kKind == kAny ? edges.resets(t) : t == 0 && (kKind == kWhole || edges.resets(0))) {
+    if (kKind == kAny ? edges.resets(t) : t == 0 && (kKind == kWhole && !kLong || edges.resets(0))) {
       k_state[0] = k_state[1] = v_state[0] = v_state[1] = 0.0f;
     }
     if (kKind != kAny) k_before[t] = pack2<T>(k_state[0], k_state[1]);
@@ -442,15 +488,16 @@ __device__ __forceinline__ void scan_forward(const Place<kKind>& place, const He
     const uint2 raw = place.shared->rows[t][lane];
     float f[2], g[2], q[2], k[2], v[2], dout[2];
     gates2<T>(rows.gate[t], bias, f, g);
-    unpack_pair<T>(raw.x, q);
     unpack_pair<T>(raw.y, k);
     unpack_pair<T>(rows.v[t], v);
-    unpack_pair<T>(rows.dout[t], dout);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       k_state[j] = fmaf(f[j], k_state[j], g[j] * k[j]);
       v_state[j] = fmaf(f[j], v_state[j], g[j] * v[j]);
     }
+    if constexpr (kLong) continue;
+    unpack_pair<T>(raw.x, q);
+    unpack_pair<T>(rows.dout[t], dout);
     part[t % 4] = fmaf(q[1], k_state[1], q[0] * k_state[0]);
     part[4 + t % 4] = fmaf(dout[1], v_state[1], dout[0] * v_state[0]);
     if (t % 4 < 3) continue;
@@ -463,11 +510,18 @@ __device__ __forceinline__ void scan_forward(const Place<kKind>& place, const He
 // rounded.
 enum SelfKind : int { kNone, kAlone, kAttends };
 
-// Step 2. p_tt and scale * ds_tt, one lane per token. `scalar`: lse of the token of lanes 0 ... 15, Delta of that of lanes 16 ... 31.
-template <Kind kKind>
-__device__ __forceinline__ void own_weights(const ScanShort& p, const Place<kKind>& place, int h, int self_kind,
+// Step 2. p_tt and scale * ds_tt, one lane per token. `scalar`: the first scalar of the token of lanes 0 ... 15, the second of that of
+// lanes 16 ... 31.
+template <Kind kKind, bool kLong>
+__device__ __forceinline__ void own_weights(const TiledScan& p, const Place<kKind, kLong>& place, int h, int self_kind,
                                             float scalar) {
   const int lane = place.lane;
+  if constexpr (kLong) {
+    const float ds = __shfl_xor_sync(kFullWarp, scalar, 16);
+    if (lane < kTokens) place.shared->self[lane] = make_float2(scalar, p.in.scale * ds);
+    __syncwarp();
+    return;
+  }
   float dot = 0.0f;
   for (int w = 0; w < place.warps; ++w) dot += place.dots_of(h, w)[lane];
   const float dp = __shfl_xor_sync(kFullWarp, dot, 16), delta = __shfl_xor_sync(kFullWarp, scalar, 16);
@@ -483,14 +537,14 @@ __device__ __forceinline__ void own_weights(const ScanShort& p, const Place<kKin
 }
 
 // Step 3. k_grad and v_grad: what the state of the last token receives from the tokens after it; in the end what the state before the
-// first does. `more`: another head of the group follows, whose rows are asked for.
-template <class T, Kind kKind, class Valid, class BiasAt>
-__device__ __forceinline__ void walk_back(const ScanShort& p, const Place<kKind>& place, const Edges& edges,
+// first does. `more`: another head of the group follows, whose rows are asked for; what else it needs, by ask_next().
+template <class T, Kind kKind, bool kLong, class Valid, class AskNext>
+__device__ __forceinline__ void walk_back(const TiledScan& p, const Place<kKind, kLong>& place, const Edges& edges,
                                           int64_t state_at, int first_chunk, const float (&bias)[2],
                                           const uint32_t (&k_before)[kTokens], const uint32_t (&v_before)[kTokens],
                                           bool more, Valid&& valid, HeadRows<T>& rows, float (&k_grad)[2],
                                           float (&v_grad)[2], float (&dbias)[2], const float (&k_last)[2],
-                                          float (&next_bias)[2], BiasAt&& bias_at, int h) {
+                                          AskNext&& ask_next) {
   WarpShared& shared = *place.shared;
   const int lane = place.lane;
   uint2 raw = shared.rows[kLast][lane];
@@ -551,15 +605,12 @@ __device__ __forceinline__ void walk_back(const ScanShort& p, const Place<kKind>
     if (kPrefetch && t == kTokens * 3 / 4 && more && (kKind == kWhole || (p.all_live && valid(kLast)))) {
       rows.prefetch(p, lane, t);
     }
-    if (t == kTokens / 4) {
-      const float* const at = bias_at(h + 1);
-      load_float_if(next_bias[0], at, more && p.in.gate_bias);
-      load_float_if(next_bias[1], at + 1, more && p.in.gate_bias);
-    }
+    if (t == kTokens / 4) ask_next();
     if (t > 0) rows.back(p);
   }
   rows.to_ends(p);
-  if (kKind == kOneChunk && edges.resets(0)) k_grad[0] = k_grad[1] = v_grad[0] = v_grad[1] = 0.0f;
+  constexpr bool kMayReset = kKind == kOneChunk || (kKind == kWhole && kLong);
+  if (kMayReset && edges.resets(0)) k_grad[0] = k_grad[1] = v_grad[0] = v_grad[1] = 0.0f;
 }
 
 // ---- what a head and a sequence bring along -----------------------------------------------------------------------------
@@ -581,11 +632,17 @@ __device__ __forceinline__ int64_t running_at(const Sizes& s, const ScanTile& ti
   return (tile.sequence.index * s.heads + h) * s.head_dim + d;
 }
 
-// The states before the first token of the tile, but for chunks that start in it.
-template <Kind kKind, class TileAgain>
-__device__ __forceinline__ void states_before(const ScanShort& p, TileAgain&& tile_again, int h, int d,
-                                              float (&k_state)[2], float (&v_state)[2]) {
+// The states before the first token of the tile, but for chunks that start in it. Long: from shared memory, where there are zeros if
+// phase 1 has left none.
+template <class T, Kind kKind, bool kLong, class TileAgain>
+__device__ __forceinline__ void states_before(const TiledScan& p, const Place<kKind, kLong>& place, TileAgain&& tile_again,
+                                              int h, int d, float (&k_state)[2], float (&v_state)[2]) {
   k_state[0] = k_state[1] = v_state[0] = v_state[1] = 0.0f;
+  if constexpr (kLong) {
+    const uint2 raw = place.shared->before[place.lane];
+    unpack_pair<T>(raw.x, k_state);
+    unpack_pair<T>(raw.y, v_state);
+  }
   if (kKind == kWhole || !p.in.initial_k) return;
   if (const ScanTile again = tile_again(); again.first) {
     const int64_t at = running_at(p.in.size, again, h, d);
@@ -599,7 +656,7 @@ __device__ __forceinline__ void states_before(const ScanShort& p, TileAgain&& ti
 
 // What the state of the last token of the tile receives from the tokens after it: f_{t+1} a_{t+1} and f_{t+1} b_{t+1}.
 template <class TileAgain>
-__device__ __forceinline__ void gradients_after(const ScanShort& p, TileAgain&& tile_again, int h, int d,
+__device__ __forceinline__ void gradients_after(const TiledScan& p, TileAgain&& tile_again, int h, int d,
                                                 float (&k_grad)[2], float (&v_grad)[2]) {
   k_grad[0] = k_grad[1] = v_grad[0] = v_grad[1] = 0.0f;
   if (!p.drunning_k && !p.drunning_v) return;
@@ -614,7 +671,7 @@ __device__ __forceinline__ void gradients_after(const ScanShort& p, TileAgain&& 
 }
 
 template <Kind kKind, class TileAgain>
-__device__ __forceinline__ void store_initial(const ScanShort& p, TileAgain&& tile_again, int h, int d, bool live,
+__device__ __forceinline__ void store_initial(const TiledScan& p, TileAgain&& tile_again, int h, int d, bool live,
                                               const float (&k_grad)[2], const float (&v_grad)[2]) {
   if (kKind == kWhole || !p.dinitial_k) return;
   if (const ScanTile again = tile_again(); again.first && live) {
@@ -634,8 +691,8 @@ __device__ __forceinline__ unsigned this_team() {
   return blockIdx.x * blockDim.y + warp_uniform(static_cast<int>(threadIdx.y));
 }
 
-template <class T, Kind kKind>
-__device__ __forceinline__ void scan_tile(const ScanShort& p, const Place<kKind>& place, unsigned run, int64_t item,
+template <class T, Kind kKind, bool kLong>
+__device__ __forceinline__ void scan_tile(const TiledScan& p, const Place<kKind, kLong>& place, unsigned run, int64_t item,
                                           const ScanTile& tile, bool first_tile) {
   const Sizes& s = p.in.size;
   const int lane = place.lane, d = place.d, count = tile.count;
@@ -643,7 +700,7 @@ __device__ __forceinline__ void scan_tile(const ScanShort& p, const Place<kKind>
   // Made anew where they are needed: kept, they cost a spill.
   const auto groups_again = [&] { return opaque(static_cast<unsigned>(s.q_groups)); };
   const auto group_again = [&]() -> int64_t { return this_team() % groups_again(); };
-  const auto tile_again = [&] { return scan_tile_of<kKind == kWhole>(p, opaque(item)); };
+  const auto tile_again = [&] { return scan_tile_of<kKind == kWhole, kLong>(p, opaque(item)); };
   const int first_head = static_cast<int>(group_again()) * p.group_heads;
   const auto bias_partial = [&](int h) {
     return reinterpret_cast<float2*>(p.bias_partial + (static_cast<int64_t>(run) * s.heads + h) * s.head_dim + d);
@@ -651,23 +708,45 @@ __device__ __forceinline__ void scan_tile(const ScanShort& p, const Place<kKind>
   const int own_count = live ? count : 0;
   const auto valid = [&](int t) { return kKind == kWhole || t < own_count; };
 
-  request_group<T>(p, place, tile, group_again(), valid);
   Edges edges;
   const int first_chunk = static_cast<int>(quotient(tile.position, s.key_every));
-  if constexpr (kKind != kWhole) edges.find(s, tile, first_chunk);
+  if constexpr (kKind != kWhole) {
+    edges.find(s, tile, first_chunk);
+  } else if constexpr (kLong) {
+    edges.find_ends(s, tile, first_chunk);
+  }
   // Does the chunk of a tile of one chunk end in it?
-  const bool closes = kKind == kWhole || (kKind == kOneChunk && count > 0 && edges.leaves_key(count - 1));
+  bool closes = kKind == kWhole;
+  if (kKind == kOneChunk) closes = count > 0 && edges.leaves_key(count - 1);
+  if (kKind == kWhole && kLong) closes = edges.leaves_key(kLast);
+  // Long: the states that phase 1 has left. It has none of a chunk's first token; a sequence's first is brought along, if at all.
+  [[maybe_unused]] uint32_t states_place = 0;
+  if constexpr (kLong && kKind != kWhole) {
+    if (own_count > 0 && !tile.first && !edges.resets(0)) {
+      states_place = static_cast<uint32_t>(place_of(s, p.tile_states, tile.sequence, tile.position)) + 1;
+    }
+  }
+  const auto request_before = [&](int h, bool asked) {
+    const bool left = asked && (kKind == kWhole ? !edges.resets(0) : states_place > 0);
+    const int64_t state = kKind == kWhole ? item : int64_t{states_place} - left;
+    const T* const from = static_cast<const T*>(p.tile_states.ptr) + (state * s.heads + h) * 2 * s.head_dim + d;
+    cp_async4(shared_address(&place.shared->before[lane].x), from, left);
+    cp_async4(shared_address(&place.shared->before[lane].y), from + s.head_dim, left);
+  };
+  if constexpr (kLong) request_before(first_head, true);
+  request_group<T>(p, place, tile, group_again(), valid);
   int64_t state_at = chunk_offset(s, p.chunk.layout, tile.sequence.index, first_head) + first_chunk * s.head_dim;
 
   HeadRows<T> rows(p, tile, first_head, d);
   int64_t scalar_at = (tile.sequence.batch * s.heads + first_head) * s.tokens + tile.token + lane % 16;
   const int self_kind = lane % 16 >= count ? kNone : tile.position + lane % 16 < s.key_every ? kAlone : kAttends;
   const auto load_scalar = [&]() {
-    return kKind == kWhole || self_kind != kNone ? (lane < 16 ? p.lse : p.delta)[scalar_at] : 0.0f;
+    return kKind == kWhole || self_kind != kNone ? (lane < 16 ? p.first_scalar : p.second_scalar)[scalar_at] : 0.0f;
   };
   rows.request_all(p, valid);
   float scalar = load_scalar();
-  if (kKind != kAny && closes) place.shared->angle[lane] = angle_at(p, first_chunk, d);
+  // rotate_group() wants it of every tile.
+  if (kKind == kWhole || (kKind == kOneChunk && closes)) place.shared->angle[lane] = angle_at(p, first_chunk, d);
   const auto bias_at = [&](int h) { return p.in.gate_bias + (opaque(h) * static_cast<int>(s.head_dim) + d); };
   float raw_bias[2] = {0.0f, 0.0f};
   load_float_if(raw_bias[0], bias_at(first_head), p.in.gate_bias != nullptr);
@@ -678,19 +757,24 @@ __device__ __forceinline__ void scan_tile(const ScanShort& p, const Place<kKind>
     const bool more = h + 1 < first_head + p.group_heads;
     float bias[2], dbias[2] = {0.0f, 0.0f}, k_state[2], v_state[2];
     cp_async_wait<0>();  // here, not before the loop: there it would be moved before the loads of v, gate and dO
+    scale_bias<T>(raw_bias, bias);
     if constexpr (kReadsTiles && kKind == kWhole) {
       if (p.dq_in_tiles && h == first_head) rotate_group<T>(p, place);
     }
-    scale_bias<T>(raw_bias, bias);
-    states_before<kKind>(p, tile_again, h, d, k_state, v_state);
+    states_before<T>(p, place, tile_again, h, d, k_state, v_state);
     uint32_t k_before[kTokens], v_before[kTokens];
     if constexpr (kKind != kAny) ChunkGrad::request(p, state_at, d, closes, *place.shared, lane);
     scan_forward(place, rows, edges, bias, h, k_state, v_state, k_before, v_before);
 
     float k_grad[2], v_grad[2];
-    gradients_after(p, tile_again, h, d, k_grad, v_grad);
-    // The dots of all warps are there. The next head's go to the other half: who is two heads ahead has passed the barrier
-    // of the head between, before which all have read these.
+    if constexpr (kLong) {
+      const float4 after = *place.handed(p.group_heads, h - first_head);
+      k_grad[0] = after.x, k_grad[1] = after.y, v_grad[0] = after.z, v_grad[1] = after.w;
+    } else {
+      gradients_after(p, tile_again, h, d, k_grad, v_grad);
+    }
+    // Short: the dots of all warps are there. The next head's go to the other half: who is two heads ahead has passed the barrier
+    // of the head between, before which all have read these. Long: for the teams' step alone.
     __syncthreads();
     own_weights(p, place, h, self_kind, scalar);
     if constexpr (kKind != kAny) {
@@ -698,15 +782,24 @@ __device__ __forceinline__ void scan_tile(const ScanShort& p, const Place<kKind>
       chunk_grad.take(*place.shared, lane);
       if (closes) chunk_grad.add<T>(p, place.shared->angle[lane], state_at, d, k_grad, v_grad);
     }
-    rows.forget_unpacked();
+    rows.forget_unpacked(kLong ? p.zero : 0);
     scalar_at += s.tokens;
     if (more) {
       rows.inputs_to_next_head(p);
       scalar = load_scalar();
     }
+    const auto ask_next = [&] {
+      const float* const at = bias_at(h + 1);
+      load_float_if(raw_bias[0], at, more && p.in.gate_bias);
+      load_float_if(raw_bias[1], at + 1, more && p.in.gate_bias);
+      if constexpr (kLong) request_before(h + 1, more);
+    };
     walk_back(p, place, edges, state_at, first_chunk, bias, k_before, v_before, more, valid, rows, k_grad, v_grad,
-              dbias, k_state, raw_bias, bias_at, h);
+              dbias, k_state, ask_next);
     state_at += p.chunk.layout.head;
+    if constexpr (kLong) {
+      *place.handed(p.group_heads, h - first_head) = make_float4(k_grad[0], k_grad[1], v_grad[0], v_grad[1]);
+    }
 
     const bool has_tokens = kKind == kWhole || own_count > 0;
     store_initial<kKind>(p, tile_again, h, d, has_tokens, k_grad, v_grad);
@@ -722,78 +815,163 @@ __device__ __forceinline__ void scan_tile(const ScanShort& p, const Place<kKind>
     }
   }
   store_group<T>(p, place, tile_again(), group_again(), valid);
-  __syncthreads();  // all have read the last head's dots: the next tile's may take their place
+  if constexpr (!kLong) __syncthreads();  // all have read the last head's dots: the next tile's may take their place
 }
 
-// kAllWhole: every tile is. A team: threadIdx.y and the threads of that. The bound limits registers, so that kWarps warps fit: with
-// 144 or 128 of them spills cost more than the added warps bring.
-template <class T, bool kAllWhole>
-__global__ void __launch_bounds__(kThreads, kRoomy && !kAllWhole ? 2 : kWarps / (kThreads / 32))
-    chunk_scan_short_bwd_kernel(const __grid_constant__ ScanShort p) {
+// Long: what the state of a span's last token receives, for all heads of the group, to where its last tile asks for it.
+template <Kind kKind>
+__device__ __forceinline__ void receive(const TiledScan& p, const Place<kKind, true>& place, const ScanTile& span,
+                                        int first_head) {
+  const Sizes& s = p.in.size;
+  for (int m = 0; m < p.group_heads; ++m) {
+    const int h = first_head + m;
+    float k_grad[2] = {0.0f, 0.0f}, v_grad[2] = {0.0f, 0.0f};
+    if (p.incoming_grad && span.count > 0) {
+      const float* const at = p.incoming_grad + segment_at(s, span.item, h, 3, 0) + place.d;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        k_grad[j] = at[j];
+        v_grad[j] = at[s.head_dim + j];
+      }
+    } else if (span.count > 0) {
+      gradients_after(p, [&] { return span; }, h, place.d, k_grad, v_grad);
+    }
+    *place.handed(p.group_heads, m) = make_float4(k_grad[0], k_grad[1], v_grad[0], v_grad[1]);
+  }
+}
+
+// The tiles of a team's run. kAllWhole: every tile of the call is. A team: threadIdx.y and the threads of that.
+template <class T, bool kAllWhole, bool kLong>
+__device__ __forceinline__ void scan_run(const TiledScan& p) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const Sizes& s = p.in.size;
-  unsigned char* const memory = shared_memory + threadIdx.y * shared_bytes(static_cast<int>(blockDim.x / 32));
+  unsigned char* const memory =
+      shared_memory + threadIdx.y * shared_bytes(static_cast<int>(blockDim.x / 32), p.group_heads, kLong);
   const unsigned groups = static_cast<unsigned>(s.q_groups), run = this_team() / groups;
   bool first_tile = true;
 
-  int64_t item = run * p.tiles_per_run;
-  int left = static_cast<int>(p.tiles_per_run);
+  const int parts = kLong ? static_cast<int>(p.parts) : 1;
+  int left = static_cast<int>(p.tiles_per_run) * parts;
+  int64_t item = static_cast<int64_t>(run) * left;
+  if (kLong) item += left - 1;  // they go from the last tile to the first
+  constexpr int kStep = kLong ? -1 : 1;
+  const auto first_head = [&] { return static_cast<int>(this_team() % groups) * p.group_heads; };
   if constexpr (kAllWhole) {  // every team has all of its tiles
 #pragma unroll 1
-    for (; left > 0; --left, ++item) {
-      scan_tile<T>(p, Place<kWhole>(s, memory), run, item, scan_tile_of<true>(p, item), first_tile);
+    for (; left > 0; --left, item += kStep) {
+      const Place<kWhole, kLong> place(s, memory);
+      const ScanTile tile = scan_tile_of<true, kLong>(p, item);
+      if constexpr (kLong) {
+        if (left % parts == 0) {
+          ScanTile span = tile;
+          span.item = quotient(item, parts);
+          receive(p, place, span, first_head());
+        }
+      }
+      scan_tile<T>(p, place, run, item, tile, first_tile);
       first_tile = false;
     }
-    return;
-  }
+  } else {
 #pragma unroll 1
-  for (; left > 0; --left, ++item) {
+  for (; left > 0; --left, item += kStep) {
     // A team that has no tokens goes the same way, for the barriers, with nothing to load and to store.
-    ScanTile tile = scan_tile_of<false>(p, min(item, p.in.items - 1));
-    if (item >= p.in.items) tile.count = 0;
+    const int64_t items = p.in.items * parts;
+    ScanTile tile = scan_tile_of<false, kLong>(p, min(item, items - 1));
+    if (item >= items) tile.count = 0;
+    if constexpr (kLong) {
+      if (left % parts == 0 && item < items) {
+        const ScanTile span = tile_of(s, quotient(item, parts), p.in.tile);
+        receive(p, Place<kOneChunk, true>(s, memory), span, first_head());
+      }
+    }
     if (!__syncthreads_or(tile.count)) continue;
-    if (s.reset == kTokens) {
-      scan_tile<T>(p, Place<kOneChunk>(s, memory), run, tile.item, tile, first_tile);
+    const bool one_chunk = kLong ? static_cast<uint32_t>(s.reset) % kTokens == 0 : s.reset == kTokens;
+    if (one_chunk) {
+      scan_tile<T>(p, Place<kOneChunk, kLong>(s, memory), run, tile.item, tile, first_tile);
     } else {
-      scan_tile<T>(p, Place<kAny>(s, memory), run, tile.item, tile, first_tile);
+      scan_tile<T>(p, Place<kAny, kLong>(s, memory), run, tile.item, tile, first_tile);
     }
     if (tile.count) first_tile = false;
   }
-  const Place<kAny> place(s, memory);
-  const int64_t first_head = int64_t{run} * s.heads + this_team() % groups * p.group_heads;
+  const Place<kAny, kLong> place(s, memory);
   if (p.bias_partial && place.live && first_tile && run < p.runs) {  // a run without tokens
-    for (int h = 0; h < p.group_heads; ++h) {
-      *reinterpret_cast<float2*>(p.bias_partial + (first_head + h) * s.head_dim + place.d) = make_float2(0.0f, 0.0f);
+    for (int m = 0; m < p.group_heads; ++m) {
+      const int64_t at = (static_cast<int64_t>(run) * s.heads + first_head() + m) * s.head_dim + place.d;
+      *reinterpret_cast<float2*>(p.bias_partial + at) = make_float2(0.0f, 0.0f);
     }
-  }
+  }}
+}
+
+// The bound limits registers, so that kWarps warps fit: with 144 or 128 of them spills cost more than the added warps bring.
+template <bool kAllWhole>
+constexpr int kBlocks = kRoomy && !kAllWhole ? 2 : kWarps / (kThreads / 32);
+
+template <class T, bool kAllWhole>
+__global__ void __launch_bounds__(kThreads, kBlocks<kAllWhole>)
+    chunk_scan_short_bwd_kernel(const __grid_constant__ TiledScan p) {
+  scan_run<T, kAllWhole, false>(p);
+}
+
+template <class T, bool kAllWhole>
+__global__ void __launch_bounds__(kThreads, kBlocks<kAllWhole>)
+    chunk_scan_long_bwd_kernel(const __grid_constant__ TiledScan p) {
+  scan_run<T, kAllWhole, true>(p);
 }
 
 // ---- launches ---------------------------------------------------------------------------------------------------------
 
+bool is_long(const Sizes& s) { return s.reset > kTokens; }
+
+// Whole tiles alone, in spans of one length.
+bool whole_spans(const AttentionBwdParams& a, int64_t span) {
+  const Sizes& s = a.fwd.size;
+  return s.reset % kTokens == 0 && s.head_dim % 64 == 0 && !s.cu_seqlens && !s.lengths && s.tokens % span == 0 &&
+         !a.dinitial.running_k;
+}
+
+bool all_whole(const AttentionBwdParams& a) {
+  return whole_spans(a, is_long(a.fwd.size) ? span_tokens(a.fwd.size) : kTokens);
+}
+
+// `tile`: tokens of a tile, long: of a span, which has `parts` tiles. A run has tiles_per_run of them.
 struct Deal {
-  int64_t tile, items, tiles_per_run, runs;
+  int64_t tile, parts, items, tiles_per_run, runs;
 };
 
 // A run of one tile is fastest; but with a bias each leaves partial sums, so about 8,192 of them where there is so much work.
 Deal deal(const AttentionBwdParams& a) {
   const Sizes& s = a.fwd.size;
   Deal d;
-  d.tile = tile_size(s, true, kTokens, kTokens);
+  d.tile = is_long(s) ? span_tokens(s) : tile_size(s, true, kTokens, kTokens);
+  d.parts = is_long(s) ? ceil_div(d.tile, kTokens) : 1;
   d.items = work_items(s, d.tile);
   d.tiles_per_run = a.dgate_bias ? std::min<int64_t>(64, std::max<int64_t>(1, d.items * s.q_groups / 8192)) : 1;
-  if (short_scan::all_whole(a)) {  // runs of equal length
+  if (all_whole(a)) {  // runs of equal length
     while (d.items % d.tiles_per_run != 0) --d.tiles_per_run;
   }
   d.runs = ceil_div(d.items, d.tiles_per_run);
   return d;
 }
 
+// A team's warps, and its shared memory.
+int team_threads(const Sizes& s) { return static_cast<int>(round_up(s.head_dim / 2, 32)); }
+
+int team_bytes(const Sizes& s) {
+  return static_cast<int>(
+      shared_bytes(team_threads(s) / 32, static_cast<int>(s.heads / s.q_groups), is_long(s)));
+}
+
 Walk walk(const Rows& r) { return {static_cast<char*>(r.ptr), r.batch * 2, r.token * 2, r.head * 2}; }
 
-void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, const Deal& d, float* bias_partial,
+struct Workspace {
+  Piece<float> bias_partial;   // (runs, H, D)
+  Piece<float> incoming_grad;  // of segments
+};
+
+void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, const Deal& d, const Workspace& w,
                  cudaStream_t stream) {
   const Sizes& s = a.fwd.size;
-  ScanShort p{};
+  TiledScan p{};
   p.in = scan_input(a.fwd);
   p.in.tile = d.tile;
   p.in.items = d.items;
@@ -806,8 +984,8 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, const D
   p.dk = a.dk;
   p.dq_sum = scratch.dq;
   p.dq_in_tiles = scratch.dq_in_tiles;
-  p.lse = static_cast<const float*>(a.fwd.lse);
-  p.delta = scratch.delta;
+  p.first_scalar = is_long(s) ? scratch.p_self : static_cast<const float*>(a.fwd.lse);
+  p.second_scalar = is_long(s) ? scratch.ds_self : scratch.delta;
   p.chunk = chunk_grads(a, scratch);
   p.drunning_k = static_cast<const float*>(a.drunning_k);
   p.drunning_v = static_cast<const float*>(a.drunning_v);
@@ -816,29 +994,49 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, const D
   p.group_heads = static_cast<int>(s.heads / s.q_groups);
   p.tiles_per_run = d.tiles_per_run;
   p.runs = d.runs;
-  p.bias_partial = bias_partial;
+  p.bias_partial = w.bias_partial;
+  p.parts = d.parts;
+  if (is_long(s)) p.tile_states = tile_states_of(s, scratch.tile_states);
+  if (w.incoming_grad.taken()) {
+    ReverseInput r{};
+    r.in = scan_input(a.fwd);
+    r.dout = scratch.dout;
+    r.p_self = scratch.p_self;
+    r.ds_self = scratch.ds_self;
+    r.chunk = p.chunk;
+    r.drunning_k = p.drunning_k;
+    r.drunning_v = p.drunning_v;
+    r.incoming_grad = w.incoming_grad;
+    reverse_segments(r, true, stream);
+    p.incoming_grad = w.incoming_grad;
+  }
 
   const int64_t teams = d.runs * s.q_groups;
   if (teams > 0) {
     p.all_live = s.head_dim % 64 == 0;
-    const bool all = short_scan::all_whole(a);
-    const int threads = static_cast<int>(round_up(s.head_dim / 2, 32));
+    const bool all = all_whole(a);
+    const int threads = team_threads(s), bytes = team_bytes(s);
     // Several teams where shared memory holds kWarps warps all the same.
-    constexpr int kNeeded = static_cast<int>(shared_bytes(kWarps)) + kWarps / (kThreads / 32) * 1024;
-    const bool roomy = device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>() >= kNeeded;
+    const int needed = bytes / (threads / 32) * kWarps + kWarps / (kThreads / 32) * 1024;
+    const bool roomy = device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>() >= needed;
     int in_block = roomy ? std::max(1, kThreads / threads) : 1;
     while (all && teams % in_block != 0) --in_block;
-    const auto launch = [&](auto* kernel) {
-      const int shared = in_block * static_cast<int>(shared_bytes(threads / 32));
-      allow_shared_memory(kernel, shared, "chunk_scan_short_bwd shared memory");
-      kernel<<<grid_x(ceil_div(teams, in_block), "chunk_scan_short_bwd"), dim3(threads, in_block), shared, stream>>>(p);
-      check_launch("chunk_scan_short_bwd");
+    const auto launch = [&](auto* kernel, const char* name) {
+      const int shared = in_block * bytes;
+      allow_shared_memory(kernel, shared, "chunk_scan_bwd shared memory");
+      kernel<<<grid_x(ceil_div(teams, in_block), name), dim3(threads, in_block), shared, stream>>>(p);
+      check_launch(name);
     };
-    if (s.dtype == DType::bf16) {
-      launch(all ? chunk_scan_short_bwd_kernel<bf16, true> : chunk_scan_short_bwd_kernel<bf16, false>);
-    } else {
-      launch(all ? chunk_scan_short_bwd_kernel<f16, true> : chunk_scan_short_bwd_kernel<f16, false>);
-    }
+    const auto launch_type = [&](auto element) {
+      using T = decltype(element);
+      if (is_long(s)) {
+        launch(all ? chunk_scan_long_bwd_kernel<T, true> : chunk_scan_long_bwd_kernel<T, false>, "chunk_scan_long_bwd");
+      } else {
+        launch(all ? chunk_scan_short_bwd_kernel<T, true> : chunk_scan_short_bwd_kernel<T, false>,
+               "chunk_scan_short_bwd");
+      }
+    };
+    s.dtype == DType::bf16 ? launch_type(bf16()) : launch_type(f16());
   }
   if (a.dgate_bias) {
     reduce_gate_bias(p.bias_partial, d.runs, s.heads * s.head_dim, static_cast<float*>(a.dgate_bias), stream);
@@ -847,36 +1045,71 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, const D
 
 }  // namespace
 
-const char* short_scan::refuses(const AttentionBwdParams& a) {
+namespace {
+
+// What both families ask of a call.
+const char* refuses_call(const AttentionBwdParams& a) {
   const Sizes& s = a.fwd.size;
   if (s.dtype != DType::bf16 && s.dtype != DType::f16) return "elements are not of two bytes";
   if (a.fwd.gate.ptr == nullptr) return "the states are given";
-  if (s.reset > kShortChunk) return "chunks are longer than 16 tokens";
   if (s.k_groups != s.q_groups) return "k has other groups than q";
   return nullptr;
 }
 
-bool short_scan::all_whole(const AttentionBwdParams& a) {
-  const Sizes& s = a.fwd.size;
-  return s.reset == kTokens && s.head_dim % 64 == 0 && !s.cu_seqlens && !s.lengths && s.tokens % kTokens == 0 &&
-         !a.dinitial.running_k;
-}
-
-Launch short_scan::reverse(const AttentionBwdParams& a, const BwdScratch& scratch, Arena& arena) {
+Launch plan_scan(const AttentionBwdParams& a, const BwdScratch& scratch, Arena& arena) {
   const Sizes& s = a.fwd.size;
   const Deal d = deal(a);
-  Piece<float> bias_partial;  // (runs, H, D)
-  if (a.dgate_bias) bias_partial = arena.take<float>(d.runs * s.heads * s.head_dim);
-  return [&a, scratch, d, bias_partial](cudaStream_t stream) { launch_scan(a, scratch, d, bias_partial, stream); };
+  Workspace w;
+  if (a.dgate_bias) w.bias_partial = arena.take<float>(d.runs * s.heads * s.head_dim);
+  w.incoming_grad = take_segments(s, true, kMaxChunkBwd, 3, arena);
+  return [&a, scratch, d, w](cudaStream_t stream) { launch_scan(a, scratch, d, w, stream); };
 }
 
-KernelList reverse_short_kernels() {
+}  // namespace
+
+const char* short_scan::refuses(const AttentionBwdParams& a) {
+  if (const char* why = refuses_call(a)) return why;
+  return is_long(a.fwd.size) ? "chunks are longer than 16 tokens" : nullptr;
+}
+
+bool short_scan::all_whole(const AttentionBwdParams& a) { return cuda::all_whole(a); }
+
+Launch short_scan::reverse(const AttentionBwdParams& a, const BwdScratch& scratch, Arena& arena) {
+  return plan_scan(a, scratch, arena);
+}
+
+const char* long_scan::refuses(const AttentionBwdParams& a) {
+  if (const char* why = refuses_call(a)) return why;
+  if (!is_long(a.fwd.size)) return "chunks are of at most 16 tokens";
+  if (team_bytes(a.fwd.size) > device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>()) {
+    return "the heads of a group are too many for its shared memory";
+  }
+  return nullptr;
+}
+
+bool long_scan::all_whole(const AttentionBwdParams& a) { return cuda::all_whole(a); }
+
+int64_t long_scan::tile_states(const AttentionBwdParams& a) {
+  const Sizes& s = a.fwd.size;
+  const TileStates t = tile_states_of(s, nullptr);
+  return work_items(s, t.unit) * t.parts * s.heads * 2 * s.head_dim;
+}
+
+Launch long_scan::reverse(const AttentionBwdParams& a, const BwdScratch& scratch, Arena& arena) {
+  return plan_scan(a, scratch, arena);
+}
+
+KernelList reverse_tiles_kernels() {
   static const KernelTable table = [] {
     KernelTable t;
     t.add("chunk_scan_short_bwd<bf16, whole>", chunk_scan_short_bwd_kernel<bf16, true>);
     t.add("chunk_scan_short_bwd<bf16>", chunk_scan_short_bwd_kernel<bf16, false>);
     t.add("chunk_scan_short_bwd<f16, whole>", chunk_scan_short_bwd_kernel<f16, true>);
     t.add("chunk_scan_short_bwd<f16>", chunk_scan_short_bwd_kernel<f16, false>);
+    t.add("chunk_scan_long_bwd<bf16, whole>", chunk_scan_long_bwd_kernel<bf16, true>);
+    t.add("chunk_scan_long_bwd<bf16>", chunk_scan_long_bwd_kernel<bf16, false>);
+    t.add("chunk_scan_long_bwd<f16, whole>", chunk_scan_long_bwd_kernel<f16, true>);
+    t.add("chunk_scan_long_bwd<f16>", chunk_scan_long_bwd_kernel<f16, false>);
     return t;
   }();
   return table.list();
