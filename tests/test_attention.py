@@ -43,6 +43,31 @@ def test_whole_tiles(device, dtype, dim, tokens, options):
 
 
 @low
+@pytest.mark.parametrize("dim", [64, 128, 40])
+@pytest.mark.parametrize("chunk_size, tokens", [(32, 192), (48, 144), (64, 256), (64, 250), (80, 240), (256, 768)])
+@pytest.mark.parametrize(
+    "options", [{}, {"return_state": True, "rotary": False}, {"heads": 8, "groups": 1}], ids=["", "state", "many heads"]
+)
+def test_chunks_of_tiles(device, dtype, dim, chunk_size, tokens, options):
+    """Chunks of several tiles of 16 tokens, which the reverse scan takes from the last to the first."""
+    check(attention_case(device, dtype, dim=dim, tokens=tokens, chunk_size=chunk_size, **{"heads": 3, "groups": 1} | options))
+
+
+@low
+@pytest.mark.parametrize("chunk_size", [4, 5, 6, 7, 8, 9, 12, 15, 17, 20, 33, 49, 63, 100])
+@pytest.mark.parametrize("options", [{}, {"return_state": True}], ids=["", "state"])
+def test_ends_inside_tiles(device, dtype, chunk_size, options):
+    """Chunks that begin and end inside the tiles of the reverse scan, whose gradients it asks for ahead."""
+    check(attention_case(device, dtype, batch=1, dim=64, tokens=203, chunk_size=chunk_size, gate_mean=1.0, **options))
+
+
+@low
+def test_more_heads_than_a_group_has_room_for(device, dtype):
+    """Long chunks hand gradients from tile to tile in shared memory, for each head of a group: else another family serves the call."""
+    check(attention_case(device, dtype, batch=1, dim=256, tokens=130, chunk_size=64, heads=96, groups=1))
+
+
+@low
 def test_a_key_that_is_not_finite_spoils_its_own_column(device, dtype):
     """A key of -inf in one column, of weight 0: NaN in that column of dq, and without rotation in no other."""
     case = attention_case(device, dtype, batch=1, tokens=128, heads=1, groups=1, dim=64, rotary=False, gate_mean=-3.0)

@@ -73,8 +73,11 @@ struct Walk {
 enum Kind : int {
   kWhole,     // kTokens tokens of one chunk, all lanes have elements: nothing is masked. Short: the chunk, and no state enters
   kOneChunk,  // of one chunk, from kTokens tokens those of the call
-  kAny        // chunks begin and end at any token
+  kFew,       // chunks begin and end at any token, and at most kStagedKeys end
+  kAny        // the same, but any number
 };
+constexpr bool is_free(Kind kind) { return kind == kFew || kind == kAny; }
+constexpr int kStagedKeys = 4;
 
 struct TiledScan {
   ScanInput in;         // q, k; v and gate are below
@@ -99,22 +102,27 @@ struct TiledScan {
   TileStates tile_states;
   const float* incoming_grad;  // as ReverseInput has it: of spans that are segments, else null
   int64_t parts;               // tiles of a span
+  int keys;                    // that shared memory has room for, at least 1
   uint32_t zero;               // 0, which the compiler does not know
 };
 
 // Shared memory of a team: what a warp has to itself, for each warp, and then, short: (2, warps, 32) dot products, by parity of the
 // head; long: (warps, heads of a group, 32), what the state of a tile's last token receives, two elements for k~ and two for v~.
+// Of a chunk that ends in the tile.
+struct KeyShared {
+  float4 angle[32];   // two cosines and two sines of its angle
+  float2 grad[3][32]; // the gradient of its state as ChunkGrad has it
+};
 struct WarpShared {
   float4 sums[kTokens][32];  // two elements of dq, two of dk
   uint2 rows[kTokens][32];   // q and k
   float2 self[kTokens];      // p_tt, scale * ds_tt
-  // Of a tile of one chunk: two cosines and two sines of its angle, and the gradient of its state as ChunkGrad has it.
-  float4 angle[32];
-  float2 grad[3][32];
-  uint2 before[32];  // long: k~ and v~ before the tile's first token
+  uint2 before[32];          // long: k~ and v~ before the tile's first token
+  KeyShared keys[1];         // and more behind it: TiledScan::keys
 };
-__host__ __device__ constexpr size_t shared_bytes(int warps, int group_heads, bool is_long) {
-  return warps * (sizeof(WarpShared) + (is_long ? group_heads * 32 * sizeof(float4) : 2 * 32 * sizeof(float)));
+__host__ __device__ constexpr size_t warp_bytes(int keys) { return sizeof(WarpShared) + (keys - 1) * sizeof(KeyShared); }
+__host__ __device__ constexpr size_t shared_bytes(int warps, int keys, int group_heads, bool is_long) {
+  return warps * (warp_bytes(keys) + (is_long ? group_heads * 32 * sizeof(float4) : 2 * 32 * sizeof(float)));
 }
 
 template <class T>
@@ -186,8 +194,8 @@ __device__ __forceinline__ float4 angle_at(const TiledScan& p, int angle, int d)
   return make_float4(cosine[0], cosine[1], sign * sine[0], sign * sine[1]);
 }
 
-// Gradient of a chunk state, two elements of it, before it is rotated back. Where a tile is one chunk it is asked for long before it
-// is added, and not touched in between: a use would wait.
+// Gradient of a chunk state, two elements of it, before it is rotated back. But for kAny it is asked for long before it is added, and
+// not touched in between: a use would wait.
 struct ChunkGrad {
   float2 v, k, pair;  // pair: the elements that rotation mixes with k
 
@@ -203,18 +211,17 @@ struct ChunkGrad {
   }
   // Through shared memory: the compiler would move loads to registers down to where they are used.
   static __device__ __forceinline__ void request(const TiledScan& p, int64_t state, int d, bool valid,
-                                                 WarpShared& shared, int lane) {
-    cp_async8(shared_address(&shared.grad[0][lane]), p.chunk.attention_v + (state + d), valid);
-    cp_async8(shared_address(&shared.grad[1][lane]), p.chunk.attention_k + (state + d), valid);
+                                                 KeyShared& key, int lane) {
+    cp_async8(shared_address(&key.grad[0][lane]), p.chunk.attention_v + (state + d), valid);
+    cp_async8(shared_address(&key.grad[1][lane]), p.chunk.attention_k + (state + d), valid);
     const bool rotary = valid && p.in.rotary.cos != nullptr;  // else there is no pair: zeros
-    cp_async8(shared_address(&shared.grad[2][lane]), p.chunk.attention_k + (state + pair_of(p, d)), rotary);
-    cp_async_commit();
+    cp_async8(shared_address(&key.grad[2][lane]), p.chunk.attention_k + (state + pair_of(p, d)), rotary);
   }
-  __device__ __forceinline__ void take(const WarpShared& shared, int lane) {
-    cp_async_wait<0>();
-    v = shared.grad[0][lane];
-    k = shared.grad[1][lane];
-    pair = shared.grad[2][lane];
+  // When it has come.
+  __device__ __forceinline__ void take(const KeyShared& key, int lane) {
+    v = key.grad[0][lane];
+    k = key.grad[1][lane];
+    pair = key.grad[2][lane];
   }
   template <class T>
   static __device__ __forceinline__ void add_returned(const void* returned, int64_t at, float2& x) {
@@ -249,15 +256,17 @@ struct Place {
   WarpShared* shared;
   float* behind;  // what lies behind the warps' own
 
-  __device__ __forceinline__ Place(const Sizes& s, unsigned char* memory) {
+  __device__ __forceinline__ Place(const TiledScan& p, unsigned char* memory) {
+    const Sizes& s = p.in.size;
     const int tid = static_cast<int>(threadIdx.x);
     lane = tid % 32;
     warp = tid / 32;
     warps = static_cast<int>(blockDim.x) / 32;
     live = kKind == kWhole || 2 * tid < s.head_dim;
     d = live ? 2 * tid : 0;
-    shared = reinterpret_cast<WarpShared*>(memory) + warp;
-    behind = reinterpret_cast<float*>(memory + warps * sizeof(WarpShared));
+    const int bytes = static_cast<int>(warp_bytes(kKind == kFew ? p.keys : 1));
+    shared = reinterpret_cast<WarpShared*>(memory + warp * bytes);
+    behind = reinterpret_cast<float*>(memory + warps * bytes);
   }
   // Dots of a warp for a head: (2, kTokens), q.k~ and dO.v~.
   __device__ __forceinline__ float* dots_of(int h, int w) const { return behind + (h % 2 * warps + w) * 32; }
@@ -314,7 +323,7 @@ __device__ __forceinline__ void rotate_group(const TiledScan& p, const Place<kWh
   const int pair = static_cast<int>(ChunkGrad::pair_of(p, place.d)), lane = place.lane;
   const WarpShared& other = place.shared[pair / 64 - place.warp];
   const bool rotary = p.in.rotary.cos != nullptr;  // else a NaN of the other thread would come along
-  const float4 angle = place.shared->angle[lane];
+  const float4 angle = place.shared->keys[0].angle[lane];
   const float scale = p.in.scale;
   float4 turned[kTokens / 2];
   __syncthreads();
@@ -370,6 +379,7 @@ struct Edges {
   __device__ __forceinline__ bool resets(int t) const { return bits >> t & 1; }
   __device__ __forceinline__ bool leaves_key(int t) const { return bits >> (16 + t) & 1; }
   __device__ __forceinline__ int keys_before(int t) const { return __popc(bits >> 16 & ((1u << t) - 1)); }
+  __device__ __forceinline__ int keys() const { return __popc(bits >> 16); }
 };
 
 // v, gate and dO of all tokens of a head, in registers; where they are, and where dv and dgate go. The inputs are asked for at the
@@ -479,11 +489,11 @@ __device__ __forceinline__ void scan_forward(const Place<kKind, kLong>& place, c
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
     // k~ as the token before left it, also where this one starts anew: walk_back takes it for that token's own.
-    if (kKind == kAny) k_before[t] = pack2<T>(k_state[0], k_state[1]);
-    if (kKind == kAny ? edges.resets(t) : t == 0 && (kKind == kWhole && !kLong || edges.resets(0))) {
+    if (is_free(kKind)) k_before[t] = pack2<T>(k_state[0], k_state[1]);
+    if (is_free(kKind) ? edges.resets(t) : t == 0 && ((kKind == kWhole && !kLong) || edges.resets(0))) {
       k_state[0] = k_state[1] = v_state[0] = v_state[1] = 0.0f;
     }
-    if (kKind != kAny) k_before[t] = pack2<T>(k_state[0], k_state[1]);
+    if (!is_free(kKind)) k_before[t] = pack2<T>(k_state[0], k_state[1]);
     v_before[t] = pack2<T>(v_state[0], v_state[1]);
     const uint2 raw = place.shared->rows[t][lane];
     float f[2], g[2], q[2], k[2], v[2], dout[2];
@@ -565,7 +575,7 @@ __device__ __forceinline__ void walk_back(const TiledScan& p, const Place<kKind,
     sum.y = fmaf(own.y, k_now[1], sum.y);
     k_now[0] = k_past[0];
     k_now[1] = k_past[1];
-    if (kKind == kAny && edges.resets(t)) k_past[0] = k_past[1] = 0.0f;
+    if (is_free(kKind) && edges.resets(t)) k_past[0] = k_past[1] = 0.0f;
     const float probability = own.x, ds = own.y;
     if (t > 0) {
       raw = shared.rows[t - 1][lane];
@@ -576,12 +586,17 @@ __device__ __forceinline__ void walk_back(const TiledScan& p, const Place<kKind,
       v_grad[j] = fmaf(probability, dout[j], v_grad[j]);
       k_grad[j] = fmaf(ds, q[j], k_grad[j]);
     }
-    if (kKind == kAny && edges.leaves_key(t)) {
+    if (is_free(kKind) && edges.leaves_key(t)) {
       const int before = edges.keys_before(t);
       const int64_t state = state_at + before * static_cast<int>(p.in.size.head_dim);
       ChunkGrad grad;
-      grad.request(p, state, place.d);
-      grad.add<T>(p, angle_at(p, first_chunk + before, place.d), state, place.d, k_grad, v_grad);
+      if constexpr (kKind == kFew) {
+        grad.take(shared.keys[before], lane);
+        grad.add<T>(p, shared.keys[before].angle[lane], state, place.d, k_grad, v_grad);
+      } else {
+        grad.request(p, state, place.d);
+        grad.add<T>(p, angle_at(p, first_chunk + before, place.d), state, place.d, k_grad, v_grad);
+      }
     }
     // They are a_t and b_t now.
 #pragma unroll
@@ -596,7 +611,7 @@ __device__ __forceinline__ void walk_back(const TiledScan& p, const Place<kKind,
     sum.z += dk[0];
     sum.w += dk[1];
     shared.sums[t][lane] = sum;
-    if (kKind == kAny && edges.resets(t)) k_grad[0] = k_grad[1] = v_grad[0] = v_grad[1] = 0.0f;
+    if (is_free(kKind) && edges.resets(t)) k_grad[0] = k_grad[1] = v_grad[0] = v_grad[1] = 0.0f;
     store_pair_if(rows.dv_at, pack2<T>(dv[0], dv[1]), valid(t));
     store_pair_if(rows.dgate_at, pack2<T>(dgate[0], dgate[1]), valid(t));
     rows.request(t, more && valid(t));
@@ -703,7 +718,8 @@ __device__ __forceinline__ void scan_tile(const TiledScan& p, const Place<kKind,
   const auto tile_again = [&] { return scan_tile_of<kKind == kWhole, kLong>(p, opaque(item)); };
   const int first_head = static_cast<int>(group_again()) * p.group_heads;
   const auto bias_partial = [&](int h) {
-    return reinterpret_cast<float2*>(p.bias_partial + (static_cast<int64_t>(run) * s.heads + h) * s.head_dim + d);
+    const unsigned run_again = kKind == kOneChunk && !kLong ? this_team() / groups_again() : run;
+    return reinterpret_cast<float2*>(p.bias_partial + (static_cast<int64_t>(run_again) * s.heads + h) * s.head_dim + d);
   };
   const int own_count = live ? count : 0;
   const auto valid = [&](int t) { return kKind == kWhole || t < own_count; };
@@ -746,7 +762,11 @@ __device__ __forceinline__ void scan_tile(const TiledScan& p, const Place<kKind,
   rows.request_all(p, valid);
   float scalar = load_scalar();
   // rotate_group() wants it of every tile.
-  if (kKind == kWhole || (kKind == kOneChunk && closes)) place.shared->angle[lane] = angle_at(p, first_chunk, d);
+  if (kKind == kWhole || (kKind == kOneChunk && closes)) place.shared->keys[0].angle[lane] = angle_at(p, first_chunk, d);
+  if constexpr (kKind == kFew) {
+#pragma unroll 1
+    for (int i = 0; i < edges.keys(); ++i) place.shared->keys[i].angle[lane] = angle_at(p, first_chunk + i, d);
+  }
   const auto bias_at = [&](int h) { return p.in.gate_bias + (opaque(h) * static_cast<int>(s.head_dim) + d); };
   float raw_bias[2] = {0.0f, 0.0f};
   load_float_if(raw_bias[0], bias_at(first_head), p.in.gate_bias != nullptr);
@@ -763,7 +783,15 @@ __device__ __forceinline__ void scan_tile(const TiledScan& p, const Place<kKind,
     }
     states_before<T>(p, place, tile_again, h, d, k_state, v_state);
     uint32_t k_before[kTokens], v_before[kTokens];
-    if constexpr (kKind != kAny) ChunkGrad::request(p, state_at, d, closes, *place.shared, lane);
+    if constexpr (kKind == kFew) {
+#pragma unroll 1
+      for (int i = 0; i < edges.keys(); ++i) {
+        ChunkGrad::request(p, state_at + i * static_cast<int>(s.head_dim), d, true, place.shared->keys[i], lane);
+      }
+    } else if constexpr (kKind != kAny) {
+      ChunkGrad::request(p, state_at, d, closes, place.shared->keys[0], lane);
+    }
+    cp_async_commit();
     scan_forward(place, rows, edges, bias, h, k_state, v_state, k_before, v_before);
 
     float k_grad[2], v_grad[2];
@@ -777,10 +805,11 @@ __device__ __forceinline__ void scan_tile(const TiledScan& p, const Place<kKind,
     // of the head between, before which all have read these. Long: for the teams' step alone.
     __syncthreads();
     own_weights(p, place, h, self_kind, scalar);
-    if constexpr (kKind != kAny) {
+    cp_async_wait<0>();
+    if constexpr (!is_free(kKind)) {
       ChunkGrad chunk_grad;
-      chunk_grad.take(*place.shared, lane);
-      if (closes) chunk_grad.add<T>(p, place.shared->angle[lane], state_at, d, k_grad, v_grad);
+      chunk_grad.take(place.shared->keys[0], lane);
+      if (closes) chunk_grad.add<T>(p, place.shared->keys[0].angle[lane], state_at, d, k_grad, v_grad);
     }
     rows.forget_unpacked(kLong ? p.zero : 0);
     scalar_at += s.tokens;
@@ -840,13 +869,14 @@ __device__ __forceinline__ void receive(const TiledScan& p, const Place<kKind, t
   }
 }
 
-// The tiles of a team's run. kAllWhole: every tile of the call is. A team: threadIdx.y and the threads of that.
-template <class T, bool kAllWhole, bool kLong>
+// The tiles of a team's run, all of one kind. A team: threadIdx.y and the threads of that.
+template <class T, Kind kKind, bool kLong>
 __device__ __forceinline__ void scan_run(const TiledScan& p) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const Sizes& s = p.in.size;
+  const int keys = kKind == kFew ? p.keys : 1;
   unsigned char* const memory =
-      shared_memory + threadIdx.y * shared_bytes(static_cast<int>(blockDim.x / 32), p.group_heads, kLong);
+      shared_memory + threadIdx.y * shared_bytes(static_cast<int>(blockDim.x / 32), keys, p.group_heads, kLong);
   const unsigned groups = static_cast<unsigned>(s.q_groups), run = this_team() / groups;
   bool first_tile = true;
 
@@ -856,66 +886,51 @@ __device__ __forceinline__ void scan_run(const TiledScan& p) {
   if (kLong) item += left - 1;  // they go from the last tile to the first
   constexpr int kStep = kLong ? -1 : 1;
   const auto first_head = [&] { return static_cast<int>(this_team() % groups) * p.group_heads; };
-  if constexpr (kAllWhole) {  // every team has all of its tiles
-#pragma unroll 1
-    for (; left > 0; --left, item += kStep) {
-      const Place<kWhole, kLong> place(s, memory);
-      const ScanTile tile = scan_tile_of<true, kLong>(p, item);
-      if constexpr (kLong) {
-        if (left % parts == 0) {
-          ScanTile span = tile;
-          span.item = quotient(item, parts);
-          receive(p, place, span, first_head());
-        }
-      }
-      scan_tile<T>(p, place, run, item, tile, first_tile);
-      first_tile = false;
-    }
-  } else {
 #pragma unroll 1
   for (; left > 0; --left, item += kStep) {
-    // A team that has no tokens goes the same way, for the barriers, with nothing to load and to store.
+    // A team that has no tokens goes the same way, for the barriers, with nothing to load and to store. Where all tiles are whole
+    // every team has all of its tiles.
     const int64_t items = p.in.items * parts;
-    ScanTile tile = scan_tile_of<false, kLong>(p, min(item, items - 1));
-    if (item >= items) tile.count = 0;
+    const bool exists = kKind == kWhole || item < items;
+    ScanTile tile = scan_tile_of<kKind == kWhole, kLong>(p, exists ? item : items - 1);
+    if (!exists) tile.count = 0;
     if constexpr (kLong) {
-      if (left % parts == 0 && item < items) {
-        const ScanTile span = tile_of(s, quotient(item, parts), p.in.tile);
-        receive(p, Place<kOneChunk, true>(s, memory), span, first_head());
+      if (left % parts == 0 && exists) {
+        ScanTile span = tile;
+        span.item = quotient(item, parts);
+        if (kKind != kWhole) span = tile_of(s, span.item, p.in.tile);
+        receive(p, Place<kKind, true>(p, memory), span, first_head());
       }
     }
-    if (!__syncthreads_or(tile.count)) continue;
-    const bool one_chunk = kLong ? static_cast<uint32_t>(s.reset) % kTokens == 0 : s.reset == kTokens;
-    if (one_chunk) {
-      scan_tile<T>(p, Place<kOneChunk, kLong>(s, memory), run, tile.item, tile, first_tile);
-    } else {
-      scan_tile<T>(p, Place<kAny, kLong>(s, memory), run, tile.item, tile, first_tile);
-    }
+    if (kKind != kWhole && !__syncthreads_or(tile.count)) continue;
+    scan_tile<T>(p, Place<kKind, kLong>(p, memory), run, tile.item, tile, first_tile);
     if (tile.count) first_tile = false;
   }
-  const Place<kAny, kLong> place(s, memory);
-  if (p.bias_partial && place.live && first_tile && run < p.runs) {  // a run without tokens
-    for (int m = 0; m < p.group_heads; ++m) {
-      const int64_t at = (static_cast<int64_t>(run) * s.heads + first_head() + m) * s.head_dim + place.d;
-      *reinterpret_cast<float2*>(p.bias_partial + at) = make_float2(0.0f, 0.0f);
+  if constexpr (kKind != kWhole) {
+    const Place<kKind, kLong> place(p, memory);
+    if (p.bias_partial && place.live && first_tile && run < p.runs) {  // a run without tokens
+      for (int m = 0; m < p.group_heads; ++m) {
+        const int64_t at = (static_cast<int64_t>(run) * s.heads + first_head() + m) * s.head_dim + place.d;
+        *reinterpret_cast<float2*>(p.bias_partial + at) = make_float2(0.0f, 0.0f);
+      }
     }
-  }}
+  }
 }
 
 // The bound limits registers, so that kWarps warps fit: with 144 or 128 of them spills cost more than the added warps bring.
-template <bool kAllWhole>
-constexpr int kBlocks = kRoomy && !kAllWhole ? 2 : kWarps / (kThreads / 32);
+template <Kind kKind>
+constexpr int kBlocks = kRoomy && kKind != kWhole ? 2 : kWarps / (kThreads / 32);
 
-template <class T, bool kAllWhole>
-__global__ void __launch_bounds__(kThreads, kBlocks<kAllWhole>)
+template <class T, Kind kKind>
+__global__ void __launch_bounds__(kThreads, kBlocks<kKind>)
     chunk_scan_short_bwd_kernel(const __grid_constant__ TiledScan p) {
-  scan_run<T, kAllWhole, false>(p);
+  scan_run<T, kKind, false>(p);
 }
 
-template <class T, bool kAllWhole>
-__global__ void __launch_bounds__(kThreads, kBlocks<kAllWhole>)
+template <class T, Kind kKind>
+__global__ void __launch_bounds__(kThreads, kBlocks<kKind>)
     chunk_scan_long_bwd_kernel(const __grid_constant__ TiledScan p) {
-  scan_run<T, kAllWhole, true>(p);
+  scan_run<T, kKind, true>(p);
 }
 
 // ---- launches ---------------------------------------------------------------------------------------------------------
@@ -956,9 +971,22 @@ Deal deal(const AttentionBwdParams& a) {
 // A team's warps, and its shared memory.
 int team_threads(const Sizes& s) { return static_cast<int>(round_up(s.head_dim / 2, 32)); }
 
+// The kind of all tiles of a call.
+Kind kind_of(const AttentionBwdParams& a) {
+  const Sizes& s = a.fwd.size;
+  if (all_whole(a)) return kWhole;
+  if (s.reset % kTokens == 0) return kOneChunk;
+  return s.reset * kStagedKeys >= kTokens ? kFew : kAny;
+}
+
+// Chunks whose ends are staged, at most, in a tile of kind kFew.
+int staged_keys(const Sizes& s) {
+  return is_long(s) || s.reset * kStagedKeys < kTokens ? 1 : static_cast<int>(kTokens / s.reset);
+}
+
 int team_bytes(const Sizes& s) {
   return static_cast<int>(
-      shared_bytes(team_threads(s) / 32, static_cast<int>(s.heads / s.q_groups), is_long(s)));
+      shared_bytes(team_threads(s) / 32, staged_keys(s), static_cast<int>(s.heads / s.q_groups), is_long(s)));
 }
 
 Walk walk(const Rows& r) { return {static_cast<char*>(r.ptr), r.batch * 2, r.token * 2, r.head * 2}; }
@@ -996,6 +1024,7 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, const D
   p.runs = d.runs;
   p.bias_partial = w.bias_partial;
   p.parts = d.parts;
+  p.keys = staged_keys(s);
   if (is_long(s)) p.tile_states = tile_states_of(s, scratch.tile_states);
   if (w.incoming_grad.taken()) {
     ReverseInput r{};
@@ -1027,13 +1056,20 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, const D
       kernel<<<grid_x(ceil_div(teams, in_block), name), dim3(threads, in_block), shared, stream>>>(p);
       check_launch(name);
     };
+    const auto launch_kind = [&](auto* long_kernel, auto* short_kernel) {
+      is_long(s) ? launch(long_kernel, "chunk_scan_long_bwd") : launch(short_kernel, "chunk_scan_short_bwd");
+    };
     const auto launch_type = [&](auto element) {
       using T = decltype(element);
-      if (is_long(s)) {
-        launch(all ? chunk_scan_long_bwd_kernel<T, true> : chunk_scan_long_bwd_kernel<T, false>, "chunk_scan_long_bwd");
-      } else {
-        launch(all ? chunk_scan_short_bwd_kernel<T, true> : chunk_scan_short_bwd_kernel<T, false>,
-               "chunk_scan_short_bwd");
+      switch (kind_of(a)) {
+        case kWhole:
+          return launch_kind(chunk_scan_long_bwd_kernel<T, kWhole>, chunk_scan_short_bwd_kernel<T, kWhole>);
+        case kOneChunk:
+          return launch_kind(chunk_scan_long_bwd_kernel<T, kOneChunk>, chunk_scan_short_bwd_kernel<T, kOneChunk>);
+        case kFew:
+          return launch_kind(chunk_scan_long_bwd_kernel<T, kFew>, chunk_scan_short_bwd_kernel<T, kFew>);
+        case kAny:
+          return launch(chunk_scan_short_bwd_kernel<T, kAny>, "chunk_scan_short_bwd");
       }
     };
     s.dtype == DType::bf16 ? launch_type(bf16()) : launch_type(f16());
@@ -1102,14 +1138,21 @@ Launch long_scan::reverse(const AttentionBwdParams& a, const BwdScratch& scratch
 KernelList reverse_tiles_kernels() {
   static const KernelTable table = [] {
     KernelTable t;
-    t.add("chunk_scan_short_bwd<bf16, whole>", chunk_scan_short_bwd_kernel<bf16, true>);
-    t.add("chunk_scan_short_bwd<bf16>", chunk_scan_short_bwd_kernel<bf16, false>);
-    t.add("chunk_scan_short_bwd<f16, whole>", chunk_scan_short_bwd_kernel<f16, true>);
-    t.add("chunk_scan_short_bwd<f16>", chunk_scan_short_bwd_kernel<f16, false>);
-    t.add("chunk_scan_long_bwd<bf16, whole>", chunk_scan_long_bwd_kernel<bf16, true>);
-    t.add("chunk_scan_long_bwd<bf16>", chunk_scan_long_bwd_kernel<bf16, false>);
-    t.add("chunk_scan_long_bwd<f16, whole>", chunk_scan_long_bwd_kernel<f16, true>);
-    t.add("chunk_scan_long_bwd<f16>", chunk_scan_long_bwd_kernel<f16, false>);
+    const auto add = [&](auto element, const char* type) {
+      using T = decltype(element);
+      const auto add_kind = [&](const char* form, auto* kernel) {
+        t.add(reinterpret_cast<const void*>(kernel), form, type);
+      };
+      add_kind("chunk_scan_short_bwd<%s, whole>", chunk_scan_short_bwd_kernel<T, kWhole>);
+      add_kind("chunk_scan_short_bwd<%s, one chunk>", chunk_scan_short_bwd_kernel<T, kOneChunk>);
+      add_kind("chunk_scan_short_bwd<%s, few>", chunk_scan_short_bwd_kernel<T, kFew>);
+      add_kind("chunk_scan_short_bwd<%s, any>", chunk_scan_short_bwd_kernel<T, kAny>);
+      add_kind("chunk_scan_long_bwd<%s, whole>", chunk_scan_long_bwd_kernel<T, kWhole>);
+      add_kind("chunk_scan_long_bwd<%s, one chunk>", chunk_scan_long_bwd_kernel<T, kOneChunk>);
+      add_kind("chunk_scan_long_bwd<%s, few>", chunk_scan_long_bwd_kernel<T, kFew>);
+    };
+    add(bf16(), "bf16");
+    add(f16(), "f16");
     return t;
   }();
   return table.list();
