@@ -202,9 +202,11 @@ def cases() -> Iterator[Case]:
         yield cached(dtype, 128, **mixed, fp8=True, page_rows=8)
         yield cached(dtype, 64, [170, 40], [1, 0], [20, 131], rows=4, chunk_size=150)
         if dtype != torch.float32:
-            for dim in (64, 128):  # blocks for few keys and for many, tiles of one warpgroup and of several
+            for dim in (64, 128):  # blocks for few keys and for many, tiles that warpgroups share and tiles of several
                 yield cached(dtype, dim, [70, 300], [1, 0], [4080, 1000], rows=4800, chunk_size=1, page_rows=16)
                 yield cached(dtype, dim, [1100, 1000], [1, 0], [4080, 1000], rows=6400, chunk_size=1, heads=16)
+                # More tiles than multiprocessors, each of few queries.
+                yield cached(dtype, dim, [30] * 9, [1, 0, *[-1] * 7], [4080, 1000], rows=4800, chunk_size=1, heads=16)
         unseen = {"chunk_size": 4, "dim": 64, "tokens": 90, "batch": 1, "heads": 2, "groups": 1}
         yield not_finite(dtype, **unseen)
         yield decode_pool(dtype, 64, [5], 10, 1, 4, False)

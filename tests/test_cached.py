@@ -601,3 +601,23 @@ def test_a_batch_that_fills_the_chip(device):
         pieces = [run(pool, part(one, a, b), options, 4) for a, b in ((0, 150), (150, 200))]
         assert same_bits(torch.cat(pieces, dim=1), y[n : n + 1])
         assert same_bits(whole(one, options, 4)[0], y[n : n + 1])
+
+
+@pytest.mark.gpu
+@half
+@pytest.mark.parametrize("dim, tokens, heads", [(64, 640, 8), (128, 640, 8), (64, 1300, 4), (128, 4400, 1)])
+def test_warpgroups_that_share_a_tile(device, dtype, dim, tokens, heads):
+    """Of a few tiles, more, and enough to fill the chip, which are three kernels, a token has the same bits. Queries are large: the
+    maximum is raised on the way, and what was summed before shrinks.
+    """
+    random = Random(20, device, dtype)
+    x, options = draw(random, 30, tokens, dim, heads, 1), extras(random, dim, tokens, heads)
+    x["q"] *= 6
+    y = whole(x, options, 1)[0]
+    assert same_bits(whole(part(x, 0, tokens, slice(7, 9)), options, 1)[0], y[7:9])
+    one = part(x, 0, tokens, slice(29, 30))
+    assert same_bits(whole(one, options, 1)[0], y[29:])
+    pool = Pool(device, dtype, dim, tokens, sequences=1, heads=heads)
+    ends = [*range(150, tokens, 150), tokens - 1, tokens]
+    pieces = [run(pool, part(one, a, b), options, 1) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    assert same_bits(torch.cat(pieces, dim=1), y[29:])

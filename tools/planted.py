@@ -1640,6 +1640,13 @@ CUDA = [
         "tests/test_laws.py::test_a_key_that_outweighs_the_others",
     ),
     Mutant(
+        "sm90: a scorer does not raise its maximum by the other's",
+        "csrc/cuda/attention/sm90_fwd.cu",
+        r"if \(!first\) \{",
+        "if (false) {",
+        "tests/test_cached.py::test_warpgroups_that_share_a_tile",
+    ),
+    Mutant(
         "sm90: rows of v past the last key",
         "csrc/cuda/attention/sm90_fwd.cu",
         r"if \(valid < C::kKeys\) \{",

@@ -13,6 +13,10 @@
 //   warpgroup 1 ...  consumers: 64 queries each. S = Q K^T of a block is issued before P V of the block before, whose product runs
 //                    while the softmax takes the exponentials of S. A turn that named barriers pass on lets one warpgroup's
 //                    products run under another one's softmax. Half of the gates are taken while the last product runs.
+// Where a call has no more tiles of 64 queries than there are multiprocessors, roles are split, since a lone warpgroup leaves the
+// tensor cores idle through its softmax: warpgroup 1 takes P V and the epilogue alone, and
+//   warpgroups 2, 3  scorers: S = Q K^T, softmax and rounded weights of every other block. Only the maximum goes from one to the other,
+//                    so that the exponentials of a block run under the products of its neighbours. Each row sees the same arithmetic.
 // The running softmax is that of softmax.cuh: it starts from the self term s_self, and exp(s_self - m) v~ joins at the end.
 //
 // Shared memory: q, K and V rings (kStages blocks each), v~ and out_gate, descriptions of tiles, barriers. Every tile lies in panels
@@ -22,9 +26,11 @@
 // Rings (mbarrier.cuh), who fills and who leaves a slot:
 //   tiles      warp 0 fills, one arrival;               each loader thread and each consumer warp leaves
 //   start      (no ring) each loader thread arrives when s_self of a tile, and q where it changes, are there
-//   q_left     (no ring) each consumer warp arrives when its last product has read q of a unit
+//   q_left     (no ring) each consumer warp arrives when its last product has read q of a unit; each warp of a scorer when it has q
 //   operands   each loader thread's copies fill;        each consumer warp leaves, after its epilogue
-//   k, v       the copy engine's bytes fill;            each consumer warp leaves, when its products have read the block
+//   k, v       the copy engine's bytes fill;            each warp whose products read the block leaves, when they have
+//   weights    (split) each warp of a scorer fills;     each consumer warp leaves, when its products have read them
+//   scored     (split, no ring) each warp of a scorer arrives when the largest scores of a block are there
 // s_self has two slots and needs no leaving: a loader is at most one tile ahead, since it has waited for the operands' place.
 //
 // Rows of the last block behind the sequence's chunk states may hold anything, NaN too. Their scores are masked; their values
@@ -33,7 +39,8 @@
 //
 // What a query becomes depends on itself and the keys that it sees alone, bit for bit: not on its tile, the call, or the room that
 // there is for states. kKeys is part of the arithmetic (blocks start at multiples of it), so up to 128 elements the number of keys
-// that a query sees decides it, and a call with queries of both kinds is two launches. kConsumers is not: it follows the call.
+// that a query sees decides it, and a call with queries of both kinds is two launches. kConsumers and kSplit are not: they follow
+// the call.
 #include <cuda.h>
 
 #include <algorithm>
@@ -61,27 +68,32 @@
 namespace rat::cuda {
 namespace {
 
-template <class T_, int DIM, int CONSUMERS, int KEYS>
+template <class T_, int DIM, int CONSUMERS, int KEYS, bool SPLIT = false>
 struct Traits {
   using T = T_;
   static constexpr int kDim = DIM;  // head size, padded
   static constexpr int kPanels = DIM / 64;
-  static constexpr int kConsumers = CONSUMERS;       // warpgroups
-  static constexpr int kRows = 64 * CONSUMERS;       // queries per tile
-  static constexpr int kKeys = KEYS;                 // chunk states per block
-  static constexpr int kStages = DIM == 64 ? 3 : 2;  // of the ring of values
-  static constexpr int kKeyStages = DIM == 64 || CONSUMERS == 3 ? 3 : 2;
+  static constexpr int kConsumers = CONSUMERS;  // warpgroups
+  static constexpr int kRows = 64 * CONSUMERS;  // queries per tile
+  static constexpr int kKeys = KEYS;            // chunk states per block
+  static constexpr bool kSplit = SPLIT;
+  static constexpr int kScorers = SPLIT ? 2 : 0;                               // warpgroups
+  static constexpr int kStages = SPLIT && KEYS <= 64 ? 4 : DIM == 64 ? 3 : 2;  // of the ring of values
+  static constexpr int kKeyStages = SPLIT && KEYS <= 64 ? 4 : DIM == 64 || CONSUMERS == 3 ? 3 : 2;
   static constexpr int kUnitLog2 = KEYS <= 64 ? 2 : 0;  // heads of a unit, at most: long tiles hide how q comes
-  static constexpr int kThreads = 128 * (CONSUMERS + 1);
-  static constexpr int kLoaders = 3 / CONSUMERS * 32;                         // threads that serve one warpgroup
-  static constexpr int kBlocks = CONSUMERS == 1 && KEYS + DIM < 256 ? 2 : 1;  // per multiprocessor
+  static constexpr int kWarpgroups = 1 + CONSUMERS + kScorers;
+  static constexpr int kThreads = 128 * kWarpgroups;
+  static constexpr int kLoaders = 3 / CONSUMERS * 32;  // threads that serve one warpgroup
+  static constexpr int kBlocks = CONSUMERS == 1 && !SPLIT && KEYS + DIM < 256 ? 2 : 1;  // per multiprocessor
   // Registers per thread: the roles share what the block was launched with, a multiple of 8 for each.
   static constexpr int kLaunchRegisters = 65536 / (kThreads * kBlocks) / 8 * 8;
   static constexpr int kProducerRegisters = KEYS + DIM > 128 ? 56 : 80;
-  static constexpr int kConsumerRegisters =
-      std::min(240, (kLaunchRegisters * (CONSUMERS + 1) - kProducerRegisters) / CONSUMERS / 8 * 8);
+  static constexpr int kScorerRegisters = SPLIT ? 144 : 0;
+  static constexpr int kConsumerRegisters = std::min(
+      240, (kLaunchRegisters * kWarpgroups - kProducerRegisters - kScorers * kScorerRegisters) / CONSUMERS / 8 * 8);
   static constexpr bool kShareRegisters = kLaunchRegisters < kConsumerRegisters;
   static_assert(DIM % 64 == 0 && KEYS % 16 == 0 && KEYS <= 256 && kConsumerRegisters <= 240);
+  static_assert(!SPLIT || CONSUMERS == 1);
 };
 
 // What a tile of queries is. Made by the thread that feeds K and V, read by everyone.
@@ -115,6 +127,19 @@ struct RowBarriers {
   RingBarriers<1> operands;      // v~ and out_gate: each loader's copies fill, each of its warps leaves
 };
 
+// What scorers hand to the consumer, and to each other. Slots alternate as scorers do.
+template <class C>
+struct Handover {
+  static constexpr uint32_t kPanel = 64 * 128;                           // of 64 columns of weights, in bytes
+  alignas(1024) typename C::T weight[2][(C::kKeys + 63) / 64][64 * 64];  // of a block, rounded, as wgmma reads them
+  float4 sum_and_shrink[2][128];  // by thread, of its two rows: sums of the block's weights; what sums so far shrink by
+  float2 maximum[2][128];         // by thread, of its two rows: what the weights are relative to
+  float top[2][64];               // largest score of a row in the block, in powers of two
+  uint64_t scored[2];             // top is there: each warp of a scorer arrives
+  RingBarriers<2> weights;        // all the rest: each warp of a scorer fills, each consumer warp leaves
+};
+struct NoHandover {};
+
 template <class C>
 struct Shared {
   using T = typename C::T;
@@ -129,6 +154,7 @@ struct Shared {
   RingBarriers<C::kKeyStages> k_ring;
   RingBarriers<C::kStages> v_ring;
   RowBarriers rows[C::kConsumers];
+  std::conditional_t<C::kSplit, Handover<C>, NoHandover> handover;
 };
 
 // Hardware barriers of the block; 0 is that of __syncthreads().
@@ -574,6 +600,8 @@ __device__ __forceinline__ Tiles<COUNT>& tiles_of(float (&c)[COUNT]) {
 //   last_values       P V of the last block
 //   epilogue          v~ joins, from shared memory in the products' layout; y takes its place
 //   store             y
+// Split, a scorer goes from begin to score_block, once for each block of its own, and the consumer from begin to add_blocks, which is
+// P V of all blocks but the last.
 template <class C>
 struct Consumer {
   using T = typename C::T;
@@ -592,7 +620,8 @@ struct Consumer {
   Ring<C::kStages> v_ring;
 
   float s[kScores], o[kOutputs];
-  uint32_t p[kSteps][4];  // rounded weights
+  uint32_t p[kSteps][4];             // rounded weights
+  uint32_t q_rows[C::kDim / 16][4];  // a scorer's q
   // Steps of the epilogue whose gates are taken while the last product runs: half, as far as there are registers.
   static constexpr int kEarly = C::kDim <= 128 ? C::kDim / 32 : 4;
   float own_weight[2], total[2];          // of both rows, at the end
@@ -674,42 +703,78 @@ struct Consumer {
   // O += P V of the block that v_ring is at; in flight until a wait.
   __device__ __forceinline__ void issue_values() {
     const uint64_t v_tile = descriptor_add(v_first, v_ring.slot() * kBytes);
+    if constexpr (C::kSplit) {
+      const uint64_t p_tile = descriptor_k_major(shared_address(shared.handover.weight[v_ring.count % 2]));
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) wgmma_rs<T, C::kDim>(o, p[step], descriptor_add(v_tile, step * 2048));
+      for (int step = 0; step < kSteps; ++step) {
+        wgmma_ss_n_major<T, C::kDim, true>(o, descriptor_add(p_tile, step / 4 * Handover<C>::kPanel + step % 4 * 32),
+                                           descriptor_add(v_tile, step * 2048));
+      }
+    } else {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) wgmma_rs<T, C::kDim>(o, p[step], descriptor_add(v_tile, step * 2048));
+    }
     wgmma_commit();
   }
 
-  // Scores into weights relative to 2^m, and m raised where it has to be.
-  template <bool MASK>
-  __device__ __forceinline__ void softmax() {
-    Tiles<kScores>& tiles = tiles_of(s);
-    constexpr int kTiles = kScores / 4;
-    if constexpr (MASK) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) mask_row(tiles, h, visible[h], -INFINITY);
-    }
+  // The largest score of both rows, in powers of two.
+  __device__ __forceinline__ void largest_scores(float (&top)[2]) {
+    const Tiles<kScores>& tiles = tiles_of(s);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float top0 = tiles[0][2 * h], top1 = tiles[0][2 * h + 1];
 #pragma unroll
-      for (int i = 1; i < kTiles; ++i) {
+      for (int i = 1; i < kScores / 4; ++i) {
         top0 = fmaxf(top0, tiles[i][2 * h]);
         top1 = fmaxf(top1, tiles[i][2 * h + 1]);
       }
-      shrink[h] = raise_maximum(m[h], quad_maximum(fmaxf(top0, top1)) * a.scale_log2);
-      sum[h] *= shrink[h];
+      top[h] = quad_maximum(fmaxf(top0, top1)) * a.scale_log2;
     }
+  }
+
+  // Scores into weights relative to 2^m, and the sums of both rows.
+  __device__ __forceinline__ void exponentials(float (&block_sum)[2]) {
+    const Tiles<kScores>& tiles = tiles_of(s);
 #pragma unroll
     for (int i = 0; i < kScores; ++i) s[i] = exp2_fast(fmaf(s[i], a.scale_log2, -m[i / 2 % 2]));
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float sum0 = tiles[0][2 * h], sum1 = tiles[0][2 * h + 1];
 #pragma unroll
-      for (int i = 1; i < kTiles; ++i) {
+      for (int i = 1; i < kScores / 4; ++i) {
         sum0 += tiles[i][2 * h];
         sum1 += tiles[i][2 * h + 1];
       }
-      sum[h] += sum0 + sum1;
+      block_sum[h] = sum0 + sum1;
+    }
+  }
+
+  // Adds a block's sums. Spelled out: split or not, a row has the same bits.
+  __device__ __forceinline__ void add_sums(const float (&block_sum)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) sum[h] = fmaf(sum[h], shrink[h], block_sum[h]);
+  }
+
+  // Scores into weights relative to 2^m, and m raised where it has to be.
+  template <bool MASK>
+  __device__ __forceinline__ void softmax() {
+    if constexpr (MASK) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) mask_row(tiles_of(s), h, visible[h], -INFINITY);
+    }
+    float top[2], block_sum[2];
+    largest_scores(top);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) shrink[h] = raise_maximum(m[h], top[h]);
+    exponentials(block_sum);
+    add_sums(block_sum);
+  }
+
+  // The sums of values follow a maximum that was raised.
+  __device__ __forceinline__ void shrink_outputs() {
+    if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
+#pragma unroll
+      for (int i = 0; i < kOutputs; ++i) o[i] *= shrink[i / 2 % 2];
     }
   }
 
@@ -718,9 +783,16 @@ struct Consumer {
     for (int i = 0; i < kScores / 2; ++i) p[i / 4][i % 4] = pack2<T>(s[2 * i], s[2 * i + 1]);
   }
 
-  // Values of the block from row `from` on, which no chunk has written, become zeros. Every warpgroup clears for itself, so none waits
-  // for another; zeros over zeros do no harm.
-  __device__ __forceinline__ void clear_values(int from) const {
+  // Values of the last block that no chunk has written become zeros; `block` is its number. Every warpgroup clears for itself, so none
+  // waits for another; zeros over zeros do no harm.
+  __device__ __forceinline__ void clear_values(int block) const {
+    const int valid = tile().closed - block * C::kKeys;
+    if (valid < C::kKeys) {
+      v_ring.wait_full();
+      clear_values_from(valid);
+    }
+  }
+  __device__ __forceinline__ void clear_values_from(int from) const {
     const uint32_t v_tile = shared_address(shared.v) + v_ring.slot() * kBytes;
     for (int r = from + thread / 8; r < C::kKeys; r += 16) {
 #pragma unroll
@@ -740,11 +812,7 @@ struct Consumer {
     hold_registers(s);
     wgmma_fence();
     issue_scores(k.slot());
-    const int valid = tile().closed - block * C::kKeys;
-    if (valid < C::kKeys) {
-      v_ring.wait_full();
-      clear_values(valid);
-    }
+    clear_values(block);
     wgmma_wait<0>();
     hold_registers(s);
     leave(k.empty());
@@ -781,17 +849,118 @@ struct Consumer {
     hold_registers(o);
     hold_registers(p);
     leave(v_ring.empty());
-    if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
-#pragma unroll
-      for (int i = 0; i < kOutputs; ++i) o[i] *= shrink[i / 2 % 2];
-    }
+    shrink_outputs();
     round_weights();
     v_ring.next();
   }
 
+  // By a scorer: q of the tile to registers, where products take it without reading shared memory again for each block: reads of
+  // shared memory are what bounds them.
+  __device__ __forceinline__ void take_queries() {
+    const uint32_t rows = shared_address(shared.q) + swizzled(64, thread / 32 * 16 + lane % 16, lane / 16 * 8);
+#pragma unroll
+    for (int step = 0; step < C::kDim / 16; ++step) {
+      ldmatrix_x4(q_rows[step], (rows ^ (step % 4 * 32)) + step / 4 * kQPanel);
+    }
+  }
+
+  // By a scorer: block `block` of the tile, the n-th of all that were scored. The maximum goes from block to block, so the largest
+  // scores of the block before, which is the other scorer's, are awaited: they are there before its exponentials.
+  __device__ __forceinline__ void score_block(uint32_t n, int block, bool first, bool mask) {
+    Handover<C>& handover = shared.handover;
+    const uint32_t slot = n % 2;
+    const Ring<C::kKeyStages> k(shared.k_ring, n);
+    k.wait_full();
+    hold_registers(s);
+    hold_registers(q_rows);
+    wgmma_fence();
+    const uint64_t k_tile = descriptor_add(k_first, k.slot() * kBytes);
+    wgmma_rs_k_major<T, C::kKeys, false>(s, q_rows[0], k_tile);
+#pragma unroll
+    for (int step = 1; step < C::kDim / 16; ++step) {
+      wgmma_rs_k_major<T, C::kKeys, true>(s, q_rows[step], descriptor_add(k_tile, step / 4 * kPanel + step % 4 * 32));
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    hold_registers(q_rows);
+    hold_registers(s);
+    leave(k.empty());
+    if (mask) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) mask_row(tiles_of(s), h, visible[h] - block * C::kKeys, -INFINITY);
+    }
+    float top[2], block_sum[2];
+    largest_scores(top);
+    // Waited for before this block's are written, and between tiles too: so no scorer gets past its next block before the other has
+    // read what this one wrote, and two slots and their parities are enough.
+    if (n > 0) {
+      mbarrier_wait(shared_address(&handover.scored[slot ^ 1]), (n - 1) / 2 % 2);
+      if (!first) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) raise_maximum(m[h], handover.top[slot ^ 1][row + 8 * h]);
+      }
+    }
+    if (quad == 0) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) handover.top[slot][row + 8 * h] = top[h];
+    }
+    leave(shared_address(&handover.scored[slot]));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) shrink[h] = raise_maximum(m[h], top[h]);
+    exponentials(block_sum);
+    const Ring<2> weights(handover.weights, n);
+    weights.wait_empty();
+    handover.sum_and_shrink[slot][thread] = make_float4(block_sum[0], block_sum[1], shrink[0], shrink[1]);
+    handover.maximum[slot][thread] = make_float2(m[0], m[1]);
+    const uint32_t rows =
+        shared_address(handover.weight[slot]) + swizzled(64, thread / 32 * 16 + lane % 16, lane / 16 * 8);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t rounded[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rounded[i] = pack2<T>(s[8 * step + 2 * i], s[8 * step + 2 * i + 1]);
+      stmatrix_x4((rows ^ (step % 4 * 32)) + step / 4 * Handover<C>::kPanel, rounded);
+    }
+    fence_proxy_async();  // ordinary stores, read by wgmma
+    leave(weights.full());
+  }
+
+  // By a split tile's consumer: what comes with the weights of the block that v_ring is at.
+  __device__ __forceinline__ Ring<2> weights() const { return Ring<2>(shared.handover.weights, v_ring.count); }
+  __device__ __forceinline__ void take_sums() {
+    const Ring<2> ring = weights();
+    ring.wait_full();
+    const float4 x = shared.handover.sum_and_shrink[ring.slot()][thread];
+    const float2 maximum = shared.handover.maximum[ring.slot()][thread];
+    const float block_sum[2] = {x.x, x.y};
+    shrink[0] = x.z, shrink[1] = x.w;
+    m[0] = maximum.x, m[1] = maximum.y;
+    add_sums(block_sum);
+  }
+
+  // By a split tile's consumer: P V of all blocks but the last, which is left to last_values().
+  __device__ __forceinline__ void add_blocks(int blocks) {
+    clear_values(blocks - 1);
+    take_sums();  // of no values yet: nothing shrinks
+#pragma unroll 1
+    for (int left = blocks - 1; left > 0; --left) {
+      v_ring.wait_full();
+      hold_registers(o);
+      wgmma_fence();
+      issue_values();
+      wgmma_wait<0>();
+      hold_registers(o);
+      leave(v_ring.empty());
+      leave(weights().empty());
+      v_ring.next();
+      take_sums();
+      shrink_outputs();
+    }
+  }
+
   __device__ __forceinline__ void last_values() {
     hold_registers(o);
-    hold_registers(p);
+    if constexpr (!C::kSplit) hold_registers(p);
     wgmma_fence();
     issue_values();
     weigh();
@@ -799,8 +968,9 @@ struct Consumer {
     operands().wait_full();  // as in next_block()
     wgmma_wait<0>();
     hold_registers(o);
-    hold_registers(p);
+    if constexpr (!C::kSplit) hold_registers(p);
     leave(v_ring.empty());
+    if constexpr (C::kSplit) leave(weights().empty());
     v_ring.next();
   }
 
@@ -967,15 +1137,19 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
     if (blocks > 0) {
       const int clear = c.tile().visible.first_masked_block(C::kKeys);
       int block = blocks - 1;
-      c.first_block(block);
-      --block;
+      if constexpr (C::kSplit) {
+        c.add_blocks(blocks);
+      } else {
+        c.first_block(block);
+        --block;
 #pragma unroll 1
-      for (; block >= clear; --block) c.template next_block<true>();
+        for (; block >= clear; --block) c.template next_block<true>();
 #pragma unroll 1
-      for (; block >= 0; --block) c.template next_block<false>();
+        for (; block >= 0; --block) c.template next_block<false>();
+      }
       c.v_ring.wait_full();
     }
-    if (c.tile().last) c.leave(shared_address(&c.barriers().q_left));
+    if (!C::kSplit && c.tile().last) c.leave(shared_address(&c.barriers().q_left));
     if (c.tile().keys > 0) {
       c.last_values();
     } else {
@@ -994,6 +1168,31 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
   if (warpgroup == 0) c.wait_turn();  // the last turn that was passed on
 }
 
+// A scorer takes every other block of keys, across tiles.
+template <class C>
+__device__ __forceinline__ void score(const Arguments& a, Shared<C>& shared, uint32_t scorer) {
+  Consumer<C> c(a, shared, 0);
+  uint32_t passed = 0;  // blocks of the tiles before
+  for (;; c.tile_ring.next()) {
+    c.tile_ring.wait_full();
+    if (c.tile().rows == 0) break;
+    c.begin();
+    c.take_queries();
+    if (c.tile().last) c.leave(shared_address(&c.barriers().q_left));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) c.visible[h] -= 2 * c.quad;
+    const int blocks = (c.tile().keys + C::kKeys - 1) / C::kKeys;
+    const int clear = c.tile().visible.first_masked_block(C::kKeys);
+#pragma unroll 1
+    for (int i = (passed + scorer) % 2; i < blocks; i += 2) {
+      const int block = blocks - 1 - i;
+      c.score_block(passed + i, block, i == 0, i == 0 || block >= clear);
+    }
+    passed += blocks;
+    c.leave(c.tile_ring.empty());
+  }
+}
+
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     chunk_attention_fwd_sm90_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap k_map,
@@ -1005,16 +1204,20 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   if (shared_address(raw_shared) % 1024 != 0) __trap();
   const int warpgroup = warp_uniform(static_cast<int>(threadIdx.x) / 128);
   if (threadIdx.x == 0) {
-    constexpr uint32_t kConsumerWarps = 4 * C::kConsumers;
-    shared.tile_ring.init(1, C::kLoaders * C::kConsumers + kConsumerWarps);
+    constexpr uint32_t kConsumerWarps = 4 * C::kConsumers, kScorerWarps = 4 * C::kScorers;
+    shared.tile_ring.init(1, C::kLoaders * C::kConsumers + kConsumerWarps + kScorerWarps);
     for (int i = 0; i < C::kConsumers; ++i) {
       RowBarriers& rows = shared.rows[i];
       for (int slot = 0; slot < 2; ++slot) mbarrier_init(shared_address(&rows.start[slot]), C::kLoaders);
-      mbarrier_init(shared_address(&rows.q_left), 4);
+      mbarrier_init(shared_address(&rows.q_left), C::kSplit ? kScorerWarps : 4);
       rows.operands.init(C::kLoaders, 4);
     }
-    shared.k_ring.init(1, kConsumerWarps);
+    shared.k_ring.init(1, kConsumerWarps);  // split: one scorer reads a block of keys
     shared.v_ring.init(1, kConsumerWarps);
+    if constexpr (C::kSplit) {
+      for (uint64_t& scored : shared.handover.scored) mbarrier_init(shared_address(&scored), 4);
+      shared.handover.weights.init(4, 4);
+    }
     mbarrier_init_fence();
   }
   __syncthreads();  // everyone sees the barriers
@@ -1028,9 +1231,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     } else if (threadIdx.x == 0) {
       feed_blocks<C, false>(a, k_map, v_map, shared);
     }
-  } else {
+  } else if (warpgroup <= C::kConsumers) {
     if constexpr (C::kShareRegisters) take_registers<C::kConsumerRegisters>();
     consume<C>(a, shared, warpgroup - 1);
+  } else if constexpr (C::kSplit) {
+    take_registers<C::kScorerRegisters>();
+    score<C>(a, shared, static_cast<uint32_t>(warpgroup - 1 - C::kConsumers));
   }
 #endif
 }
@@ -1039,14 +1245,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 
 // Queries of many keys want large blocks; those of few are bound by the work around each tile, which more warpgroups hide, and by
 // keys that a block holds beyond those visible. Where a call has few queries, small tiles fill the chip.
-template <class T, int CONSUMERS>
-using Wide = Traits<T, 128, CONSUMERS, 128>;
-template <class T, int CONSUMERS>
-using WideShort = Traits<T, 128, CONSUMERS, 64>;
-template <class T, int CONSUMERS>
-using Narrow = Traits<T, 64, CONSUMERS, 112>;
-template <class T, int CONSUMERS>
-using NarrowShort = Traits<T, 64, CONSUMERS, 64>;
+template <class T, int CONSUMERS, bool SPLIT = false>
+using Wide = Traits<T, 128, CONSUMERS, 128, SPLIT>;
+template <class T, int CONSUMERS, bool SPLIT = false>
+using WideShort = Traits<T, 128, CONSUMERS, 64, SPLIT>;
+template <class T, int CONSUMERS, bool SPLIT = false>
+using Narrow = Traits<T, 64, CONSUMERS, 112, SPLIT>;
+template <class T, int CONSUMERS, bool SPLIT = false>
+using NarrowShort = Traits<T, 64, CONSUMERS, 64, SPLIT>;
 // Over 128 elements shared memory holds the operands of one warpgroup, and two blocks of 64 keys in each ring.
 template <class T>
 using Wider = Traits<T, 192, 1, 64>;
@@ -1125,16 +1331,25 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, int64_t
   check_launch(name);
 }
 
-// Tiles of one warpgroup, where full ones would leave half of the chip idle or be mostly empty.
+// Tiles of 64 queries, where full ones would leave half of the chip idle or be mostly empty. Where there are no more of them than
+// multiprocessors, more warpgroups share one.
 template <class C>
 void launch_full_or_small(const AttentionFwdParams& params, const FwdScratch& scratch, int64_t from, int64_t to,
                           cudaStream_t stream) {
   using Small = Traits<typename C::T, C::kDim, 1, C::kKeys>;
+  using Split = Traits<typename C::T, C::kDim, 1, C::kKeys, true>;
   const Sizes& s = params.size;
-  const int64_t tiles = (s.cu_seqlens ? s.tokens / C::kRows + s.sequences : s.sequences * ceil_div(s.tokens, C::kRows));
+  const auto tiles = [&](int64_t rows) {
+    return s.cu_seqlens ? s.tokens / rows + s.sequences : s.sequences * ceil_div(s.tokens, rows);
+  };
+  const int64_t multiprocessors = device_attribute<cudaDevAttrMultiProcessorCount>();
   const bool empty = s.batch * s.tokens <= s.sequences * Small::kRows;
-  const bool idle = 2 * tiles * s.heads <= device_attribute<cudaDevAttrMultiProcessorCount>();
-  empty || idle ? launch<Small>(params, scratch, from, to, stream) : launch<C>(params, scratch, from, to, stream);
+  const bool idle = 2 * tiles(C::kRows) * s.heads <= multiprocessors;
+  if (tiles(Split::kRows) * s.heads <= multiprocessors) {
+    launch<Split>(params, scratch, from, to, stream);
+  } else {
+    empty || idle ? launch<Small>(params, scratch, from, to, stream) : launch<C>(params, scratch, from, to, stream);
+  }
 }
 
 template <class Short, class Long>
@@ -1207,20 +1422,28 @@ KernelList chunk_attention_fwd_sm90_kernels() {
   static const KernelEntry entries[] = {
       entry<Wide<bf16, 2>>("chunk_attention_fwd_sm90<bf16, 128>"),
       entry<Wide<bf16, 1>>("chunk_attention_fwd_sm90<bf16, 128, small>"),
+      entry<Wide<bf16, 1, true>>("chunk_attention_fwd_sm90<bf16, 128, split>"),
       entry<Wide<f16, 2>>("chunk_attention_fwd_sm90<f16, 128>"),
       entry<Wide<f16, 1>>("chunk_attention_fwd_sm90<f16, 128, small>"),
+      entry<Wide<f16, 1, true>>("chunk_attention_fwd_sm90<f16, 128, split>"),
       entry<WideShort<bf16, 3>>("chunk_attention_fwd_sm90<bf16, 128, short>"),
       entry<WideShort<bf16, 1>>("chunk_attention_fwd_sm90<bf16, 128, short, small>"),
+      entry<WideShort<bf16, 1, true>>("chunk_attention_fwd_sm90<bf16, 128, short, split>"),
       entry<WideShort<f16, 3>>("chunk_attention_fwd_sm90<f16, 128, short>"),
       entry<WideShort<f16, 1>>("chunk_attention_fwd_sm90<f16, 128, short, small>"),
+      entry<WideShort<f16, 1, true>>("chunk_attention_fwd_sm90<f16, 128, short, split>"),
       entry<Narrow<bf16, 3>>("chunk_attention_fwd_sm90<bf16, 64>"),
       entry<Narrow<bf16, 1>>("chunk_attention_fwd_sm90<bf16, 64, small>"),
+      entry<Narrow<bf16, 1, true>>("chunk_attention_fwd_sm90<bf16, 64, split>"),
       entry<Narrow<f16, 3>>("chunk_attention_fwd_sm90<f16, 64>"),
       entry<Narrow<f16, 1>>("chunk_attention_fwd_sm90<f16, 64, small>"),
+      entry<Narrow<f16, 1, true>>("chunk_attention_fwd_sm90<f16, 64, split>"),
       entry<NarrowShort<bf16, 3>>("chunk_attention_fwd_sm90<bf16, 64, short>"),
       entry<NarrowShort<bf16, 1>>("chunk_attention_fwd_sm90<bf16, 64, short, small>"),
+      entry<NarrowShort<bf16, 1, true>>("chunk_attention_fwd_sm90<bf16, 64, short, split>"),
       entry<NarrowShort<f16, 3>>("chunk_attention_fwd_sm90<f16, 64, short>"),
       entry<NarrowShort<f16, 1>>("chunk_attention_fwd_sm90<f16, 64, short, small>"),
+      entry<NarrowShort<f16, 1, true>>("chunk_attention_fwd_sm90<f16, 64, short, split>"),
       entry<Wider<bf16>>("chunk_attention_fwd_sm90<bf16, 192>"),
       entry<Wider<f16>>("chunk_attention_fwd_sm90<f16, 192>"),
       entry<Widest<bf16>>("chunk_attention_fwd_sm90<bf16, 256>"),

@@ -55,6 +55,9 @@ __device__ __forceinline__ void wgmma_ss_n_major(float (&c)[N / 2], uint64_t a, 
 // c += a b: a 64 x 16 in registers, b 16 x N in shared memory, N contiguous.
 template <class T, int N>
 __device__ __forceinline__ void wgmma_rs(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b);
+// c = a b^T, or c += a b^T: a 64 x 16 in registers, b N x 16 in shared memory, K contiguous.
+template <class T, int N, bool ACCUMULATE>
+__device__ __forceinline__ void wgmma_rs_k_major(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b);
 
 #define RAT_LIST_0 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define RAT_LIST_1 "%8, %9, %10, %11, %12, %13, %14, %15"
@@ -95,10 +98,22 @@ __device__ __forceinline__ void wgmma_rs(float (&c)[N / 2], const uint32_t (&a)[
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                                                  \
                  : "memory");                                                                                          \
   }
+#define RAT_WGMMA_RS_K_MAJOR(T, NAME, N, ACCUMULATE, SCALE, P0, P1, P2, P3, P4)                                        \
+  template <>                                                                                                          \
+  __device__ __forceinline__ void wgmma_rs_k_major<T, N, ACCUMULATE>(float (&c)[N / 2], const uint32_t (&a)[4],        \
+                                                                     uint64_t b) {                                     \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" RAT_LIST_N##N                    \
+                 "}, {%" #P0 ", %" #P1 ", %" #P2 ", %" #P3 "}, %" #P4 ", " #SCALE ", 1, 1, 0;\n"                       \
+                 : RAT_C_N##N                                                                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                                                  \
+                 : "memory");                                                                                          \
+  }
 #define RAT_WGMMA(T, NAME, N, P0, P1, P2, P3, P4)                                                                      \
   RAT_WGMMA_SS(wgmma_ss, T, NAME, N, false, 0, 0, P0, P1)                                                              \
   RAT_WGMMA_SS(wgmma_ss, T, NAME, N, true, 1, 0, P0, P1)                                                               \
-  RAT_WGMMA_RS(T, NAME, N, P0, P1, P2, P3, P4)
+  RAT_WGMMA_RS(T, NAME, N, P0, P1, P2, P3, P4)                                                                         \
+  RAT_WGMMA_RS_K_MAJOR(T, NAME, N, false, 0, P0, P1, P2, P3, P4)                                                       \
+  RAT_WGMMA_RS_K_MAJOR(T, NAME, N, true, 1, P0, P1, P2, P3, P4)
 #define RAT_WGMMA_TYPES(N, P0, P1, P2, P3, P4)                                                                         \
   RAT_WGMMA(bf16, "bf16", N, P0, P1, P2, P3, P4)                                                                       \
   RAT_WGMMA(f16, "f16", N, P0, P1, P2, P3, P4)
@@ -158,6 +173,7 @@ RAT_WGMMA_SS(wgmma_ss_n_major, f16, "f16", 128, true, 1, 1, 64, 65)
 #undef RAT_C8
 #undef RAT_WGMMA_SS
 #undef RAT_WGMMA_RS
+#undef RAT_WGMMA_RS_K_MAJOR
 #undef RAT_WGMMA
 #undef RAT_WGMMA_TYPES
 
