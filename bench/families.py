@@ -29,6 +29,7 @@ SHAPES = [
     (2, 131072, 16, 2, 128, 64, 0, "bf16", ""),
     (1, 1048576, 2, 1, 128, 16, 0, "bf16", ""),
     (8, 4096, 16, 2, 128, 16, 0, "bf16", "unaligned"),
+    (8, 4096, 16, 2, 128, 16, 0, "bf16", "aligned to 8 bytes"),
     (8, 4096, 16, 2, 64, 16, 0, "bf16", "unaligned"),
     (1, 131072, 16, 2, 128, 16, 0, "bf16", "unaligned"),
     (1, 131072, 16, 2, 120, 16, 0, "bf16", ""),
@@ -60,7 +61,7 @@ def calls(shape: tuple) -> tuple:
     """Forward and forward + backward of a shape, as functions without arguments."""
     batch, tokens, heads, groups, dim, size, seen, dtype, special = shape
     dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[dtype]
-    shift = 1 if special == "unaligned" else 0
+    shift = {"unaligned": 1, "aligned to 8 bytes": 4}.get(special, 0)
 
     def rows(n: int) -> torch.Tensor:
         return torch.randn(batch, tokens, n * dim + shift, device="cuda", dtype=dtype)[..., shift:].unflatten(-1, (n, dim))

@@ -31,6 +31,16 @@ struct Rows {
   int64_t head = 0;
 };
 
+// A copy of rows that kernels cannot read: some do not start at multiples of 16 bytes.
+struct RowCopy {
+  const void* source = nullptr;
+  void* target = nullptr;  // contiguous, aligned to 16 bytes
+  int64_t sizes[3] = {};   // those of the dimensions before the row, outermost first: (B, T, heads), or (B, T, 1)
+  int64_t strides[3] = {};
+  int64_t row = 0;  // elements of a row, which are contiguous: a multiple of 8
+  int64_t element_bytes = 0;  // 2 or 4
+};
+
 struct Sizes {
   DType dtype = DType::f32;
   int64_t batch = 0;         // B
@@ -255,6 +265,7 @@ void check_device(int32_t device);
 // `stream` is a cudaStream_t. The caller has made the tensors' device current. Launchers throw std::runtime_error when a
 // launch fails; they never synchronise. Scratch is planned on the host from sizes alone (arena.h).
 size_t decode_workspace(const DecodeParams&);  // depends on the pool and heads, not on batch
+void align_rows(const RowCopy* copies, size_t count, void* stream);
 void attention_fwd(const AttentionFwdParams&, const Allocator&, void* stream);
 void attention_bwd(const AttentionBwdParams&, const Allocator&, void* stream);
 void recurrence_fwd(const RecurrenceFwdParams&, const Allocator&, void* stream);

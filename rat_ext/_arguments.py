@@ -131,6 +131,7 @@ class Operator:
         self.eager = getattr(torch.ops.rat_ext_eager, name)
         self.brief = tuple(a.name for a in self.eager.brief._schema.arguments)
         self.pick_brief = operator.itemgetter(*self.brief)
+        self.brief_saves = len(self.eager.brief._schema.returns) > len(self.results)  # returns copies of rows, for the backward
         self.left_out = tuple((i, USUAL.get(n)) for i, n in enumerate(self.arguments) if n not in self.brief)
         decisive = ["initial_state" if n in STATE and self.has_state else n for n in self.arguments if n not in self.brief]
         self.decisive = tuple((n, USUAL.get(n)) for n in dict.fromkeys(decisive))

@@ -58,6 +58,10 @@ def _by_name(spec: Operator, operator: Callable, overload: str) -> Callable:
     """An operator of torch.ops.rat_ext, called as an overload of the eager one is."""
     if overload == "default":
         return operator
+    if overload == "saving":
+        return lambda *args: (*operator(*args), None)  # no copies are at hand
+    if overload == "brief" and spec.brief_saves:
+        return lambda *args: (*operator(*spec.whole(args)), None)
     if overload == "brief":
         return lambda *args: operator(*spec.whole(args))
     return lambda *args: operator(*spec.whole(args))[0]  # "y"
@@ -150,6 +154,10 @@ class _Passing:
         self._y = len(incoming) + saved.index("y")
 
     def save(self, ctx: Any, args: tuple, output: tuple) -> None:
+        """``output``: what a kernel that saves has returned. Rows that it had to copy are saved as it copied them."""
+        copies = output[-1]
+        if copies is not None:
+            args = tuple([x if copy is None else copy for x, copy in zip(args, copies, strict=True)])
         everything = args + output
         ctx.numbers = self._numbers(everything)
         ctx.save_for_backward(*self._saved(everything))
@@ -167,7 +175,7 @@ class Differentiable:
 
     def __init__(self, name: str) -> None:
         self.forward, self.backward = _OPERATORS[name], _OPERATORS[f"{name}_backward"]
-        self.kernel, self.backward_kernel = _KERNELS[name], _KERNELS[f"{name}_backward"]
+        self.kernel, self.backward_kernel = _kernel(self.forward, "saving"), _KERNELS[f"{name}_backward"]
         self.brief_kernel, self.brief_backward_kernel = _BRIEF[name], _BRIEF[f"{name}_backward"]
         self.y_kernel = _kernel(self.forward, "y")
         arguments, results, brief = self.forward.arguments, self.forward.results, self.forward.brief
@@ -209,7 +217,7 @@ class Differentiable:
             output = self._eager(args, *inputs(args))
             return output if isinstance(output, tuple) else (output,)
         else:
-            output = self.kernel(*args)
+            output = self.kernel(*args)[:-1]
         return output[:1] if output[-1] is None else self._shown(output)
 
     def _shown(self, output: tuple) -> tuple:
@@ -222,7 +230,7 @@ class Differentiable:
         without = [x for i, x in enumerate(output) if x is not None and (not self._differentiable[i] or (no_state and i > 0))]
         ctx.mark_non_differentiable(*without)
         ctx.set_materialize_grads(False)
-        self._passing.save(ctx, inputs, output)
+        self._passing.save(ctx, inputs, (*output, None))
 
     def _traced_backward(self, ctx: Any, *incoming: Tensor | None) -> tuple:
         operator = self.backward.overload
@@ -234,7 +242,7 @@ class Differentiable:
     def _eager_forward(self, ctx: Any, args: tuple, *inputs: Tensor | None) -> Tensor | tuple:
         output = self.kernel(*args)
         self._passing.save(ctx, args, output)
-        if output[-1] is None:  # no state is returned, and autograd gives zeros for a gradient of y that is missing
+        if output[-2] is None:  # no state is returned, and autograd gives zeros for a gradient of y that is missing
             return output[0]
         ctx.set_materialize_grads(False)
         return self._shown(output)

@@ -77,27 +77,37 @@ def test_tables_of_another_dtype(device, table):
 
 
 def shifted(x: torch.Tensor, what: str) -> torch.Tensor:
-    """x (B, T, heads, D) whose address, or one of whose strides, is no multiple of 16 bytes; all else is."""
+    """x (B, T, heads, D) whose address, or one of whose strides, is off a multiple of 16 bytes by some elements: by one, if no
+    number follows. All else is such a multiple.
+    """
+    what, _, number = what.partition(" ")
+    by = int(number or 1)
     batch, tokens, heads, dim = x.shape
     token, begin = heads * dim, 0
     row, head = tokens * token, dim
     if what == "address":
-        begin = 1
+        begin = by
     elif what == "head":
-        head, token, row = dim + 1, heads * (dim + 8), tokens * heads * (dim + 8)
+        head, token, row = dim + by, heads * (dim + 8), tokens * heads * (dim + 8)
     elif what == "token":
-        token, row = token + 1, tokens * (token + 8)
+        token, row = token + by, tokens * (token + 8)
     else:
-        row = row + 1
+        row = row + by
     flat = x.new_full((begin + batch * row + tokens * token + heads * head,), float("nan"))
     view = flat.as_strided(x.shape, (row, token, head, 1), begin)
     view.copy_(x)
     return view
 
 
+ROWS = ("q", "k", "v", "gate", "out_gate")
+OFF = ("address", "address 2", "address 4", "address 7", "batch", "token", "token 4", "head", "head 2", "head 4")
+every_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=name)
+off = pytest.mark.parametrize("what", OFF)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name)
-@pytest.mark.parametrize("which", ["q", "k", "v", "gate", "out_gate", "dy"])
-@pytest.mark.parametrize("what", ["address", "batch", "token", "head"])
+@pytest.mark.parametrize("which", [*ROWS, "dy"])
+@off
 @pytest.mark.parametrize(("dim", "chunk_size"), [(64, 16), (128, 2), (32, 100)])
 def test_one_tensor_off_the_grid(device, dtype, which, what, dim, chunk_size):
     """One address or stride of one tensor forbids 16-byte accesses: the numbers stay, on a GPU bit for bit."""
@@ -117,18 +127,19 @@ def test_one_tensor_off_the_grid(device, dtype, which, what, dim, chunk_size):
         torch.testing.assert_close(again[key], values[key], rtol=unit, atol=unit * size, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name)
-@pytest.mark.parametrize("what", ["address", "batch", "token", "head"])
-def test_every_op_off_the_grid(device, dtype, what):
+@every_dtype
+@off
+@pytest.mark.parametrize("dim", [8, 40, 64, 256])
+def test_every_op_off_the_grid(device, dtype, what, dim):
     """The same of all rows at once, in every op: one projection, a pool, single tokens and drafts."""
-    case = attention_case(device, dtype, batch=3, tokens=24, chunk_size=4, dim=64, groups=2)
-    rows = {key: case.tensors[key] for key in ("q", "k", "v", "gate", "out_gate")}
-    bias, (cos, sin) = case.tensors["gate_bias"], rat_ext.rotary_tables(12, 64, base=100.0, device=device)
+    case = attention_case(device, dtype, batch=3, tokens=24, chunk_size=4, dim=dim, groups=2)
+    rows = {key: case.tensors[key] for key in ROWS}
+    bias, (cos, sin) = case.tensors["gate_bias"], rat_ext.rotary_tables(12, dim, base=100.0, device=device)
     both = {"gate_bias": bias, "rotary_cos": cos, "rotary_sin": sin}
     heads, groups = rows["v"].shape[2], rows["q"].shape[2]
 
     def results(rows, projection):
-        cache = rat_ext.RATCache.empty(3, heads, 64, 4, 64, dtype=dtype, device=device)
+        cache = rat_ext.RATCache.empty(3, heads, dim, 4, 64, dtype=dtype, device=device)
         arguments = {**rows, **both}
         yield rat_ext.chunk_recurrence(rows["v"], rows["gate"], 4, gate_bias=bias)
         yield rat_ext.chunk_attention(rows["q"], rows["v"], rows["gate"], 4, out_gate=rows["out_gate"])
@@ -141,7 +152,7 @@ def test_every_op_off_the_grid(device, dtype, what):
         yield from (cache.chunk_k[:, :, :closed], cache.chunk_v[:, :, :closed], cache.running_k, cache.running_v)
 
     projection = torch.cat([x.flatten(2) for x in rows.values()], dim=2)
-    other = shifted(projection.unsqueeze(2), "token" if what == "head" else what).squeeze(2)
+    other = shifted(projection.unsqueeze(2), what.replace("head", "token")).squeeze(2)
     with torch.no_grad():
         expected = list(results(rows, projection))
         found = list(results({key: shifted(x, what) for key, x in rows.items()}, other))
@@ -150,6 +161,79 @@ def test_every_op_off_the_grid(device, dtype, what):
             assert same_bits(x, y), i
         else:
             torch.testing.assert_close(x, y, msg=lambda m, i=i: f"result {i}: {m}")
+
+
+@every_dtype
+@pytest.mark.parametrize("dimension", [0, 1, 2])
+@pytest.mark.parametrize("begin", [0, 1, 4])
+def test_expanded_rows(device, dtype, dimension, begin):
+    """Rows that all tokens, heads or rows of the batch share (stride 0), at any address: the bits of dense ones."""
+    dense = attention_case(device, dtype, tokens=50, dim=64, groups=2)
+    wide = attention_case(device, dtype, tokens=50, dim=64, groups=2)
+    for key in ROWS:
+        x = dense.tensors[key]
+        one = x.narrow(dimension, 0, 1)
+        flat = x.new_empty(begin + one.numel())
+        flat[begin:] = one.flatten()
+        wide.tensors[key] = flat[begin:].view(one.shape).expand(x.shape)
+        dense.tensors[key] = one.expand(x.shape).contiguous()
+    values, grads = evaluate(rat_ext.rat_attention, dense)
+    again, _ = evaluate(rat_ext.rat_attention, wide, grads=grads)
+    for key in values:
+        if device.type == "cuda":
+            assert same_bits(again[key], values[key]), key
+        else:
+            torch.testing.assert_close(again[key], values[key], msg=lambda m, key=key: f"{key}: {m}")
+
+
+@low
+@pytest.mark.parametrize("what", ["address", "token 4", "head"])
+def test_many_rows_off_the_grid(device, dtype, what):
+    """More than a block of copies takes, in each tensor; and sizes that no power of two divides."""
+    case = attention_case(device, dtype, batch=3, tokens=701, heads=6, groups=3, dim=72, chunk_size=16)
+    other = attention_case(device, dtype, batch=3, tokens=701, heads=6, groups=3, dim=72, chunk_size=16)
+    other.tensors |= {key: shifted(case.tensors[key], what) for key in ROWS}
+    values, grads = evaluate(rat_ext.rat_attention, case)
+    again, _ = evaluate(rat_ext.rat_attention, other, grads=grads)
+    for key in values:
+        if device.type == "cuda":
+            assert same_bits(again[key], values[key]), key
+        else:
+            torch.testing.assert_close(again[key], values[key], msg=lambda m, key=key: f"{key}: {m}")
+
+
+@low
+@pytest.mark.parametrize("op", ["rat_attention", "whole", "packed", "recurrence"])
+@pytest.mark.parametrize("what", [None, "address", "token 2"])
+def test_what_is_saved(device, dtype, op, what):
+    """The backward reads the forward's copies of rows, where it made any, and the caller's memory where it did not."""
+    case = attention_case(device, dtype, batch=1, tokens=40, dim=64, groups=2)
+    rows = {key: case.tensors[key] for key in ROWS}
+    heads, groups = rows["v"].shape[2], rows["q"].shape[2]
+    calls = {
+        "rat_attention": lambda q, k, v, gate, out_gate: rat_ext.rat_attention(q, k, v, gate, 16, out_gate=out_gate),
+        "whole": lambda q, k, v, gate, out_gate: rat_ext.rat_attention(
+            q, k, v, gate, 16, out_gate=out_gate, cu_seqlens=torch.tensor([0, 13, 40], dtype=torch.int32, device=device)
+        ),
+        "packed": lambda x: rat_ext.rat_attention_packed(x.squeeze(2), heads, groups, 16),
+        "recurrence": lambda x, gate: rat_ext.chunk_recurrence(x, gate, 16),
+    }
+    if op == "packed":
+        rows = {"x": torch.cat([x.flatten(2) for x in rows.values()], dim=2).unsqueeze(2)}
+    elif op == "recurrence":
+        rows = {"x": rows["v"], "gate": rows["gate"]}
+    if what:
+        one = next(iter(rows))  # the others lie as kernels read them
+        rows[one] = shifted(rows[one], what)
+    leaves = {key: x.detach().requires_grad_() for key, x in rows.items()}
+    y = calls[op](**leaves)
+    saved = {x.data_ptr() for x in y.grad_fn.saved_tensors if x is not None}
+    copied = what is not None and device.type == "cuda"
+    for i, x in enumerate(leaves.values()):
+        assert (x.data_ptr() in saved) == (i > 0 or not copied)
+    if copied:
+        assert not any(at % 16 for at in saved)
+    torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
 
 
 # Multiples of 8 that are none of 16: the upper half of a row of q begins between two 16-byte pieces.

@@ -71,8 +71,11 @@ def test_same_results(device, dtype):
             if "y" in eager.overloads():  # y alone; what is not returned is not looked at
                 y = eager.y(*spec.pick_brief(given))
                 found.append((y, *found[0][1:]))
+        if "saving" in eager.overloads():
+            found.append(eager.saving(*args))
         for got in found:
-            for result, a, b in zip(spec.results, want, got, strict=True):
+            assert all(x is None for x in got[len(spec.results) :])  # copies of rows: these are aligned
+            for result, a, b in zip(spec.results, want, got[: len(spec.results)], strict=True):
                 where = f"{operator}: {result}"
                 assert (a is None) == (b is None), where
                 if a is None:

@@ -79,6 +79,7 @@ struct KernelList {
   const KernelEntry* entries;
   int count;
 };
+KernelList align_rows_kernels();
 KernelList chunk_recurrence_kernels();
 KernelList chunk_attention_fwd_sm80_kernels();
 KernelList chunk_attention_bwd_sm80_kernels();

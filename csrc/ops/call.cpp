@@ -246,8 +246,38 @@ const View& CallBase::with_rows(const View& x) {
   bool aligned = is_aligned(x.data);
   for (size_t d = 0; d + 1 < x.rank; ++d) aligned = aligned && (x.sizes[d] == 1 || x.strides[d] % unit == 0);
   if (aligned) return x;
-  const Tensor rows = torch_tensor(x.handle);
-  return keep(x.is_contiguous() ? torch::stable::clone(rows) : torch::stable::contiguous(rows));
+  constexpr std::string_view kName = "a copy of rows that are not aligned to 16 bytes";
+  const int64_t* n = x.sizes;
+  const View& copy =
+      keep(x.rank == 4 ? empty(kName, {n[0], n[1], n[2], n[3]}, dtype) : empty(kName, {n[0], n[1], n[2]}, dtype));
+  copies_.push_back({&x, &copy});
+  return copy;
+}
+
+void CallBase::copy_rows([[maybe_unused]] void* stream) {
+#ifdef RAT_EXT_CUDA
+  if (copies_.empty()) return;
+  std::vector<RowCopy> rows;
+  for (const auto& [from, to] : copies_) {
+    RowCopy copy;
+    copy.source = from->data;
+    copy.target = to->data;
+    for (size_t d = 0; d < 3; ++d) {
+      const bool outer = d + 1 < from->rank;
+      copy.sizes[d] = outer ? from->sizes[d] : 1;
+      copy.strides[d] = outer ? from->strides[d] : 0;
+    }
+    copy.row = from->sizes[from->rank - 1];
+    copy.element_bytes = element_size();
+    rows.push_back(copy);
+  }
+  cuda::align_rows(rows.data(), rows.size(), stream);
+#endif
+}
+
+const View* CallBase::copy_of(const View& x) const {
+  const auto copied = std::ranges::find(copies_, &x, &Copied::from);
+  return copied == copies_.end() ? nullptr : copied->to;
 }
 
 Rows CallBase::rows_of(const View& tensor) {

@@ -196,8 +196,10 @@ class CallBase {
   void check_packed(std::string_view argument, const View& x, ScalarType type, Shape sizes) const;
 
   // The same numbers as kernels read them, the last dimension being contiguous: on a GPU, where some row does not start at a
-  // multiple of 16 bytes, a copy.
+  // multiple of 16 bytes, memory that copy_rows() fills.
   const View& with_rows(const View& x);
+  // Before the kernels of the call, on their stream: all copies that were asked for, at once.
+  void copy_rows(void* stream);
   // Rows of a (B, T, heads, D) tensor of any strides.
   Rows rows_of(const View& tensor);
   // The same numbers at an address that is a multiple of 16 bytes.
@@ -233,17 +235,29 @@ class CallBase {
   bool share = false;  // may results share memory? Where torch looks on (tracing, its checks of operators) they may not
   std::string choices;  // of Mode::explain, a line for each family: phase, family, 1 where it is chosen, why
 
+ protected:
+  // The copy that with_rows() made, null where it made none.
+  const View* copy_of(const View& x) const;
+  bool has_copies() const { return !copies_.empty(); }
+
  private:
+  struct Copied {
+    const View* from;
+    const View* to;
+  };
+
   std::string shown(std::string_view argument) const;
   int64_t bytes_of(std::string_view name, Shape sizes, ScalarType type) const;
   Handle torch_empty(Shape sizes, ScalarType type) const;
   // Null where the shared allocation has no room.
   Handle shared_empty(Shape sizes, ScalarType type, int64_t bytes);
   const View& keep(const Tensor& copy);
+  const View& keep(Handle x) { return kept_.emplace_front(std::move(x)); }
 
   std::string_view state_;
   const View* lead_ = nullptr;
   std::forward_list<View> kept_;  // copies and scratch
+  std::vector<Copied> copies_;    // those of with_rows()
   Handle block_;                  // what results and scratch share: of the call's dtype, in one dimension
   size_t block_used_ = 0, block_bytes_ = 0;
 };
@@ -256,7 +270,7 @@ class Call : public CallBase {
   // Takes the arguments from the stack, which in a brief call has those alone that are not `seldom`. `devices`, of a checked call:
   // where its tensors are, argument by argument.
   Call(StableIValue* stack, Mode mode, bool brief = false, const std::vector<int64_t>* devices = nullptr)
-      : CallBase(kSignature.op, Op::kState, mode) {
+      : CallBase(kSignature.op, Op::kState, mode), brief_(brief) {
     for (size_t i = 0; i < kSignature.argument_count; ++i) {
       const Kind kind = kSignature.arguments[i].kind;
       if (brief && kSignature.arguments[i].seldom) {
@@ -316,7 +330,21 @@ class Call : public CallBase {
     }
   }
 
+  // For each argument that the call took from the stack the copy of its rows that kernels read, where there is one. None where
+  // nothing was copied, as mostly.
+  std::optional<std::vector<std::optional<Tensor>>> copies() const {
+    if (!has_copies()) return std::nullopt;
+    std::vector<std::optional<Tensor>> list;
+    for (size_t i = 0; i < kSignature.argument_count; ++i) {
+      if (brief_ && kSignature.arguments[i].seldom) continue;
+      const View* copy = tensors_[i] ? copy_of(*tensors_[i]) : nullptr;
+      list.push_back(copy ? std::optional(torch_tensor(copy->handle)) : std::nullopt);
+    }
+    return list;
+  }
+
  private:
+  bool brief_;
   std::array<std::optional<View>, kSignature.argument_count> tensors_;
   std::array<StableIValue, kSignature.argument_count> numbers_{};
   std::array<Handle, kSignature.result_count> results_;
@@ -497,7 +525,9 @@ void launch(CallBase& call, const Params& params,
 #ifdef RAT_EXT_CUDA
   if (call.on_gpu()) {
     const torch::stable::accelerator::DeviceGuard guard(call.device);
-    return on_gpu(params, allocator, call.current_stream());
+    void* const stream = call.current_stream();
+    call.copy_rows(stream);
+    return on_gpu(params, allocator, stream);
   }
 #endif
   try {

@@ -4,7 +4,8 @@
 //   rat_ext_eager    runs it for rat_ext/_autograd.py, which records the gradient itself: it has no autograd of its own, and its
 //                    results may share memory. The overload "brief" leaves out arguments that are seldom there, each of which
 //                    costs the host as much when it is None as when it is a tensor; "y" is brief and returns y alone, for calls
-//                    without a gradient
+//                    without a gradient. "saving", and the brief overload of an op that has a gradient, return one more:
+//                    Call::copies(), so that what a forward had to copy is saved as it was copied
 //   rat_ext_check    checks the arguments alone. Tensors are on the meta device; `devices` tells, argument by argument, where
 //                    those that they stand for are. What torch.ops.rat_ext.<op> would say of them is what this says
 //   rat_ext_explain  tells which kernels would run: a line "phase<tab>family<tab>1 or 0<tab>why" for each family, 1 where it is chosen
@@ -38,13 +39,14 @@ void run_boxed(StableIValue* stack, uint64_t, uint64_t) {
   call.push_results(stack);
 }
 
-template <class Op, bool kBrief, bool kOnlyY>
+template <class Op, bool kBrief, bool kOnlyY, bool kSaving>
 void run_eager_boxed(StableIValue* stack, uint64_t, uint64_t) {
   Call<Op> call(stack, Mode::run, kBrief);
   call.share = true;
   call.only_y = kOnlyY;
   run(call);
   call.push_results(stack);
+  if constexpr (kSaving) stack[Call<Op>::kSignature.result_count] = torch::stable::detail::from(call.copies());
 }
 
 template <class Op>
@@ -86,7 +88,7 @@ std::string schema_like(std::string schema, const char* first, const char* resul
   return schema.insert(schema.find('(') + 1, first);
 }
 
-// Are there results beside y?
+// Are there results beside y? Those are the forwards that have a gradient.
 template <class Op>
 constexpr bool kMoreThanY = Call<Op>::kSignature.results[0].name == "y" && Call<Op>::kSignature.result_count > 1;
 
@@ -103,15 +105,23 @@ std::string brief_schema(Op* op, const char* overload) {
   return brief + whole.substr(close);
 }
 
+// The same with the result Call::copies().
+std::string saving_schema(const std::string& schema) {
+  return schema.substr(0, schema.size() - 1) + ", Tensor?[]? copies)";
+}
+
 void implement(StableLibrary& m) {
   for_each_op([&]<class Op>(Op* op) { m.impl(name_of(op).c_str(), run_boxed<Op>); });
 }
 
 void implement_eager(StableLibrary& m) {
   for_each_op([&]<class Op>(Op* op) {
-    m.impl(name_of(op).c_str(), run_eager_boxed<Op, false, false>);
-    m.impl((name_of(op) + ".brief").c_str(), run_eager_boxed<Op, true, false>);
-    if constexpr (kMoreThanY<Op>) m.impl((name_of(op) + ".y").c_str(), run_eager_boxed<Op, true, true>);
+    m.impl(name_of(op).c_str(), run_eager_boxed<Op, false, false, false>);
+    m.impl((name_of(op) + ".brief").c_str(), run_eager_boxed<Op, true, false, kMoreThanY<Op>>);
+    if constexpr (kMoreThanY<Op>) {
+      m.impl((name_of(op) + ".y").c_str(), run_eager_boxed<Op, true, true, false>);
+      m.impl((name_of(op) + ".saving").c_str(), run_eager_boxed<Op, false, false, true>);
+    }
   });
 }
 
@@ -131,10 +141,14 @@ STABLE_TORCH_LIBRARY_IMPL(rat_ext, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY(rat_ext_eager, m) {
   rat::for_each_op([&]<class Op>(Op* op) {
     m.def(Op::kSchema);
-    m.def(rat::brief_schema(op, "brief").c_str());
+    const std::string brief = rat::brief_schema(op, "brief");
     if constexpr (rat::kMoreThanY<Op>) {
-      const std::string schema = rat::brief_schema(op, "y");
+      m.def(rat::saving_schema(brief).c_str());
+      const std::string schema = rat::brief_schema(op, "y"), whole = Op::kSchema;
       m.def((schema.substr(0, schema.find(" -> ")) + " -> Tensor").c_str());
+      m.def(rat::saving_schema(whole.substr(0, whole.find('(')) + ".saving" + whole.substr(whole.find('('))).c_str());
+    } else {
+      m.def(brief.c_str());
     }
   });
 }

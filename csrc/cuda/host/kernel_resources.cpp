@@ -52,10 +52,14 @@ DeviceReport device_report() {
   }
   report.device = std::string(properties.name) + ", compute capability " + std::to_string(properties.major) + "." +
                   std::to_string(properties.minor);
-  std::vector<KernelList> lists = {
-      chunk_recurrence_kernels(),    chunk_attention_fwd_sm80_kernels(),      chunk_attention_bwd_sm80_kernels(),
-      chunk_attention_f32_kernels(), chunk_attention_rotate_reduce_kernels(), decode_kernels(),
-      rat_attention_cached_kernels()};
+  std::vector<KernelList> lists = {chunk_recurrence_kernels(),
+                                   chunk_attention_fwd_sm80_kernels(),
+                                   chunk_attention_bwd_sm80_kernels(),
+                                   chunk_attention_f32_kernels(),
+                                   chunk_attention_rotate_reduce_kernels(),
+                                   decode_kernels(),
+                                   rat_attention_cached_kernels(),
+                                   align_rows_kernels()};
 #ifdef RAT_EXT_SM90
   if (properties.major == 9) {  // elsewhere they are empty
     lists.insert(lists.begin(), {chunk_attention_fwd_sm90_kernels(), chunk_attention_bwd_sm90_kernels(),
