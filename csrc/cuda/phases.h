@@ -21,9 +21,9 @@ struct FwdScratch {
 
 // Scratch of one backward. dchunk_{k,v} use the element offsets of ChunkStates.
 struct BwdScratch {
-  Piece<float> p_self;   // (B, H, T): p_tt; null where short_chunks()
-  Piece<float> ds_self;  // (B, H, T): ds_tt, scale not included; null where short_chunks()
-  Piece<float> delta;    // (B, H, T): Delta_t
+  Piece<float> p_self;          // (B, H, T): p_tt; null where short_chunks()
+  Piece<float> ds_self;         // (B, H, T): ds_tt, scale not included; null where short_chunks()
+  Piece<float> delta;           // (B, H, T): Delta_t
   Piece<uint16_t> tile_states;  // as TileStates of recurrence/scan.cuh has them; null where tile_states_elements() is 0
   // (B, T, q_groups, D): the attention part of dq, rotated back, scale included, summed over a group. With dq_in_tiles it lies as
   // attention's tiles do (attention/dq_tiles.h), neither rotated back nor scaled.

@@ -13,17 +13,16 @@ struct ReverseFamily {
   Launch (*prepare)(const AttentionBwdParams&, const BwdScratch&, Arena&);
   Launch (*reverse)(const AttentionBwdParams&, const BwdScratch&, Arena&);
   bool makes_weights;  // phase 3 makes p_tt and ds_tt; else phase 1 leaves them in scratch memory
-  bool (*reads_dq_tiles)(const AttentionBwdParams&);   // or null: never
+  bool (*reads_dq_tiles)(const AttentionBwdParams&);  // or null: never
   int64_t (*tile_states)(const AttentionBwdParams&);  // elements that phase 1 leaves for phase 3, or null: none
 };
 
-const FamilyTable<ReverseFamily> kReverse("recurrence_bwd",
-                                          {{"short", short_scan::refuses, short_scan::prepare, short_scan::reverse,
-                                            true, short_scan::all_whole, nullptr},
-                                           {"long", long_scan::refuses, scan::prepare, long_scan::reverse, false,
-                                            long_scan::all_whole, long_scan::tile_states},
-                                           {"scan", scan::refuses, scan::prepare, scan::reverse, false, nullptr,
-                                            nullptr}});
+const FamilyTable<ReverseFamily> kReverse(
+    "recurrence_bwd",
+    {{"short", short_scan::refuses, short_scan::prepare, short_scan::reverse, true, short_scan::all_whole, nullptr},
+     {"long", long_scan::refuses, scan::prepare, long_scan::reverse, false, long_scan::all_whole,
+      long_scan::tile_states},
+     {"scan", scan::refuses, scan::prepare, scan::reverse, false, nullptr, nullptr}});
 
 }  // namespace
 

@@ -71,7 +71,7 @@ struct Walk {
 
 // What is known of a tile when the kernel is compiled. Short: chunks have at most kTokens tokens, else they are long.
 enum Kind : int {
-  kWhole,     // kTokens tokens of one chunk, all lanes have elements: nothing is masked. Short: the chunk, and no state enters
+  kWhole,  // kTokens tokens of one chunk, all lanes have elements: nothing is masked. Short: the chunk, and no state enters
   kOneChunk,  // of one chunk, from kTokens tokens those of the call
   kFew,       // chunks begin and end at any token, and at most kStagedKeys end
   kAny        // the same, but any number
@@ -110,8 +110,8 @@ struct TiledScan {
 // head; long: (warps, heads of a group, 32), what the state of a tile's last token receives, two elements for k~ and two for v~.
 // Of a chunk that ends in the tile.
 struct KeyShared {
-  float4 angle[32];   // two cosines and two sines of its angle
-  float2 grad[3][32]; // the gradient of its state as ChunkGrad has it
+  float4 angle[32];    // two cosines and two sines of its angle
+  float2 grad[3][32];  // the gradient of its state as ChunkGrad has it
 };
 struct WarpShared {
   float4 sums[kTokens][32];  // two elements of dq, two of dk
@@ -120,7 +120,9 @@ struct WarpShared {
   uint2 before[32];          // long: k~ and v~ before the tile's first token
   KeyShared keys[1];         // and more behind it: TiledScan::keys
 };
-__host__ __device__ constexpr size_t warp_bytes(int keys) { return sizeof(WarpShared) + (keys - 1) * sizeof(KeyShared); }
+__host__ __device__ constexpr size_t warp_bytes(int keys) {
+  return sizeof(WarpShared) + (keys - 1) * sizeof(KeyShared);
+}
 __host__ __device__ constexpr size_t shared_bytes(int warps, int keys, int group_heads, bool is_long) {
   return warps * (warp_bytes(keys) + (is_long ? group_heads * 32 * sizeof(float4) : 2 * 32 * sizeof(float)));
 }
@@ -210,8 +212,8 @@ struct ChunkGrad {
     load_float2_if(pair, p.chunk.attention_k + (state + pair_of(p, d)), p.in.rotary.cos != nullptr);
   }
   // Through shared memory: the compiler would move loads to registers down to where they are used.
-  static __device__ __forceinline__ void request(const TiledScan& p, int64_t state, int d, bool valid,
-                                                 KeyShared& key, int lane) {
+  static __device__ __forceinline__ void request(const TiledScan& p, int64_t state, int d, bool valid, KeyShared& key,
+                                                 int lane) {
     cp_async8(shared_address(&key.grad[0][lane]), p.chunk.attention_v + (state + d), valid);
     cp_async8(shared_address(&key.grad[1][lane]), p.chunk.attention_k + (state + d), valid);
     const bool rotary = valid && p.in.rotary.cos != nullptr;  // else there is no pair: zeros
@@ -279,8 +281,8 @@ struct Place {
 // Step 0: rows of the group, and zeros for dk. Where attention's part of dq lies in its tiles, sums[t] of the first eight tokens
 // has that of token t and of token t + 8, as they do.
 template <class T, Kind kKind, bool kLong, class Valid>
-__device__ __forceinline__ void request_group(const TiledScan& p, const Place<kKind, kLong>& place, const ScanTile& tile,
-                                              int64_t group, Valid&& valid) {
+__device__ __forceinline__ void request_group(const TiledScan& p, const Place<kKind, kLong>& place,
+                                              const ScanTile& tile, int64_t group, Valid&& valid) {
   const Sizes& s = p.in.size;
   const int64_t row = tile.sequence.batch, token = tile.token, sums_row = s.q_groups * s.head_dim;
   const T* q_at = row_of<T>(p.in.q, row, token, group, place.d);
@@ -481,9 +483,10 @@ __device__ __forceinline__ float sum_eight(float (&part)[8], int lane) {
 
 // Step 1. The states before each token, in T, and, short, this warp's part of the dots.
 template <class T, Kind kKind, bool kLong>
-__device__ __forceinline__ void scan_forward(const Place<kKind, kLong>& place, const HeadRows<T>& rows, const Edges& edges,
-                                             const float (&bias)[2], int h, float (&k_state)[2], float (&v_state)[2],
-                                             uint32_t (&k_before)[kTokens], uint32_t (&v_before)[kTokens]) {
+__device__ __forceinline__ void scan_forward(const Place<kKind, kLong>& place, const HeadRows<T>& rows,
+                                             const Edges& edges, const float (&bias)[2], int h, float (&k_state)[2],
+                                             float (&v_state)[2], uint32_t (&k_before)[kTokens],
+                                             uint32_t (&v_before)[kTokens]) {
   const int lane = place.lane;
   float part[8];  // of q.k~ of four tokens and of dO.v~
 #pragma unroll
@@ -650,8 +653,9 @@ __device__ __forceinline__ int64_t running_at(const Sizes& s, const ScanTile& ti
 // The states before the first token of the tile, but for chunks that start in it. Long: from shared memory, where there are zeros if
 // phase 1 has left none.
 template <class T, Kind kKind, bool kLong, class TileAgain>
-__device__ __forceinline__ void states_before(const TiledScan& p, const Place<kKind, kLong>& place, TileAgain&& tile_again,
-                                              int h, int d, float (&k_state)[2], float (&v_state)[2]) {
+__device__ __forceinline__ void states_before(const TiledScan& p, const Place<kKind, kLong>& place,
+                                              TileAgain&& tile_again, int h, int d, float (&k_state)[2],
+                                              float (&v_state)[2]) {
   k_state[0] = k_state[1] = v_state[0] = v_state[1] = 0.0f;
   if constexpr (kLong) {
     const uint2 raw = place.shared->before[place.lane];
@@ -707,8 +711,8 @@ __device__ __forceinline__ unsigned this_team() {
 }
 
 template <class T, Kind kKind, bool kLong>
-__device__ __forceinline__ void scan_tile(const TiledScan& p, const Place<kKind, kLong>& place, unsigned run, int64_t item,
-                                          const ScanTile& tile, bool first_tile) {
+__device__ __forceinline__ void scan_tile(const TiledScan& p, const Place<kKind, kLong>& place, unsigned run,
+                                          int64_t item, const ScanTile& tile, bool first_tile) {
   const Sizes& s = p.in.size;
   const int lane = place.lane, d = place.d, count = tile.count;
   const bool live = place.live;
@@ -762,7 +766,8 @@ __device__ __forceinline__ void scan_tile(const TiledScan& p, const Place<kKind,
   rows.request_all(p, valid);
   float scalar = load_scalar();
   // rotate_group() wants it of every tile.
-  if (kKind == kWhole || (kKind == kOneChunk && closes)) place.shared->keys[0].angle[lane] = angle_at(p, first_chunk, d);
+  if (kKind == kWhole || (kKind == kOneChunk && closes))
+    place.shared->keys[0].angle[lane] = angle_at(p, first_chunk, d);
   if constexpr (kKind == kFew) {
 #pragma unroll 1
     for (int i = 0; i < edges.keys(); ++i) place.shared->keys[i].angle[lane] = angle_at(p, first_chunk + i, d);
@@ -1062,14 +1067,11 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, const D
     const auto launch_type = [&](auto element) {
       using T = decltype(element);
       switch (kind_of(a)) {
-        case kWhole:
-          return launch_kind(chunk_scan_long_bwd_kernel<T, kWhole>, chunk_scan_short_bwd_kernel<T, kWhole>);
+        case kWhole: return launch_kind(chunk_scan_long_bwd_kernel<T, kWhole>, chunk_scan_short_bwd_kernel<T, kWhole>);
         case kOneChunk:
           return launch_kind(chunk_scan_long_bwd_kernel<T, kOneChunk>, chunk_scan_short_bwd_kernel<T, kOneChunk>);
-        case kFew:
-          return launch_kind(chunk_scan_long_bwd_kernel<T, kFew>, chunk_scan_short_bwd_kernel<T, kFew>);
-        case kAny:
-          return launch(chunk_scan_short_bwd_kernel<T, kAny>, "chunk_scan_short_bwd");
+        case kFew: return launch_kind(chunk_scan_long_bwd_kernel<T, kFew>, chunk_scan_short_bwd_kernel<T, kFew>);
+        case kAny: return launch(chunk_scan_short_bwd_kernel<T, kAny>, "chunk_scan_short_bwd");
       }
     };
     s.dtype == DType::bf16 ? launch_type(bf16()) : launch_type(f16());

@@ -128,8 +128,9 @@ struct ReverseInput {
   ChunkGrads chunk;
   const float* drunning_k;  // (N, H, D) or null
   const float* drunning_v;
-  float* incoming_grad;  // (items, H, 2 or 3, D): what the state of each segment's last token receives, and the product of the
-                         // segment's gates; null if not segmented
+  float*
+      incoming_grad;  // (items, H, 2 or 3, D): what the state of each segment's last token receives, and the product of the
+                      // segment's gates; null if not segmented
 };
 
 // The bias of eight elements, in units of the gates.
