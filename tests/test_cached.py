@@ -607,8 +607,8 @@ def test_a_batch_that_fills_the_chip(device):
 @half
 @pytest.mark.parametrize("dim, tokens, heads", [(64, 640, 8), (128, 640, 8), (64, 1300, 4), (128, 4400, 1)])
 def test_warpgroups_that_share_a_tile(device, dtype, dim, tokens, heads):
-    """Of a few tiles, more, and enough to fill the chip, which are three kernels, a token has the same bits. Queries are large: the
-    maximum is raised on the way, and what was summed before shrinks.
+    """Of a few tiles, more, and enough to fill the chip, which are three kernels, a token has the same bits. Queries are large:
+    the maximum is raised on the way, and what was summed before shrinks.
     """
     random = Random(20, device, dtype)
     x, options = draw(random, 30, tokens, dim, heads, 1), extras(random, dim, tokens, heads)

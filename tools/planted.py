@@ -1474,8 +1474,8 @@ CUDA = [
     Mutant(
         "long: a tile receives nothing from the one after it",
         "csrc/cuda/recurrence/reverse_tiles.cu",
-        r"\*place\.handed\(p\.group_heads, h - first_head\) = make_float4\(k_grad\[0\], k_grad\[1\], v_grad\[0\], v_grad\[1\]\)",
-        "*place.handed(p.group_heads, h - first_head) = make_float4(k_grad[0], k_grad[1], 0.0f, 0.0f)",
+        r"h - first_head\) = make_float4\(k_grad\[0\], k_grad\[1\], v_grad\[0\], v_grad\[1\]\)",
+        "h - first_head) = make_float4(k_grad[0], k_grad[1], 0.0f, 0.0f)",
         "tests/test_attention.py::test_chunks_of_tiles",
     ),
     Mutant(

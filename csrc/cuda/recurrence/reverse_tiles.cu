@@ -106,13 +106,14 @@ struct TiledScan {
   uint32_t zero;               // 0, which the compiler does not know
 };
 
-// Shared memory of a team: what a warp has to itself, for each warp, and then, short: (2, warps, 32) dot products, by parity of the
-// head; long: (warps, heads of a group, 32), what the state of a tile's last token receives, two elements for k~ and two for v~.
 // Of a chunk that ends in the tile.
 struct KeyShared {
   float4 angle[32];    // two cosines and two sines of its angle
   float2 grad[3][32];  // the gradient of its state as ChunkGrad has it
 };
+
+// Shared memory of a team: what a warp has to itself, for each warp, and then, short: (2, warps, 32) dot products, by parity of the
+// head; long: (warps, heads of a group, 32), what the state of a tile's last token receives, two elements for k~ and two for v~.
 struct WarpShared {
   float4 sums[kTokens][32];  // two elements of dq, two of dk
   uint2 rows[kTokens][32];   // q and k
