@@ -97,12 +97,12 @@ struct TiledScan {
   float* bias_partial;  // (runs, H, D) or null
   int group_heads;      // H / G
   bool all_live;        // all lanes have elements
-  int64_t tiles_per_run, runs;
+  int64_t tiles_per_run, runs;  // long: spans of a run
+  int keys;                     // ends of chunks in a tile of kFew, at most; else 1
   // Long:
   TileStates tile_states;
   const float* incoming_grad;  // as ReverseInput has it: of spans that are segments, else null
   int64_t parts;               // tiles of a span
-  int keys;                    // that shared memory has room for, at least 1
   uint32_t zero;               // 0, which the compiler does not know
 };
 
