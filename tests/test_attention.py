@@ -63,8 +63,8 @@ def test_ends_inside_tiles(device, dtype, chunk_size, options):
 
 @low
 def test_more_heads_than_a_group_has_room_for(device, dtype):
-    """Long chunks hand gradients from tile to tile in shared memory, for each head of a group: here there is no room, and another
-    family serves the call."""
+    """Long chunks hand gradients from tile to tile in shared memory, for each head of a group: here there is no room, and
+    another family serves the call."""
     check(attention_case(device, dtype, batch=1, dim=256, tokens=130, chunk_size=64, heads=96, groups=1))
 
 

@@ -94,9 +94,9 @@ struct TiledScan {
   const float* drunning_v;
   float* dinitial_k;  // (N, H, D) or null
   float* dinitial_v;
-  float* bias_partial;  // (runs, H, D) or null
-  int group_heads;      // H / G
-  bool all_live;        // all lanes have elements
+  float* bias_partial;          // (runs, H, D) or null
+  int group_heads;              // H / G
+  bool all_live;                // all lanes have elements
   int64_t tiles_per_run, runs;  // long: spans of a run
   int keys;                     // ends of chunks in a tile of kFew, at most; else 1
   // Long:
