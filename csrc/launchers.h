@@ -37,7 +37,7 @@ struct RowCopy {
   void* target = nullptr;  // contiguous, aligned to 16 bytes
   int64_t sizes[3] = {};   // those of the dimensions before the row, outermost first: (B, T, heads), or (B, T, 1)
   int64_t strides[3] = {};
-  int64_t row = 0;  // elements of a row, which are contiguous: a multiple of 8
+  int64_t row = 0;            // elements of a row, which are contiguous: a multiple of 8
   int64_t element_bytes = 0;  // 2 or 4
 };
 
