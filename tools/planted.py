@@ -1488,8 +1488,8 @@ CUDA = [
     Mutant(
         "long: tiles start from the states of the tile before",
         "csrc/cuda/recurrence/prepare.cu",
-        r"if \(in_unit % kStateTile == 0\) tile_states \+=",
-        "if (in_unit % kStateTile == 1) tile_states +=",
+        r"state_place\(s, tile\.sequence, token \+ i\)",
+        "state_place(s, tile.sequence, token + max(0, i - kStateTile))",
         "tests/test_attention.py::test_chunks_of_tiles",
     ),
     Mutant(
@@ -1502,8 +1502,8 @@ CUDA = [
     Mutant(
         "long: gradient of the running state in every span",
         "csrc/cuda/recurrence/reverse_tiles.cu",
-        r"t\.last &= end == high;",
-        "",
+        r"tile_again\(\); again\.last\)",
+        "tile_again(); true)",
         "tests/test_state.py::test_ragged_lengths",
     ),
     Mutant(

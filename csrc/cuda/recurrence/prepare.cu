@@ -97,13 +97,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 4 : 2)
   load_bias<T>(in, lane, bias);
   incoming_state<true>(in, tile, lane, k_state, v_state);
   ChunkClock clock(s, tile.position);
-  T* tile_states = nullptr;  // of the tile of the reverse scan that the token is in
-  int in_unit = 0;
-  if (p.tiles.ptr) {
-    in_unit = static_cast<int>(modulo(tile.position, p.tiles.unit));
-    tile_states = static_cast<T*>(p.tiles.ptr) +
-                  (place_of(s, p.tiles, tile.sequence, tile.position) * s.heads + h) * 2 * s.head_dim + lane.d;
-  }
+  int in_span = p.tiles.ptr ? static_cast<int>(modulo(tile.position, p.tiles.span)) : 0;
 
 #pragma unroll 1
   for (int i = 0; i < tile.count; ++i) {
@@ -117,12 +111,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 4 : 2)
     const Raw8<T> q_raw = load_raw(take(q_row, in.q.token));
     const float lse = p.lse[scalars + i];
     if (p.tiles.ptr) {
-      if (in_unit % kStateTile == 0 && lane.live && !clock.resets()) {
-        store_row(tile_states, k_state);
-        store_row(tile_states + s.head_dim, v_state);
+      if (in_span % kStateTile == 0 && lane.live && !clock.resets()) {
+        const int64_t place = state_place(s, tile.sequence, token + i);
+        T* const to = static_cast<T*>(p.tiles.ptr) + (place * s.heads + h) * 2 * s.head_dim + lane.d;
+        store_row(to, k_state);
+        store_row(to + s.head_dim, v_state);
       }
-      if (++in_unit == p.tiles.unit) in_unit = 0;
-      if (in_unit % kStateTile == 0) tile_states += 2 * s.heads * s.head_dim;
+      if (++in_span == p.tiles.span) in_span = 0;
     }
 
     float dout[8], delta, x[8], f[8], g[8];
@@ -229,7 +224,7 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, float* 
   p.lse = static_cast<const float*>(a.fwd.lse);
   p.p_self = scratch.p_self;
   p.ds_self = scratch.ds_self;
-  if (scratch.tile_states.taken()) p.tiles = tile_states_of(a.fwd.size, scratch.tile_states);
+  if (scratch.tile_states.taken()) p.tiles = {scratch.tile_states, span_tokens(a.fwd.size)};
   if (incoming) {
     p.in.incoming = incoming;
     scan_segments(p.in, true, incoming, stream);

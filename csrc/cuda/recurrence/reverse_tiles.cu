@@ -7,7 +7,7 @@
 // Both leave dk, dv, dgate, dq, and partial sums of dgate_bias.
 //
 // A team of warps takes a run of tiles and the heads of one group. Tiles of the short kernel are whole chunks. The long one cuts a
-// *span*, whole chunks of up to kSegment tokens or a segment of a longer one, into tiles, and takes them from the last to the
+// *span*, a chunk or a few, or a segment of a longer one (span_tokens()), into tiles, and takes them from the last to the
 // first: what the states before a tile receive waits in shared memory, for each head, until the tile before it asks. A thread owns
 // two neighbouring elements of D and takes the heads one after the other:
 //
@@ -100,7 +100,7 @@ struct TiledScan {
   int64_t tiles_per_run, runs;  // long: spans of a run
   int keys;                     // ends of chunks in a tile of kFew, at most; else 1
   // Long:
-  TileStates tile_states;
+  const void* tile_states;     // as TileStates has them
   const float* incoming_grad;  // as ReverseInput has it: of spans that are segments, else null
   int64_t parts;               // tiles of a span
   uint32_t zero;               // 0, which the compiler does not know
@@ -124,7 +124,7 @@ struct WarpShared {
 __host__ __device__ constexpr size_t warp_bytes(int keys) {
   return sizeof(WarpShared) + (keys - 1) * sizeof(KeyShared);
 }
-__host__ __device__ constexpr size_t shared_bytes(int warps, int keys, int group_heads, bool is_long) {
+__host__ __device__ constexpr size_t shared_bytes(int warps, int keys, int64_t group_heads, bool is_long) {
   return warps * (warp_bytes(keys) + (is_long ? group_heads * 32 * sizeof(float4) : 2 * 32 * sizeof(float)));
 }
 
@@ -744,17 +744,17 @@ __device__ __forceinline__ void scan_tile(const TiledScan& p, const Place<kKind,
   [[maybe_unused]] uint32_t states_place = 0;
   if constexpr (kLong && kKind != kWhole) {
     if (own_count > 0 && !tile.first && !edges.resets(0)) {
-      states_place = static_cast<uint32_t>(place_of(s, p.tile_states, tile.sequence, tile.position)) + 1;
+      states_place = static_cast<uint32_t>(state_place(s, tile.sequence, tile.token)) + 1;
     }
   }
-  const auto request_before = [&](int h, bool asked) {
-    const bool left = asked && (kKind == kWhole ? !edges.resets(0) : states_place > 0);
+  const auto request_before = [&](int h) {
+    const bool left = kKind == kWhole ? !edges.resets(0) : states_place > 0;
     const int64_t state = kKind == kWhole ? item : int64_t{states_place} - left;
-    const T* const from = static_cast<const T*>(p.tile_states.ptr) + (state * s.heads + h) * 2 * s.head_dim + d;
+    const T* const from = static_cast<const T*>(p.tile_states) + (state * s.heads + h) * 2 * s.head_dim + d;
     cp_async4(shared_address(&place.shared->before[lane].x), from, left);
     cp_async4(shared_address(&place.shared->before[lane].y), from + s.head_dim, left);
   };
-  if constexpr (kLong) request_before(first_head, true);
+  if constexpr (kLong) request_before(first_head);
   request_group<T>(p, place, tile, group_again(), valid);
   int64_t state_at = chunk_offset(s, p.chunk.layout, tile.sequence.index, first_head) + first_chunk * s.head_dim;
 
@@ -827,7 +827,10 @@ __device__ __forceinline__ void scan_tile(const TiledScan& p, const Place<kKind,
       const float* const at = bias_at(h + 1);
       load_float_if(raw_bias[0], at, more && p.in.gate_bias);
       load_float_if(raw_bias[1], at + 1, more && p.in.gate_bias);
-      if constexpr (kLong) request_before(h + 1, more);
+      if (kLong && more) {
+        request_before(h + 1);
+        cp_async_commit();
+      }
     };
     walk_back(p, place, edges, state_at, first_chunk, bias, k_before, v_before, more, valid, rows, k_grad, v_grad,
               dbias, k_state, ask_next);
@@ -966,6 +969,10 @@ Deal deal(const AttentionBwdParams& a) {
   d.tile = is_long(s) ? span_tokens(s) : tile_size(s, true, kTokens, kTokens);
   d.parts = is_long(s) ? ceil_div(d.tile, kTokens) : 1;
   d.items = work_items(s, d.tile);
+  if (d.items * d.parts > INT64_C(0xffffffff)) {
+    throw std::runtime_error("rat_ext: the reverse scan needs " + std::to_string(d.items * d.parts) +
+                             " tiles, more than it can number (4294967295)");
+  }
   d.tiles_per_run = a.dgate_bias ? std::min<int64_t>(64, std::max<int64_t>(1, d.items * s.q_groups / 8192)) : 1;
   if (all_whole(a)) {  // runs of equal length
     while (d.items % d.tiles_per_run != 0) --d.tiles_per_run;
@@ -990,9 +997,8 @@ int staged_keys(const Sizes& s) {
   return is_long(s) || s.reset * kStagedKeys < kTokens ? 1 : static_cast<int>(kTokens / s.reset);
 }
 
-int team_bytes(const Sizes& s) {
-  return static_cast<int>(
-      shared_bytes(team_threads(s) / 32, staged_keys(s), static_cast<int>(s.heads / s.q_groups), is_long(s)));
+int64_t team_bytes(const Sizes& s) {
+  return static_cast<int64_t>(shared_bytes(team_threads(s) / 32, staged_keys(s), s.heads / s.q_groups, is_long(s)));
 }
 
 Walk walk(const Rows& r) { return {static_cast<char*>(r.ptr), r.batch * 2, r.token * 2, r.head * 2}; }
@@ -1031,7 +1037,7 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, const D
   p.bias_partial = w.bias_partial;
   p.parts = d.parts;
   p.keys = staged_keys(s);
-  if (is_long(s)) p.tile_states = tile_states_of(s, scratch.tile_states);
+  p.tile_states = scratch.tile_states.get();
   if (w.incoming_grad.taken()) {
     ReverseInput r{};
     r.in = scan_input(a.fwd);
@@ -1050,7 +1056,7 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, const D
   if (teams > 0) {
     p.all_live = s.head_dim % 64 == 0;
     const bool all = all_whole(a);
-    const int threads = team_threads(s), bytes = team_bytes(s);
+    const int threads = team_threads(s), bytes = static_cast<int>(team_bytes(s));
     // Several teams where shared memory holds kWarps warps all the same.
     const int needed = bytes / (threads / 32) * kWarps + kWarps / (kThreads / 32) * 1024;
     const bool roomy = device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>() >= needed;
@@ -1130,8 +1136,7 @@ bool long_scan::all_whole(const AttentionBwdParams& a) { return cuda::all_whole(
 
 int64_t long_scan::tile_states(const AttentionBwdParams& a) {
   const Sizes& s = a.fwd.size;
-  const TileStates t = tile_states_of(s, nullptr);
-  return work_items(s, t.unit) * t.parts * s.heads * 2 * s.head_dim;
+  return state_places(s) * s.heads * 2 * s.head_dim;
 }
 
 Launch long_scan::reverse(const AttentionBwdParams& a, const BwdScratch& scratch, Arena& arena) {

@@ -104,19 +104,24 @@ struct ChunkGrads {
   const void* returned_v;
 };
 
-// The states that tiles of kStateTile tokens start with, as phase 1 leaves them for the long family of the reverse scan. Places are
-// counted by units of tokens: a unit is a tile, or the tiles of a span whose length is no multiple of a tile's (reverse_tiles.cu).
+// The states that tiles of kStateTile tokens start with, as phase 1 leaves them for the long family of the reverse scan
+// (reverse_tiles.cu): of tiles that neither begin a chunk nor, mostly, a sequence.
 constexpr int kStateTile = 16;
 struct TileStates {
   void* ptr = nullptr;  // (places, H, 2, D) of T: k~ and v~; null: nobody asks for them
-  int64_t unit = kStateTile;
-  int64_t parts = 1;  // places of a unit
+  int64_t span = 1;     // tiles are counted from multiples of it
 };
 
-// The place of the tile that holds a position.
-__device__ __forceinline__ int64_t place_of(const Sizes& s, const TileStates& t, const Sequence& q, int64_t position) {
-  const int64_t units = first_item(s, q.index, t.unit) + quotient(position, t.unit) - quotient(q.start, t.unit);
-  return units * t.parts + modulo(position, t.unit) / kStateTile;
+// The place of the tile that starts at a token of the sequence's row. Such tokens of a sequence are at least kStateTile apart, and
+// without lengths the first is as far from its beginning.
+__host__ __device__ __forceinline__ int64_t state_places(const Sizes& s) {
+  const int64_t row = quotient(s.tokens + kStateTile - 1, kStateTile);
+  return s.cu_seqlens ? row + (s.lengths ? s.sequences : 0) : s.sequences * row;
+}
+__device__ __forceinline__ int64_t state_place(const Sizes& s, const Sequence& q, int64_t token) {
+  const int64_t before =
+      s.cu_seqlens ? (s.lengths ? q.index : 0) : q.index * quotient(s.tokens + kStateTile - 1, kStateTile);
+  return before + quotient(token, kStateTile);
 }
 
 // What a reverse scan receives, besides the inputs that it scans again.

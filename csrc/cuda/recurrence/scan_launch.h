@@ -40,16 +40,10 @@ void plan_tiles(ScanInput& in, int64_t tile) {
   }
 }
 
-// Tokens of a span of the long family: whole chunks, or a segment.
+// Tokens of a span of the long family: a chunk of up to kSegment tokens, or a segment. Of chunks that do not fill their last tile
+// several, up to 128 tokens, so that little of the span's last tile is idle.
 inline int64_t span_tokens(const Sizes& s) {
-  // Of chunks that do not fill their last tile several, so that little of the span's last one is idle.
   return tile_size(s, true, kMaxChunkBwd, s.reset % kStateTile == 0 ? kStateTile : 128);
-}
-
-inline TileStates tile_states_of(const Sizes& s, void* ptr) {
-  const int64_t span = span_tokens(s);
-  if (span % kStateTile == 0) return {ptr, kStateTile, 1};
-  return {ptr, span, ceil_div(span, kStateTile)};
 }
 
 // ---- inputs -----------------------------------------------------------------------------------------------------------
