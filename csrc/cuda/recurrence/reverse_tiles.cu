@@ -27,7 +27,7 @@
 // SASS instructions per token and warp (64 elements). It reads v, gate, dO and writes dv, dgate: 10 H D bytes per token, and small
 // change. What a query's own key adds to dq is made from k~ as it is kept, rounded to T.
 //
-// Tiles are of three kinds (Kind): the more is known of one, the less is asked at each token.
+// Tiles are of four kinds (Kind), each with a kernel: the more is known of them, the less is asked at each token.
 #include <algorithm>
 #include <cfloat>
 #include <type_traits>
