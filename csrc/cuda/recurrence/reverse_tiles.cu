@@ -592,12 +592,15 @@ __device__ __forceinline__ void walk_back(const TiledScan& p, const Place<kKind,
     }
     if (is_free(kKind) && edges.leaves_key(t)) {
       const int before = edges.keys_before(t);
-      const int64_t state = state_at + before * static_cast<int>(p.in.size.head_dim);
-      ChunkGrad grad;
-      if constexpr (kKind == kFew) {
-        grad.take(shared.keys[before], lane);
-        grad.add<T>(p, shared.keys[before].angle[lane], state, place.d, k_grad, v_grad);
+      if constexpr (kKind == kFew) {  // a few instructions, so that no branch parts the tokens
+        const KeyShared& key = shared.keys[before];
+        k_grad[0] += key.grad[0][lane].x;
+        k_grad[1] += key.grad[0][lane].y;
+        v_grad[0] += key.grad[1][lane].x;
+        v_grad[1] += key.grad[1][lane].y;
       } else {
+        const int64_t state = state_at + before * static_cast<int>(p.in.size.head_dim);
+        ChunkGrad grad;
         grad.request(p, state, place.d);
         grad.add<T>(p, angle_at(p, first_chunk + before, place.d), state, place.d, k_grad, v_grad);
       }
@@ -723,7 +726,7 @@ __device__ __forceinline__ void scan_tile(const TiledScan& p, const Place<kKind,
   const auto tile_again = [&] { return scan_tile_of<kKind == kWhole, kLong>(p, opaque(item)); };
   const int first_head = static_cast<int>(group_again()) * p.group_heads;
   const auto bias_partial = [&](int h) {
-    const unsigned run_again = kKind == kOneChunk && !kLong ? this_team() / groups_again() : run;
+    const unsigned run_again = (kKind == kOneChunk || kKind == kFew) && !kLong ? this_team() / groups_again() : run;
     return reinterpret_cast<float2*>(p.bias_partial + (static_cast<int64_t>(run_again) * s.heads + h) * s.head_dim + d);
   };
   const int own_count = live ? count : 0;
@@ -816,6 +819,18 @@ __device__ __forceinline__ void scan_tile(const TiledScan& p, const Place<kKind,
       ChunkGrad chunk_grad;
       chunk_grad.take(place.shared->keys[0], lane);
       if (closes) chunk_grad.add<T>(p, place.shared->keys[0].angle[lane], state_at, d, k_grad, v_grad);
+    } else if constexpr (kKind == kFew) {
+      // Rotated back, in its place: the gradients that walk_back() adds.
+#pragma unroll 1
+      for (int i = 0; i < edges.keys(); ++i) {
+        KeyShared& key = place.shared->keys[i];
+        float k_sum[2] = {0.0f, 0.0f}, v_sum[2] = {0.0f, 0.0f};
+        ChunkGrad chunk_grad;
+        chunk_grad.take(key, lane);
+        chunk_grad.add<T>(p, key.angle[lane], state_at + i * static_cast<int>(s.head_dim), d, k_sum, v_sum);
+        key.grad[0][lane] = make_float2(k_sum[0], k_sum[1]);
+        key.grad[1][lane] = make_float2(v_sum[0], v_sum[1]);
+      }
     }
     rows.forget_unpacked(kLong ? p.zero : 0);
     scalar_at += s.tokens;
