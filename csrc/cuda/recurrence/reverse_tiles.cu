@@ -709,7 +709,7 @@ __device__ __forceinline__ void store_initial(const TiledScan& p, TileAgain&& ti
 
 // ---- the kernel -------------------------------------------------------------------------------------------------------
 
-// The number of this thread's team among all of the call. Made at each use.
+// The number of this thread's team among all of the call. Made at each use. All lanes of a warp come here together.
 __device__ __forceinline__ unsigned this_team() {
   return blockIdx.x * blockDim.y + warp_uniform(static_cast<int>(threadIdx.y));
 }
@@ -726,7 +726,10 @@ __device__ __forceinline__ void scan_tile(const TiledScan& p, const Place<kKind,
   const auto tile_again = [&] { return scan_tile_of<kKind == kWhole, kLong>(p, opaque(item)); };
   const int first_head = static_cast<int>(group_again()) * p.group_heads;
   const auto bias_partial = [&](int h) {
-    const unsigned run_again = (kKind == kOneChunk || kKind == kFew) && !kLong ? this_team() / groups_again() : run;
+    // Of some kinds made anew. Lanes without elements are not here, so this is no place for this_team(): whichever lanes come agree.
+    constexpr bool kAgain = (kKind == kOneChunk || kKind == kFew) && !kLong;
+    const auto team_of_active = [] { return blockIdx.x * blockDim.y + __reduce_max_sync(__activemask(), threadIdx.y); };
+    const unsigned run_again = kAgain ? team_of_active() / groups_again() : run;
     return reinterpret_cast<float2*>(p.bias_partial + (static_cast<int64_t>(run_again) * s.heads + h) * s.head_dim + d);
   };
   const int own_count = live ? count : 0;
@@ -932,10 +935,10 @@ __device__ __forceinline__ void scan_run(const TiledScan& p) {
   }
   if constexpr (kKind != kWhole) {
     const Place<kKind, kLong> place(p, memory);
+    const int64_t row = static_cast<int64_t>(run) * s.heads + first_head();
     if (p.bias_partial && place.live && first_tile && run < p.runs) {  // a run without tokens
       for (int m = 0; m < p.group_heads; ++m) {
-        const int64_t at = (static_cast<int64_t>(run) * s.heads + first_head() + m) * s.head_dim + place.d;
-        *reinterpret_cast<float2*>(p.bias_partial + at) = make_float2(0.0f, 0.0f);
+        *reinterpret_cast<float2*>(p.bias_partial + (row + m) * s.head_dim + place.d) = make_float2(0.0f, 0.0f);
       }
     }
   }
