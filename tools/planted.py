@@ -1507,6 +1507,13 @@ CUDA = [
         "tests/test_state.py::test_ragged_lengths",
     ),
     Mutant(
+        "long: tiles of dq that attention has not written",
+        "csrc/cuda/recurrence/reverse_tiles.cu",
+        r"const bool seen = !kLong \|\| behind > s\.key_every;",
+        "const bool seen = true;",
+        "tests/test_attention.py::test_chunks_of_tiles",
+    ),
+    Mutant(
         "recurrence fwd: rows used before they are there",
         "csrc/cuda/recurrence/forward.cu",
         r"cp_async_wait<kRing<T> - 1>\(\)",

@@ -297,9 +297,12 @@ __device__ __forceinline__ void request_group(const TiledScan& p, const Place<kK
     const int64_t tokens = row * s.tokens + token, number = (tokens >> queries_log2) * s.q_groups + group;
     dq_at = p.dq_sum + number * kDqTileFloats +
             dq_tile_offset(head_dim, static_cast<int>(tokens) & ((1 << queries_log2) - 1), place.d);
+    // Attention leaves nothing where no query of its tile sees a key.
+    const int64_t behind = ((token >> queries_log2) + 1) << queries_log2;
+    const bool seen = !kLong || behind > s.key_every;
 #pragma unroll
     for (int t = 0; t < kTokens / 2; ++t) {
-      cp_async16(shared_address(&shared.sums[t][place.lane]), dq_at + dq_tile_offset(64, t, 0));
+      cp_async16(shared_address(&shared.sums[t][place.lane]), dq_at + dq_tile_offset(64, t, 0), seen);
     }
   }
 #pragma unroll 4
