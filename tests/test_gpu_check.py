@@ -229,3 +229,39 @@ def test_a_process_that_is_cut_off_has_told_what_it_ran(tool, tmp_path, monkeypa
     job = tool.Job("part", "auto", ["test_two.py"]).run("", options)
     assert job.files["test_two.py"]["passed"] == 1
     assert "part [auto]: over 20 s" in job.failures
+
+
+def test_failures_without_a_device_run_again_here(tool, tree, monkeypatch, capsys):
+    """Those that pass are no failures any more, and the record says so; what uses a device, or fails here too, stays."""
+    (tree / "tests").mkdir()
+    (tree / "tests" / "conftest.py").write_text("import pytest\n\n\n@pytest.fixture\ndef device():\n    return 1\n")
+    (tree / "tests" / "test_a.py").write_text(
+        "def test_good():\n    pass\n\n\ndef test_bad():\n    assert False\n\n\ndef test_gpu(device):\n    pass\n"
+    )
+    monkeypatch.setattr(tool, "ROOT", tree)
+    counts = {"passed": 0, "skipped": 0, "failed": 3, "seconds": 1.0}
+    names = [f"tests/test_a.py::test_{name} [auto]" for name in ("good", "bad", "gpu")]
+    record = {"sources": tool.hash_of_sources(tree), "families": {"auto": {"tests/test_a.py": counts}}, "failed": names}
+    record |= {
+        "device": "G",
+        "devices": 1,
+        "torch": "2",
+        "seconds": 1,
+        "alone": {},
+        "missing": {},
+        "sanitizer": {},
+        "date": "1",
+    }
+    path = tree / "record.json"
+    path.write_text(json.dumps(record))
+    assert tool.main(["--out", str(path), "--here"]) == 1
+    found = json.loads(path.read_text())
+    assert found["failed"] == names[1:] and list(found["without_gpu"]) == names[:1]
+    assert (found["families"]["auto"]["tests/test_a.py"]["passed"], found["families"]["auto"]["tests/test_a.py"]["failed"]) == (
+        1,
+        2,
+    )
+    out = capsys.readouterr().out
+    assert f"{names[1]}: fails here too" in out and f"{names[2]}: left, it uses a device" in out
+    path.write_text(json.dumps(record | {"sources": "b"}))
+    assert tool.main(["--out", str(path), "--here"]) == 1 and json.loads(path.read_text())["failed"] == names

@@ -6,6 +6,7 @@
     python tools/gpu_check.py --out record.json          # elsewhere than tests/gpu_record.json
     python tools/gpu_check.py --files test_x --out x.json    # some files again, say after a test was mended, and then
     python tools/gpu_check.py --merge x.json             # into the record, if the sources are the same
+    python tools/gpu_check.py --here                     # failed tests that use no device, once more, on any machine
     python tools/gpu_check.py --verify                   # what CI runs: are the kernels those of the record?
     python tools/gpu_check.py --pending "no GPU at hand: docs only"   # lets --verify pass, with a warning, for these sources
 
@@ -14,8 +15,8 @@ and run one after the other when the rest is done.
 
 The record (JSON): `sources`, a hash of csrc/ and setup.py without comments and blank lines; device, versions, date; `families`:
 for each, by file, passed, skipped, failed, seconds; `failed`, the names; `missing`, tests skipped for want of memory, GPUs,
-toolkits or kernels, by name with the reason; `again`, files that were run later than the rest; `sanitizer`; `pending`, why
-nothing was run.
+toolkits or kernels, by name with the reason; `again`, files that were run later than the rest; `without_gpu`, tests that use
+no device and passed elsewhere later; `sanitizer`; `pending`, why nothing was run.
 """
 
 from __future__ import annotations
@@ -317,6 +318,33 @@ def merge(path: Path, later: Path) -> int:
     return 1 if record["failed"] else 0
 
 
+def here(path: Path) -> int:
+    """Runs the failed tests of a record that use no device once more, on this machine: tests of documents, say, which lacked
+    files there. Those that pass are named under ``without_gpu`` and are no failures; a test with a device is left as it is.
+    """
+    record = json.loads(path.read_text())
+    if record["sources"] != hash_of_sources(ROOT):
+        print("gpu_check: --here: the record is of other sources")
+        return 1
+    for name in list(record["failed"]):
+        test, family = name.rsplit(" ", 1)
+        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+        asked = subprocess.run([*pytest, "--fixtures-per-test"], cwd=ROOT, capture_output=True, text=True)
+        if asked.returncode or re.search(r"^device\b", asked.stdout, re.MULTILINE):
+            print(f"{name}: left, it uses a device")
+        elif subprocess.run(pytest, cwd=ROOT).returncode:
+            print(f"{name}: fails here too")
+        else:
+            counts = record["families"][family.strip("[]")][test.partition("::")[0]]
+            counts["failed"] -= 1
+            counts["passed"] += 1
+            record["failed"].remove(name)
+            record.setdefault("without_gpu", {})[name] = now()
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    table(record)
+    return 1 if record["failed"] else 0
+
+
 def check(options: argparse.Namespace) -> int:
     sys.path.insert(0, str(ROOT))
     import torch
@@ -391,6 +419,7 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--verify", action="store_true", help="compare the record with the sources and run nothing")
     p.add_argument("--pending", metavar="REASON", help="write a record that says why nothing was run")
     p.add_argument("--merge", type=Path, metavar="JSON", help="take the test files of this later run into the record")
+    p.add_argument("--here", action="store_true", help="run failed tests of the record that use no device once more, here")
     p.add_argument("--families", nargs="+", default=["auto"], metavar="F", help="auto, or what RAT_EXT_KERNELS forces")
     p.add_argument("--sanitize", action="store_true", help="also run tests/sanitize.py under compute-sanitizer")
     p.add_argument("--tools", default="memcheck,synccheck", help="tools of compute-sanitizer (default: memcheck,synccheck)")
@@ -410,6 +439,8 @@ def main(arguments: list[str] | None = None) -> int:
         return pend(options.out, options.pending)
     if options.merge:
         return merge(options.out, options.merge)
+    if options.here:
+        return here(options.out)
     if (options.files or options.device == "cpu") and options.out == RECORD:
         p.error("a part of the tests is no record: name another file with --out")
     if options.logs:
