@@ -42,6 +42,7 @@ def test_whole_tiles(device, dtype, dim, tokens, options):
     check(attention_case(device, dtype, dim=dim, tokens=tokens, **{"batch": 1, "heads": 3, "groups": 1} | options))
 
 
+@pytest.mark.gpu
 @low
 @pytest.mark.parametrize("dim", [64, 128, 40])
 @pytest.mark.parametrize("chunk_size, tokens", [(32, 192), (48, 144), (64, 256), (64, 250), (80, 240), (256, 768)])
@@ -61,6 +62,7 @@ def test_ends_inside_tiles(device, dtype, chunk_size, options):
     check(attention_case(device, dtype, batch=1, dim=64, tokens=203, chunk_size=chunk_size, gate_mean=1.0, **options))
 
 
+@pytest.mark.gpu
 @low
 def test_more_heads_than_a_group_has_room_for(device, dtype):
     """Long chunks hand gradients from tile to tile in shared memory, for each head of a group: here there is no room, and
