@@ -173,20 +173,18 @@ def test_a_run_is_recorded(tool, tmp_path, monkeypatch, capsys):
     assert "FAILED: tests/test_a.py::test_bad" in capsys.readouterr().out.splitlines()[-3]
 
 
+def record_of_one_file(sources: str, counts: dict, failed: list[str]) -> dict:
+    """A record of one test file."""
+    machine = {"device": "G", "devices": 1, "torch": "2"}
+    nothing = {"alone": {}, "missing": {}, "sanitizer": {}}
+    run = {"families": {"auto": {"tests/test_a.py": counts}}, "failed": failed, "date": "1", "seconds": 1}
+    return {"sources": sources} | machine | nothing | run
+
+
 def test_some_files_run_again(tool, tmp_path, capsys):
     """They take the place of their old counts and failures; other sources are refused."""
     counts = {"passed": 1, "skipped": 0, "failed": 1, "seconds": 1.0}
-    record = {
-        "sources": "a",
-        "device": "G",
-        "devices": 1,
-        "torch": "2",
-        "seconds": 1,
-        "alone": {},
-        "missing": {},
-        "sanitizer": {},
-    }
-    record |= {"families": {"auto": {"tests/test_a.py": counts}}, "failed": ["tests/test_a.py::test_x [auto]"], "date": "1"}
+    record = record_of_one_file("a", counts, ["tests/test_a.py::test_x [auto]"])
     again = record | {"families": {"auto": {"tests/test_a.py": counts | {"passed": 2, "failed": 0}}}, "failed": [], "date": "2"}
     path, later = tmp_path / "record.json", tmp_path / "again.json"
     path.write_text(json.dumps(record))
@@ -241,17 +239,7 @@ def test_failures_without_a_device_run_again_here(tool, tree, monkeypatch, capsy
     monkeypatch.setattr(tool, "ROOT", tree)
     counts = {"passed": 0, "skipped": 0, "failed": 3, "seconds": 1.0}
     names = [f"tests/test_a.py::test_{name} [auto]" for name in ("good", "bad", "gpu")]
-    record = {"sources": tool.hash_of_sources(tree), "families": {"auto": {"tests/test_a.py": counts}}, "failed": names}
-    record |= {
-        "device": "G",
-        "devices": 1,
-        "torch": "2",
-        "seconds": 1,
-        "alone": {},
-        "missing": {},
-        "sanitizer": {},
-        "date": "1",
-    }
+    record = record_of_one_file(tool.hash_of_sources(tree), counts, names)
     path = tree / "record.json"
     path.write_text(json.dumps(record))
     assert tool.main(["--out", str(path), "--here"]) == 1
