@@ -19,6 +19,7 @@ struct Choice {
 std::vector<Choice> explain_attention_fwd(const AttentionFwdParams&);
 std::vector<Choice> explain_attention_cached(const AttentionCachedParams&);
 std::vector<Choice> explain_attention_bwd(const AttentionBwdParams&);
+std::vector<Choice> explain_recurrence_fwd(const AttentionFwdParams&);
 std::vector<Choice> explain_recurrence_bwd(const AttentionBwdParams&);
 
 // Throws std::invalid_argument where RAT_EXT_KERNELS names a family that no phase has.

@@ -14,6 +14,7 @@
 #include "host/kernel_table.h"
 #include "host/launch.h"
 #include "phases.h"
+#include "ptx/depend.cuh"
 #include "recurrence/scan_launch.h"
 
 namespace rat::cuda {
@@ -149,6 +150,8 @@ __device__ __forceinline__ void stage(const RowPlan& p) {
 
 __global__ void __launch_bounds__(kThreads) plan_rows_kernel(const __grid_constant__ RowPlan p) {
   const Sizes& s = p.size;
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
   if (s.cu_seqlens && !check_offsets(p)) return;
   __shared__ Claims claims;
   // A lane for each row, of all warps: a warp goes through the pages of its rows one after another.
@@ -300,8 +303,7 @@ void attention_cached(const AttentionCachedParams& c, const Allocator& allocator
   const RowPlan plan{c.fwd.size,     c.pool,    c.slots,   a.rotary.cos ? a.rotary.rows : -1,
                      own.cu_seqlens, own.entry, own.start, own.staged_k,
                      own.staged_v};
-  plan_rows_kernel<<<1, kThreads, 0, stream>>>(plan);
-  check_launch("plan_rows");
+  launch_overlapping(plan_rows_kernel, 1, kThreads, 0, stream, "plan_rows", plan);
   if (!tokens) return;
 
   if (s.cu_seqlens) a.size.cu_seqlens = own.cu_seqlens;
@@ -331,7 +333,10 @@ void attention_cached(const AttentionCachedParams& c, const Allocator& allocator
 }
 
 std::vector<Choice> explain_attention_cached(const AttentionCachedParams& c) {
-  return explain_attention_fwd(cached_forward(c));
+  const AttentionFwdParams a = cached_forward(c);
+  std::vector<Choice> choices = explain_attention_fwd(a);
+  for (Choice& choice : explain_recurrence_fwd(a)) choices.push_back(std::move(choice));
+  return choices;
 }
 
 KernelList rat_attention_cached_kernels() {

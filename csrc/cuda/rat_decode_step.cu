@@ -360,24 +360,6 @@ Counters take_counters(const DecodeParams& p, Arena& workspace) {
   return c;
 }
 
-// Launches a kernel that may start before the kernels before it are through.
-template <class... Parameters, class... Arguments>
-void launch_overlapping(void (*kernel)(Parameters...), int64_t blocks, int threads, int bytes, cudaStream_t stream,
-                        const char* name, const Arguments&... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid_x(blocks, name));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.stream = stream;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap;
-  config.numAttrs = device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
-  check_launch(name);
-}
-
 // Stages of the ring: it takes what shared memory is left to a block, of which 1 KB is the system's. Where that is short, a block
 // takes the multiprocessor for itself; 0 where a block offers no room even so. How many there are does not show in the results.
 template <class K>

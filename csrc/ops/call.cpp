@@ -441,7 +441,8 @@ void explain(CallBase& call, [[maybe_unused]] const AttentionFwdParams& p) {
   if (call.on_gpu()) {
     call.check_can_run();
     const torch::stable::accelerator::DeviceGuard guard(call.device);
-    return add(call, cuda::explain_attention_fwd(p));
+    add(call, cuda::explain_attention_fwd(p));
+    return add(call, cuda::explain_recurrence_fwd(p));
   }
 #endif
   explain_single(call, "attention_fwd");

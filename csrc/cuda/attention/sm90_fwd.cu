@@ -52,6 +52,7 @@
 #include "../device/sequence.cuh"
 #include "../host/launch.h"
 #include "../ptx/cp_async.cuh"
+#include "../ptx/depend.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/mma.cuh"
 #include "../ptx/opaque.cuh"
@@ -106,8 +107,7 @@ struct QueryTile {
   int32_t closed;   // chunk states of the sequence, seen or not: rows that hold something
   int32_t key_row;  // of its first chunk state in the tensor map; in pages, 0
   int32_t key_outer;
-  bool first, last;  // of the unit of heads that share q
-  uint32_t inverse_every;
+  bool first, last;      // of the unit of heads that share q
   const int32_t* pages;  // of the sequence, or null
   VisibleKeys visible;
   RowAngles angles;
@@ -115,7 +115,10 @@ struct QueryTile {
 
 // x / every is x times this >> 16 for all x below 256: what it is too large by, less than every / 65536, times x is below 1 / every
 // where every is up to 256; where it is more, x times this is below 65536.
-__device__ __forceinline__ uint32_t inverse_of(uint32_t every) { return (65535 + every) / every; }
+inline uint32_t inverse_of(int64_t every) {
+  const uint32_t least = static_cast<uint32_t>(std::min<int64_t>(every, 65535));
+  return (65535 + least) / least;
+}
 
 // Tiles are described before the one before is fed, while the consumers may be two further behind.
 constexpr int kTileSlots = 4;
@@ -191,7 +194,8 @@ struct Arguments {
   float* lse;
   float scale_log2;  // |scale| log2(e), above zero
   float q_sign;      // sign of the scale: q carries it
-  uint32_t heads_per_group;
+  Divisor heads_per_group, heads, pairs, key_every, rotate_every;
+  uint32_t inverse_every;
   Schedule schedule;
 };
 
@@ -214,26 +218,33 @@ __device__ __forceinline__ Positions positions(const Arguments& a, uint32_t n) {
   return {begin, start, stop, max(start, a.schedule.from), min(stop, a.schedule.to)};
 }
 
-// In 32-bit arithmetic: 64-bit divisions would take longer than a small tile.
+// A few hundred instructions, which everyone waits for at the start of a block: 32-bit arithmetic, and few divisions.
 template <int ROWS>
 __device__ __forceinline__ void describe_tile(const Arguments& a, uint32_t index, QueryTile& tile) {
   const uint32_t heads = static_cast<uint32_t>(a.size.heads);
   uint32_t n, head, in_sequence;
   if (a.size.cu_seqlens) {  // as work_item() does
-    head = index % heads;
-    const uint32_t item = a.schedule.total / heads - 1 - index / heads;
+    const uint32_t from_last = a.heads.quotient(index);
+    head = index - from_last * heads;
+    const uint32_t item = a.heads.quotient(a.schedule.total) - 1 - from_last;
     const auto first = [&](uint32_t n) { return static_cast<uint32_t>(a.size.cu_seqlens[n]) / ROWS + 2 * n; };
     n = last_sequence(a.size, item, first);
     in_sequence = item - first(n);
   } else {
     const Schedule& s = a.schedule;
-    const uint32_t first = s.section == s.pairs ? 0 : index / (s.section * s.per_row) * s.section;
-    const uint32_t width = min(s.section, s.pairs - first);
-    const uint32_t inside = index - first * s.per_row;
-    const uint32_t pair = first + inside % width;
-    head = pair % heads;
-    n = pair / heads;
-    in_sequence = s.per_row - 1 - inside / width;
+    uint32_t pair, from_last;
+    if (s.section == s.pairs) {
+      from_last = a.pairs.quotient(index);
+      pair = index - from_last * s.pairs;
+    } else {
+      const uint32_t first = index / (s.section * s.per_row) * s.section;
+      const uint32_t width = min(s.section, s.pairs - first), inside = index - first * s.per_row;
+      from_last = inside / width;
+      pair = first + (inside - from_last * width);
+    }
+    n = a.heads.quotient(pair);
+    head = pair - n * heads;
+    in_sequence = s.per_row - 1 - from_last;
   }
   const Positions served = positions(a, n);
   const uint32_t position = served.low + in_sequence * ROWS;
@@ -245,12 +256,11 @@ __device__ __forceinline__ void describe_tile(const Arguments& a, uint32_t index
                        ? static_cast<int>(min(static_cast<uint32_t>(ROWS), served.high - position))
                        : 0;
   tile.rows = rows;
-  tile.visible = VisibleKeys(a.size, position);
-  tile.angles = RowAngles(a.size, position);
+  tile.visible = RowSteps(position, static_cast<uint32_t>(a.size.key_every), a.key_every);
+  tile.angles = RowSteps(position, static_cast<uint32_t>(a.size.rotate_every), a.rotate_every);
   tile.keys = rows > 0 ? tile.visible.to_any(rows) : 0;
-  tile.closed = static_cast<int>(served.stop / tile.visible.every);
-  tile.inverse_every = inverse_of(min(tile.visible.every, 65535u));
-  tile.key_row = a.chunks.compact ? static_cast<int>(served.begin / tile.visible.every + n) : 0;
+  tile.closed = static_cast<int>(a.key_every.quotient(served.stop));
+  tile.key_row = a.chunks.compact ? static_cast<int>(a.key_every.quotient(served.begin) + n) : 0;
   tile.key_outer = a.chunks.compact ? static_cast<int>(head) : owner * static_cast<int>(heads) + static_cast<int>(head);
   tile.pages = a.chunks.page_table ? a.chunks.page_table + owner * a.chunks.columns : nullptr;
 }
@@ -265,12 +275,12 @@ __device__ __forceinline__ int64_t state_offset(const Arguments& a, const QueryT
   return row * a.size.head_dim;
 }
 
-// Where a launch serves a part of the positions: is there a query?
+// Where a launch serves a part of the positions: is there a query? What it loads, tiles are described from.
 __device__ __forceinline__ bool any_query(const Arguments& a) {
   bool any = false;
   for (uint32_t n = threadIdx.x; n < static_cast<uint32_t>(a.size.sequences); n += blockDim.x) {
     const Positions served = positions(a, n);
-    any |= served.low < served.high;
+    any |= served.low < served.high && states_owner(a.chunks, n) >= 0;
   }
   return __syncthreads_or(any);
 }
@@ -298,9 +308,6 @@ __device__ __forceinline__ void feed_blocks(const Arguments& a, const CUtensorMa
   constexpr uint32_t kBytes = C::kKeys * C::kDim * 2;
   constexpr uint32_t kPanelBytes = C::kKeys * 128;
   const uint32_t k_blocks = shared_address(shared.k), v_blocks = shared_address(shared.v);
-  tma_prefetch_map(&k_map);
-  tma_prefetch_map(&v_map);
-
   const int lane = threadIdx.x;
   const auto load = [&](const CUtensorMap& map, uint32_t blocks, auto& ring, const QueryTile& tile, int row) {
     ring.wait_empty();
@@ -556,9 +563,11 @@ __device__ __forceinline__ void feed_queries(const Arguments& a, Shared<C>& shar
       cp_async4(shared_address(&shared.own[slot][base + row]), row < rows ? own + base + row : own, row < rows);
     }
     if (tile.first) {
-      const T* q = row_of(a.q, static_cast<uint32_t>(tile.head) / a.heads_per_group);
-      prefetch_rows<C>(q + base * a.q.token, a.q.token, min(rows, 64), thread);  // while the unit before has its place
-      mbarrier_wait(shared_address(&barriers.q_left), (units & 1) ^ 1);
+      const T* q = row_of(a.q, a.heads_per_group.quotient(static_cast<uint32_t>(tile.head)));
+      if (units > 0) {  // the unit before may have q's place
+        prefetch_rows<C>(q + base * a.q.token, a.q.token, min(rows, 64), thread);
+        mbarrier_wait(shared_address(&barriers.q_left), (units & 1) ^ 1);
+      }
       ++units;
       const auto feed = [&](const auto& pieces) {
         pieces.load(q, a.q.token, rows);
@@ -666,11 +675,11 @@ struct Consumer {
     if constexpr (C::kConsumers > 1) named_barrier_arrive(kTurn + (warpgroup + 1) % C::kConsumers, 256);
   }
 
-  // What a row of the tile sees, tile().visible.end(row): by a multiplication with inverse_every().
+  // What a row of the tile sees, tile().visible.end(row): by a multiplication with inverse_of(every).
   __device__ __forceinline__ int keys_of(int row) const {
     const QueryTile& t = tile();
     const uint32_t r = static_cast<uint32_t>(row), to_next = t.visible.to_next;
-    const uint32_t steps = ((r - to_next) * t.inverse_every >> 16) + 1;
+    const uint32_t steps = ((r - to_next) * a.inverse_every >> 16) + 1;
     return static_cast<int>(t.visible.first + (r < to_next ? 0 : steps));
   }
 
@@ -988,7 +997,7 @@ struct Consumer {
         return static_cast<T*>(rows.ptr) + t.batch * rows.batch + token * rows.token + head * rows.head;
       };
       LoneQuery<T> query;
-      query.q = row_of(a.q, static_cast<uint32_t>(t.head) / a.heads_per_group);
+      query.q = row_of(a.q, a.heads_per_group.quotient(static_cast<uint32_t>(t.head)));
       query.cos = a.rotary.cos ? static_cast<const float*>(a.rotary.cos) + angle : nullptr;
       query.sin = static_cast<const float*>(a.rotary.sin) + angle;
       query.out_gate = a.out_gate.ptr ? row_of(a.out_gate, t.head) : nullptr;
@@ -1198,12 +1207,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     chunk_attention_fwd_sm90_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap k_map,
                                     const __grid_constant__ CUtensorMap v_map) {
 #ifdef RAT_HOPPER_CODE
-  if ((a.schedule.from > 0 || a.schedule.to < Schedule::kAllPositions) && !any_query(a)) return;
   extern __shared__ __align__(1024) uint8_t raw_shared[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(raw_shared);
   if (shared_address(raw_shared) % 1024 != 0) __trap();
   const int warpgroup = warp_uniform(static_cast<int>(threadIdx.x) / 128);
   if (threadIdx.x == 0) {
+    tma_prefetch_map(&k_map);
+    tma_prefetch_map(&v_map);
     constexpr uint32_t kConsumerWarps = 4 * C::kConsumers, kScorerWarps = 4 * C::kScorers;
     shared.tile_ring.init(1, C::kLoaders * C::kConsumers + kConsumerWarps + kScorerWarps);
     for (int i = 0; i < C::kConsumers; ++i) {
@@ -1220,6 +1230,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     }
     mbarrier_init_fence();
   }
+  wait_for_earlier_kernels();
+  if ((a.schedule.from > 0 || a.schedule.to < Schedule::kAllPositions) && !any_query(a)) return;
   __syncthreads();  // everyone sees the barriers
   if (warpgroup == 0) {
     if constexpr (C::kShareRegisters) give_registers<C::kProducerRegisters>();
@@ -1295,7 +1307,12 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, int64_t
   a.lse = static_cast<float*>(params.lse);
   a.scale_log2 = scale_log2(params);
   a.q_sign = params.scale < 0 ? -1.0f : 1.0f;
-  a.heads_per_group = static_cast<uint32_t>(s.heads / s.q_groups);
+  const int64_t heads_per_group = s.heads / s.q_groups;
+  a.heads_per_group = Divisor(heads_per_group);
+  a.heads = Divisor(s.heads);
+  a.key_every = Divisor(s.key_every);
+  a.rotate_every = Divisor(s.rotate_every);
+  a.inverse_every = inverse_of(s.key_every);
 
   const int64_t tokens = s.lengths ? s.tokens : std::max<int64_t>(0, std::min(s.tokens, to) - from);
   const int64_t per_row = ceil_div(tokens, C::kRows);
@@ -1306,7 +1323,7 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, int64_t
   const int64_t places = device_attribute<cudaDevAttrMultiProcessorCount>() * int64_t{C::kBlocks};
   // Heads of a group that a block takes one after the other, with the same q: as long as blocks still have many units to share.
   uint32_t unit_log2 = 0;
-  while (unit_log2 < C::kUnitLog2 && (a.heads_per_group >> unit_log2) % 2 == 0 && (total >> unit_log2) >= 32 * places) {
+  while (unit_log2 < C::kUnitLog2 && (heads_per_group >> unit_log2) % 2 == 0 && (total >> unit_log2) >= 32 * places) {
     ++unit_log2;
   }
   const int64_t unit = int64_t{1} << unit_log2;
@@ -1314,6 +1331,7 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, int64_t
   a.schedule.total = static_cast<uint32_t>(total);
   a.schedule.per_row = static_cast<uint32_t>(per_row);
   a.schedule.pairs = static_cast<uint32_t>(pairs);
+  a.pairs = Divisor(pairs);
   a.schedule.section = static_cast<uint32_t>(section);
   a.schedule.unit_log2 = unit_log2;
   a.schedule.from = static_cast<uint32_t>(from);
@@ -1327,8 +1345,13 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, int64_t
   const char* name = "chunk_attention_fwd_sm90";
   allow_shared_memory(chunk_attention_fwd_sm90_kernel<C>, kBytes, name);
   const int64_t blocks = std::min<int64_t>(total >> unit_log2, places);
-  chunk_attention_fwd_sm90_kernel<C><<<grid_x(blocks, name), C::kThreads, kBytes, stream>>>(a, k_map, v_map);
-  check_launch(name);
+  // Where a block has one tile, what comes before it is worth hiding.
+  if (blocks == total >> unit_log2) {
+    launch_overlapping(chunk_attention_fwd_sm90_kernel<C>, blocks, C::kThreads, kBytes, stream, name, a, k_map, v_map);
+  } else {
+    chunk_attention_fwd_sm90_kernel<C><<<grid_x(blocks, name), C::kThreads, kBytes, stream>>>(a, k_map, v_map);
+    check_launch(name);
+  }
 }
 
 // Tiles of 64 queries, where full ones would leave half of the chip idle or be mostly empty. Where there are no more of them than

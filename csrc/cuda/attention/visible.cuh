@@ -5,6 +5,7 @@
 // tokens from one on.
 #pragma once
 
+#include "../device/divisor.h"
 #include "../device/sequence.cuh"
 
 namespace rat::cuda {
@@ -23,6 +24,9 @@ struct RowSteps {
     first = row_0 / every;
     to_next = every - row_0 % every;
   }
+  // The same, where the host has made a divisor of `every`.
+  __device__ __forceinline__ RowSteps(uint32_t position, uint32_t every_, const Divisor& divisor)
+      : first(divisor.quotient(position)), to_next(every_ - (position - first * every_)), every(every_) {}
   __device__ __forceinline__ int of(int row) const {
     const uint32_t r = static_cast<uint32_t>(row);
     return static_cast<int>(r < to_next ? first : first + 1 + (r - to_next) / every);
@@ -33,12 +37,14 @@ struct RowSteps {
 struct RowAngles : RowSteps {
   RowAngles() = default;
   __device__ __forceinline__ RowAngles(const Sizes& s, int64_t position) : RowSteps(position, s.rotate_every) {}
+  __device__ __forceinline__ RowAngles(const RowSteps& steps) : RowSteps(steps) {}
 };
 
 // The keys that the rows of a tile of queries see.
 struct VisibleKeys : RowSteps {
   VisibleKeys() = default;
   __device__ __forceinline__ VisibleKeys(const Sizes& s, int64_t position) : RowSteps(position, s.key_every) {}
+  __device__ __forceinline__ VisibleKeys(const RowSteps& steps) : RowSteps(steps) {}
 
   __device__ __forceinline__ int end(int row) const { return of(row); }              // the row sees keys [0, end)
   __device__ __forceinline__ int to_all() const { return static_cast<int>(first); }  // every row sees keys [0, to_all)

@@ -74,4 +74,23 @@ inline unsigned grid_x(int64_t blocks, const char* kernel) {
   return static_cast<unsigned>(blocks);
 }
 
+// Launches a kernel that may start before the kernels before it are through: it says wait_for_earlier_kernels() (ptx/depend.cuh)
+// before it touches what they write or read, in every block and whatever the block does then, so that its own end is theirs too.
+template <class... Parameters, class... Arguments>
+void launch_overlapping(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, int bytes, cudaStream_t stream,
+                        const char* name, const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid_x(blocks, name));
+  config.blockDim = threads;
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+  check_launch(name);
+}
+
 }  // namespace rat::cuda

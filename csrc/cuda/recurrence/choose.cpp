@@ -1,11 +1,20 @@
-// Which family serves the backward recurrence of rat_attention: decided here and nowhere else. One row gives both phases, so that
-// they agree. chunk_recurrence, and every forward, has one family.
+// Which family serves the recurrence of rat_attention: decided here and nowhere else. In the backward one row gives both phases, so
+// that they agree. chunk_recurrence has one family.
 #include "families.h"
 
 #include "../host/family.h"
 
 namespace rat::cuda {
 namespace {
+
+struct ForwardFamily {
+  const char* name;
+  const char* (*refuses)(const AttentionFwdParams&);  // null where it serves the call, else the reason in words
+  Launch (*prepare)(const AttentionFwdParams&, const FwdScratch&, const PoolStates*, Arena&);
+};
+
+const FamilyTable<ForwardFamily> kForward("recurrence_fwd", {{"few", few_scan::refuses, few_scan::prepare},
+                                                             {"scan", scan::refuses, scan::prepare}});
 
 struct ReverseFamily {
   const char* name;
@@ -25,6 +34,10 @@ const FamilyTable<ReverseFamily> kReverse(
      {"scan", scan::refuses, scan::prepare, scan::reverse, false, nullptr, nullptr}});
 
 }  // namespace
+
+Launch chunk_prepare_fwd(const AttentionFwdParams& a, const FwdScratch& scratch, const PoolStates* pool, Arena& arena) {
+  return kForward.choose(a).prepare(a, scratch, pool, arena);
+}
 
 bool short_chunks(const AttentionBwdParams& a) { return kReverse.choose(a).makes_weights; }
 
@@ -50,6 +63,7 @@ Launch chunk_scan_bwd(const AttentionBwdParams& a, const BwdScratch& scratch, Ar
   };
 }
 
+std::vector<Choice> explain_recurrence_fwd(const AttentionFwdParams& a) { return kForward.explain(a); }
 std::vector<Choice> explain_recurrence_bwd(const AttentionBwdParams& a) { return kReverse.explain(a); }
 
 }  // namespace rat::cuda

@@ -1,5 +1,5 @@
-// The families of the backward recurrence of rat_attention: phases 1 and 3, which agree on who makes p_tt and ds_tt. choose.cpp
-// picks one per call.
+// The families of the recurrence of rat_attention: phase 1 of the forward, and phases 1 and 3 of the backward, which agree on who
+// makes p_tt and ds_tt. choose.cpp picks one per call.
 #pragma once
 
 #include "../phases.h"
@@ -26,8 +26,17 @@ int64_t tile_states(const AttentionBwdParams&);  // elements
 Launch reverse(const AttentionBwdParams&, const BwdScratch&, Arena&);
 }  // namespace long_scan
 
-// Every call. Phase 1 makes p_tt and ds_tt.
+// Forward, chunks of at most kShortChunk tokens, elements of two bytes, calls of few tiles: a block for each, where `scan` has a warp.
+// Forward families give the same bits.
+namespace few_scan {
+const char* refuses(const AttentionFwdParams&);
+Launch prepare(const AttentionFwdParams&, const FwdScratch&, const PoolStates*, Arena&);
+}  // namespace few_scan
+
+// Every call. Backward phase 1 makes p_tt and ds_tt.
 namespace scan {
+const char* refuses(const AttentionFwdParams&);
+Launch prepare(const AttentionFwdParams&, const FwdScratch&, const PoolStates*, Arena&);
 const char* refuses(const AttentionBwdParams&);
 Launch prepare(const AttentionBwdParams&, const BwdScratch&, Arena&);
 Launch reverse(const AttentionBwdParams&, const BwdScratch&, Arena&);

@@ -1,11 +1,12 @@
 // The forward scans: k~ and v~ of rat_attention with what the attention kernel needs of them, and chunk_recurrence.
 //
-//   chunk_prepare_fwd_kernel  the scan. Where chunks are long, the states that segments start with come from segments.cu
+//   chunk_prepare_fwd_kernel      scan: where chunks are long, the states that segments start with come from segments.cu
+//   chunk_prepare_few_fwd_kernel  few: for calls of few tiles
 //
-// It also comes for rows of a pool (launchers.h): chunk states and running states are then read and written where they lie in the
+// They also come for rows of a pool (launchers.h): chunk states and running states are then read and written where they lie in the
 // pool, and the y of a row that is skipped becomes zeros.
 //
-// A warp takes a tile of tokens and 32 / W heads, and walks the tile with the states in registers (scan.cuh). Each lane copies its
+// In scan a warp takes a tile of tokens and 32 / W heads, and walks the tile with the states in registers (scan.cuh). Each lane copies its
 // pieces of the rows of the next kRing tokens to shared memory of its own, and asks for one token when it has used one: bytes on
 // their way cost no registers, and no thread waits for another. Bytes per token in attention, elements of two bytes: reads v, gate
 // (4 H D) and q, k (4 G D, the heads of a group hit the L1 cache), writes v~ (2 H D), s_tt (4 H) and 1/L of a key and a value.
@@ -13,6 +14,7 @@
 
 #include "../device/e4m3.cuh"
 #include "../ptx/cp_async.cuh"
+#include "../ptx/depend.cuh"
 #include "../ptx/memory.cuh"
 #include "families.h"
 #include "scan_launch.h"
@@ -237,6 +239,175 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_fwd_kernel(const __
   }
 }
 
+// ---- few tiles --------------------------------------------------------------------------------------------------------
+//
+// Where a call has so few tiles that a multiprocessor gets a few warps, the time is that of one warp going from token to token: half
+// a microsecond each, of instructions. Here a block takes the tile of a warp and leaves to the walk what it alone can do:
+//   gates, products    a warp for every fourth token: f, (1 - f) k and (1 - f) v to shared memory
+//   the walk           a thread for four elements of k~ or v~: one multiply-add each per token, in place
+//   what follows       a warp for every fourth token: v~ out, s_tt, states
+// The lanes are those of the walk by a warp, and so is the arithmetic: the same bits.
+
+constexpr int kFewTokens = 16;  // of a tile, at most
+constexpr int kFewWarps = kThreads / 32, kFewEach = kFewTokens / kFewWarps;
+
+// A float for each element of a warp's lanes: in two halves of four for each lane, so that neither way to read them has conflicts.
+struct alignas(16) LaneFloats {
+  float4 half[2][32];
+
+  __device__ __forceinline__ void put(const float (&x)[8]) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    half[0][lane] = make_float4(x[0], x[1], x[2], x[3]);
+    half[1][lane] = make_float4(x[4], x[5], x[6], x[7]);
+  }
+  __device__ __forceinline__ void get(float (&x)[8]) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const float4 low = half[0][lane], high = half[1][lane];
+    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+  }
+};
+
+struct FewShared {
+  LaneFloats forget[kFewTokens];
+  LaneFloats state[2][kFewTokens];  // of k and v: what a token adds, then k~ and v~
+  LaneFloats before[2];             // the states that the tile starts with
+};
+
+template <class T, int W, bool kPool>
+__global__ void __launch_bounds__(kThreads, 4) chunk_prepare_few_fwd_kernel(const __grid_constant__ PrepareFwd p) {
+  const ScanInput& in = p.in;
+  const Sizes& s = in.size;
+  extern __shared__ __align__(16) unsigned char few_memory[];
+  FewShared& shared = *reinterpret_cast<FewShared*>(few_memory);
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
+  const int warp = warp_uniform(static_cast<int>(threadIdx.x) / 32);
+  const int64_t item = quotient(blockIdx.x, in.head_batches), batch = modulo(blockIdx.x, in.head_batches);
+  const Lane lane = lane_of<W>(batch * (32 / W) + threadIdx.x % 32 / W, s.heads, s.head_dim);
+  const ScanTile tile = tile_of(s, item, in.tile);
+  if (tile.count <= 0) return;
+  const bool gated = in.gate.ptr != nullptr;
+  const int64_t row = tile.sequence.batch, h = lane.head;
+  // Token warp + 4 i of the tile is this warp's i-th.
+  const auto each = [&](auto&& visit) {
+#pragma unroll
+    for (int i = 0; i < kFewEach; ++i) {
+      if (warp + kFewWarps * i < tile.count) visit(i, tile.token + warp + kFewWarps * i);
+    }
+  };
+
+  Raw8<T> gate[kFewEach], key[kFewEach], value[kFewEach], query[kFewEach];
+  each([&](int i, int64_t token) {
+    if (gated) gate[i] = load_raw(row_of<T>(in.gate, row, token, h, lane.d));
+    key[i] = load_raw(row_of<T>(in.k, row, token, group_of(s, h, s.k_groups), lane.d));
+    value[i] = load_raw(row_of<T>(in.v, row, token, h, lane.d));
+    query[i] = load_raw(row_of<T>(in.q, row, token, group_of(s, h, s.q_groups), lane.d));
+  });
+  int64_t owner = tile.sequence.index;
+  if constexpr (kPool) {
+    owner = in.pool.entry[owner];
+    if (owner < 0) {
+      float zeros[8];
+      zero(zeros);
+      each([&](int, int64_t token) {
+        if (lane.live) store_row(out_row_of<T>(p.y, row, token, h, lane.d), zeros);
+      });
+      return;
+    }
+  }
+  float bias[8];
+  load_bias<T>(in, lane, bias);
+  if (warp == kFewWarps - 1) {  // it has the fewest tokens
+    float k_state[8], v_state[8];
+    if constexpr (kPool) {
+      pool_state(in, tile, lane, owner, k_state, v_state);
+    } else {
+      incoming_state<true>(in, tile, lane, k_state, v_state);
+    }
+    shared.before[0].put(k_state);
+    shared.before[1].put(v_state);
+  }
+  each([&](int i, int64_t) {
+    const int token = warp + kFewWarps * i;
+    float f[8], g[8], x[8];
+    gates_of(gate[i], bias, gated, f, g);
+    shared.forget[token].put(f);
+#pragma unroll
+    for (int stream = 0; stream < 2; ++stream) {
+      unpack(stream ? value[i] : key[i], x);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) x[j] *= g[j];
+      shared.state[stream][token].put(x);
+    }
+  });
+  __syncthreads();
+
+  {
+    const int stream = static_cast<int>(threadIdx.x) / 64, half = static_cast<int>(threadIdx.x) / 32 % 2;
+    const int place = static_cast<int>(threadIdx.x) % 32;
+    // Of chunks. Where they are longer than a tile, nothing is gated, and every token starts anew.
+    const uint32_t length = static_cast<uint32_t>(s.reset);
+    uint32_t offset = static_cast<uint32_t>(modulo(tile.position, s.reset));
+    float4 state = shared.before[stream].half[half][place];
+    constexpr int kStep = 4;  // tokens that are read at once
+#pragma unroll
+    for (int first = 0; first < kFewTokens; first += kStep) {
+      if (first >= tile.count) break;
+      float4 f[kStep], x[kStep];
+#pragma unroll
+      for (int u = 0; u < kStep; ++u) {
+        f[u] = shared.forget[first + u].half[half][place];
+        x[u] = shared.state[stream][first + u].half[half][place];
+      }
+#pragma unroll
+      for (int u = 0; u < kStep; ++u) {
+        if (offset == 0 || !gated) state = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (++offset == length) offset = 0;
+        state.x = fmaf(f[u].x, state.x, x[u].x);
+        state.y = fmaf(f[u].y, state.y, x[u].y);
+        state.z = fmaf(f[u].z, state.z, x[u].z);
+        state.w = fmaf(f[u].w, state.w, x[u].w);
+        shared.state[stream][first + u].half[half][place] = state;
+      }
+    }
+  }
+  __syncthreads();
+
+  int kept = tile.count;  // the first token whose running state stays in the pool
+  if constexpr (kPool) {
+    const int64_t stop = tile.sequence.start + (tile.sequence.end - tile.sequence.begin);
+    const int64_t first = stop - in.pool.ring - tile.position;
+    kept = first <= 0 ? 0 : first < tile.count ? static_cast<int>(first) : tile.count;
+  }
+  each([&](int i, int64_t token) {
+    const int at = warp + kFewWarps * i;
+    float k_state[8], v_state[8], x[8];
+    shared.state[0][at].get(k_state);
+    shared.state[1][at].get(v_state);
+    if (lane.live) store_row(out_row_of<T>(p.y, row, token, h, lane.d), v_state);
+    unpack(query[i], x);
+    const float own = group_sum<W>(lane.live ? dot(x, k_state) : 0.0f);
+    if (lane.live && lane.index == 0) p.s_self[(row * s.heads + h) * s.tokens + token] = in.scale * own;
+    const ChunkClock clock(s, tile.position + at);
+    if (clock.leaves_key()) {
+      store_key<T, W, kPool>(p, owner, tile.sequence.index, lane, clock, k_state, v_state);
+    }
+    const auto keep = [&](float* k, float* v, int64_t place) {
+      if (!lane.live) return;
+      store_floats(k + place + lane.d, k_state);
+      store_floats(v + place + lane.d, v_state);
+    };
+    if constexpr (kPool) {
+      if (at >= kept) keep(in.pool.k, in.pool.v, running_at(s, in.pool, owner, h, tile.position + at));
+    } else if (tile.last && at == tile.count - 1 && p.running_k) {
+      keep(p.running_k, p.running_v, (tile.sequence.index * s.heads + h) * s.head_dim);
+    }
+  });
+}
+
+// ---- launches ---------------------------------------------------------------------------------------------------------
+
 template <bool kAttention, bool kPool>
 void launch_prepare(PrepareFwd p, const char* op, cudaStream_t stream) {
   with_variant(p.in.size, op, [&](auto variant) {
@@ -257,19 +428,65 @@ void launch_prepare(PrepareFwd p, const char* op, cudaStream_t stream) {
   });
 }
 
+int64_t few_tile(const Sizes& s, bool gated) { return tile_size(s, gated, kMaxChunkFwd, kFewTokens); }
+
+template <bool kPool>
+void launch_few(PrepareFwd p, cudaStream_t stream) {
+  with_variant(p.in.size, "rat_attention", [&](auto variant) {
+    using V = decltype(variant);
+    if constexpr (sizeof(typename V::T) == 2) {
+      plan_tiles<V>(p.in, few_tile(p.in.size, p.in.gate.ptr != nullptr));
+      const int64_t blocks = p.in.items * p.in.head_batches;
+      if (blocks == 0) return;
+      auto* const kernel = chunk_prepare_few_fwd_kernel<typename V::T, V::W, kPool>;
+      allow_shared_memory(kernel, sizeof(FewShared), "chunk_prepare_few_fwd shared memory");
+      launch_overlapping(kernel, blocks, kThreads, sizeof(FewShared), stream, "chunk_prepare_few_fwd", p);
+    }
+  });
+}
+
+PrepareFwd prepare_fwd(const AttentionFwdParams& a, const FwdScratch& scratch, const PoolStates* pool) {
+  PrepareFwd p{};
+  p.in = scan_input(a);
+  p.y = a.y;
+  p.s_self = scratch.s_self;
+  p.chunks = a.chunks;
+  p.running_k = static_cast<float*>(a.running_k);
+  p.running_v = static_cast<float*>(a.running_v);
+  if (pool) p.in.pool = *pool;
+  return p;
+}
+
 }  // namespace
 
-Launch chunk_prepare_fwd(const AttentionFwdParams& a, const FwdScratch& scratch, const PoolStates* pool, Arena& arena) {
+const char* few_scan::refuses(const AttentionFwdParams& a) {
+  const Sizes& s = a.size;
+  const bool gated = a.gate.ptr != nullptr;
+  if (s.dtype != DType::bf16 && s.dtype != DType::f16) return "the dtype is not bfloat16 or float16";
+  if (gated && s.reset > kFewTokens) return "chunks are longer than 16 tokens";
+  // Measured on 132 multiprocessors: with 8 tiles for each it takes three quarters of the time, with 16 half as much again.
+  const int64_t tiles = work_items(s, few_tile(s, gated)) * ceil_div(s.heads, s.head_dim <= 64    ? 4
+                                                                              : s.head_dim <= 128 ? 2
+                                                                                                  : 1);
+  if (tiles > 8 * device_attribute<cudaDevAttrMultiProcessorCount>()) return "the call has many tiles";
+  return nullptr;
+}
+
+Launch few_scan::prepare(const AttentionFwdParams& a, const FwdScratch& scratch, const PoolStates* pool, Arena&) {
+  return [&a, scratch, pool](cudaStream_t stream) {
+    const PrepareFwd p = prepare_fwd(a, scratch, pool);
+    if (pool) return launch_few<true>(p, stream);
+    carry_state_fwd(a, stream);
+    launch_few<false>(p, stream);
+  };
+}
+
+const char* scan::refuses(const AttentionFwdParams&) { return nullptr; }
+
+Launch scan::prepare(const AttentionFwdParams& a, const FwdScratch& scratch, const PoolStates* pool, Arena& arena) {
   const Piece<float> incoming = take_segments(a.size, a.gate.ptr != nullptr, kMaxChunkFwd, 3, arena);
   return [&a, scratch, pool, incoming](cudaStream_t stream) {
-    PrepareFwd p{};
-    p.in = scan_input(a);
-    p.y = a.y;
-    p.s_self = scratch.s_self;
-    p.chunks = a.chunks;
-    p.running_k = static_cast<float*>(a.running_k);
-    p.running_v = static_cast<float*>(a.running_v);
-    if (pool) p.in.pool = *pool;
+    PrepareFwd p = prepare_fwd(a, scratch, pool);
     if (incoming.taken()) {
       p.in.incoming = incoming;
       scan_segments(p.in, true, incoming, stream);
@@ -306,6 +523,10 @@ KernelList forward_kernels() {
       using T = typename V::T;
       t.add("chunk_prepare_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, true, false>);
       t.add("chunk_prepare_pool_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, true, true>);
+      if constexpr (sizeof(T) == 2) {
+        t.add("chunk_prepare_few_fwd", variant, type, chunk_prepare_few_fwd_kernel<T, V::W, false>);
+        t.add("chunk_prepare_few_pool_fwd", variant, type, chunk_prepare_few_fwd_kernel<T, V::W, true>);
+      }
       t.add("chunk_recurrence_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, false, false>);
     });
     return t;
