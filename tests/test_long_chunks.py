@@ -11,7 +11,8 @@ from rat_ext.testing import DTYPES, attention_case, check, name, recurrence_case
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name)
 # The tile of the CPU is 64 tokens; segments on a GPU are 64 tokens, where L is over 128 forward and over 64 backward.
-sizes = pytest.mark.parametrize("chunk_size", [65, 100, 128, 129, 130, 200, 2**40])
+_of_gpus = [pytest.param(size, marks=pytest.mark.gpu) for size in (129, 130)]
+sizes = pytest.mark.parametrize("chunk_size", [65, 100, 128, *_of_gpus, 200, 2**40])
 gates = pytest.mark.parametrize("mean", [3.0, 6.0])
 
 

@@ -27,7 +27,7 @@ def many(device, dtype, **options):
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 16, 64])
 def test_chunk_states(device, dtype, dim, count, chunk_size):
     """Closed chunks and a token that sees them all, or half a chunk of such."""
-    if device.type == "cpu" and count * chunk_size > 5000:
+    if device.type == "cpu" and count * chunk_size > 3000:
         pytest.skip("the definition takes seconds on a CPU")
     check(many(device, dtype, tokens=count * chunk_size + max(1, chunk_size // 2), dim=dim, chunk_size=chunk_size))
 
