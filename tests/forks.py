@@ -34,7 +34,14 @@ class Parent:
         command = [sys.executable, "-W", "ignore", __file__, *modules]
         environment = os.environ | {"PYTHONPATH": path} | environment
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-        atexit.register(self.process.kill)
+        atexit.register(self.end)
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
     def run(
         self, code: str, *arguments: str, modules: tuple[str, ...] = (), timeout: float = 300, **environment: str
