@@ -55,7 +55,12 @@ def pytest_report_header(config):
     return f"rat_ext {rat_ext.__version__} on {where}, torch {torch.__version__}, forced: {forced or 'nothing'}"
 
 
+# The longest test of all: begun last, it would run while other processes have nothing left.
+FIRST = ("test_train_docs.py",)
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name not in FIRST)
     if shard := config.getoption("--shard"):
         first, step = (int(n) for n in shard.split("/"))
         config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % step != first])

@@ -3,13 +3,14 @@
 Run as a program, ``python ranks.py FUNCTION WORLD FOLDER``, it forks the ranks: torch is imported once. FUNCTION,
 ``module:name``, is run by every rank with (rank, world); rank 0's result is written to FOLDER. With RANKS_DEVICE=cuda each rank
 has a GPU, on which its tensors lie, and NCCL in place of gloo; only the ranks import rat_ext then. Else they see no GPU: FSDP2
-would move weights to it.
+would move weights to it. :func:`run` without variables forks the program itself, too, from one parent for all tests.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import importlib
 import os
 import pickle
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forks import Parent
 from torch import nn
 from torch.nn import functional as F
 
@@ -42,8 +44,21 @@ def start(function: str, world: int, folder: Path, **environment: str) -> subpro
     return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, start_new_session=True)
 
 
+@functools.cache
+def parent() -> Parent:
+    """Of ranks on the CPU; no thread of OpenMP may start in it."""
+    return Parent("torch", "ranks", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+
+
 def run(function: str, world: int, folder: Path, timeout: float = 180, **environment: str):
     """Runs ``module:name`` on all ranks; returns rank 0's result."""
+    if KIND == "cpu" and not environment:
+        folder.mkdir(parents=True, exist_ok=True)
+        code = "import sys, pathlib, ranks\nsys.exit(ranks.main(sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])))"
+        modules = (function.partition(":")[0],)
+        done = parent().run(code, function, str(world), str(folder), modules=modules, timeout=timeout)
+        assert done.returncode == 0, done.stderr
+        return pickle.loads((folder / "out").read_bytes())
     ranks = start(function, world, folder, **environment)
     try:
         errors = ranks.communicate(timeout=timeout)[1].decode()
@@ -117,6 +132,8 @@ def rank_of(function: str, rank: int, world: int, folder: Path) -> None:
 def main(function: str, world: int, folder: Path) -> int:
     """Forks the ranks, and waits for all."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # of a rank that NCCL's watchdog aborts
+    if KIND == "cpu":
+        importlib.import_module(function.partition(":")[0])  # once, for all ranks
     ranks = []
     for rank in range(world):
         if child := os.fork():

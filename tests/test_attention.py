@@ -29,7 +29,7 @@ def test_tokens(device, dtype, tokens):
 
 
 @low
-@pytest.mark.parametrize("dim", [64, 128, 192])
+@pytest.mark.parametrize("dim", [64, *(pytest.param(dim, marks=pytest.mark.gpu) for dim in (128, 192))])
 @pytest.mark.parametrize("tokens", [48, 384])
 @pytest.mark.parametrize(
     "options",

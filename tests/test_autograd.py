@@ -412,7 +412,8 @@ def test_backward_twice_gives_the_same_bits(device, dtype):
 @pytest.mark.parametrize("dtype", LOW, ids=name)
 def test_sums_in_any_order(device, dtype):
     """deterministic=False: many key tiles and heads add to one dq."""
-    case = attention_case(device, dtype, tokens=1500, heads=8, chunk_size=4, dim=64)
+    tokens = 1500 if device.type == "cuda" else 300  # a CPU sums in one order, whatever it may
+    case = attention_case(device, dtype, tokens=tokens, heads=8, chunk_size=4, dim=64)
     check(case, function=functools.partial(rat_ext.rat_attention, deterministic=False))
 
 

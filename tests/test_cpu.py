@@ -8,9 +8,11 @@ import time
 
 import pytest
 import torch
+from forks import run_python
 
 import rat_ext
-from rat_ext.testing import Random, assert_same, attention_case, evaluate, make_state, recurrence_case, run_python
+from rat_ext import testing
+from rat_ext.testing import Random, assert_same, attention_case, evaluate, make_state, recurrence_case
 
 
 @pytest.fixture
@@ -187,7 +189,7 @@ print("fine")
 
 def test_memory():
     """Forward and backward at T = 4096: peak memory under 1.5 times inputs, outputs and gradients."""
-    done = run_python(MEMORY)
+    done = testing.run_python(MEMORY)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

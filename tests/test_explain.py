@@ -1,15 +1,12 @@
 """What tells of a call without changing it: rat_ext.explain and RAT_EXT_LOG."""
 
-import os
-import subprocess
-import sys
-
+import forks
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rat_ext
-from rat_ext.testing import attention_case
+from rat_ext.testing import attention_case, run_python
 
 LOGGED = """
 import sys, torch, rat_ext
@@ -24,8 +21,8 @@ assert cache.lengths.tolist() == [1]
 
 
 def lines_of(device, log):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "RAT_EXT_LOG": log}
-    done = subprocess.run([sys.executable, "-c", LOGGED, str(device)], capture_output=True, text=True, env=environment)
+    run = forks.run_python if device.type == "cpu" else run_python
+    done = run(LOGGED, str(device), RAT_EXT_LOG=log)
     assert done.returncode == 0, done.stderr
     return [line for line in done.stderr.splitlines() if line.startswith("rat_ext: ")]
 

@@ -11,7 +11,8 @@ from rat_ext.testing import DTYPES, attention_case, check, name, recurrence_case
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name)
 # The tile of the CPU is 64 tokens; segments on a GPU are 64 tokens, where L is over 128 forward and over 64 backward.
-sizes = pytest.mark.parametrize("chunk_size", [65, 100, 128, 129, 130, 200, 2**40])
+_of_gpus = [pytest.param(size, marks=pytest.mark.gpu) for size in (129, 130)]
+sizes = pytest.mark.parametrize("chunk_size", [65, 100, 128, *_of_gpus, 200, 2**40])
 gates = pytest.mark.parametrize("mean", [3.0, 6.0])
 
 
@@ -58,8 +59,9 @@ def test_packed(device, dtype, chunk_size, lengths):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name)
 @pytest.mark.parametrize("layout", ["odd", "projection", "expanded_tokens"])
-@pytest.mark.parametrize("dim", [40, 128, 256])
+@pytest.mark.parametrize("dim", [40, *(pytest.param(dim, marks=pytest.mark.gpu) for dim in (128, 256))])
 def test_strides(device, dtype, layout, dim):
+    """On a CPU a wider head is more of the same; test_pinned.py has wide ones in long chunks of any layout."""
     options = {"layout": layout, "dim": dim, "tokens": 200, "chunk_size": 150, "gate_mean": 4.0}
     check(attention_case(device, dtype, scale=1.0, **options))
     check(recurrence_case(device, dtype, **options))

@@ -64,7 +64,7 @@ def test_scale(device, dtype, dim, scale):
 
 
 @low
-@pytest.mark.parametrize("dim", [40, 64, 128])
+@pytest.mark.parametrize("dim", [40, 64, pytest.param(128, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("bare", [False, True], ids=["", "bare"])
 @pytest.mark.parametrize(
     ("layout", "dy_layout"),

@@ -40,7 +40,7 @@ def test_head_size(device, dtype, dim):
 
 
 @low
-@pytest.mark.parametrize("heads, groups", [(8, 1), (6, 2), (3, 3)])
+@pytest.mark.parametrize("heads, groups", [(8, 1), pytest.param(6, 2, marks=pytest.mark.gpu), (3, 3)])
 @pytest.mark.parametrize("chunk_size", [1, 2])
 def test_long_ones_among_short_ones(device, dtype, heads, groups, chunk_size):
     """Sequences of up to six tiles of keys between many of one: their gradients of q are sums over tiles and heads in an order
@@ -48,7 +48,7 @@ def test_long_ones_among_short_ones(device, dtype, heads, groups, chunk_size):
     """
     sequences = [*[3] * 28, 700, 5, 300, 1, 0, *[3] * 8, 129, 40, 257, *[17] * 12]
     case = attention_case(device, dtype, sequences=sequences, heads=heads, groups=groups, chunk_size=chunk_size)
-    assert_same(check(case), check(case))
+    assert_same(check(case), evaluate(rat_ext.rat_attention, case)[0])
 
 
 @low
