@@ -192,6 +192,10 @@ def cases() -> Iterator[Case]:
             for fp8 in (False, True):
                 for tokens in (1, 4):
                     yield decode_pool(dtype, dim, [0, 3, 1022], tokens, 5, 16, fp8)
+        if dtype != torch.float32:
+            for dim in (64, 128):  # drafts of more pairs than multiprocessors, by a block each and by several
+                yield decode_pool(dtype, dim, [0, 3, 1022, 1100] * 10, 4, 5, 16, False)
+                yield decode_pool(dtype, dim, [5, 3000] * 10, 4, 5, 16, False)
         yield decode(dtype, 64, [2000, 5], 502, [0, 1])
         yield decode(dtype, 8, [3] * 150, 4, [*range(149, 0, -1), -1])  # more rows than a warp knows
         mixed = {"counts": [1, 30, 0, 7, 3, 2], "slots": [3, 0, 1, -1, 9, 2], "lengths": [3, 16, 0, 31]}

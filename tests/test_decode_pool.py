@@ -140,6 +140,31 @@ def test_a_draft_is_its_steps(device, dtype, tokens, ring, chunk_size, fp8):
         same_states(pool, steps, range(len(lengths)))
 
 
+@low
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("heads", [6, 16])
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_a_draft_of_many_pairs_is_its_steps(device, dtype, dim, heads, chunk_size):
+    """More pairs than a GPU has multiprocessors, or blocks that share pairs: other warps join slices there. Bits are those of
+    steps, and of a batch of few."""
+    random = Random(heads, device, dtype)
+    lengths = [n * chunk_size + n % chunk_size for n in (0, 3, 250, 254, 255, 256, 257, 300, 511, 600, 1000, 1023)]
+    pool = Pool(random, lengths, heads, dim, chunk_size, rows=1030)
+    few, mixed, steps, options = pool.clone(), pool.clone(), pool.clone(), tables(random, heads, dim, 1031)
+    x = tokens_of(random, len(lengths), 4, heads, 2, dim)
+    y = pool.step(x, **options)
+    singles = torch.stack([steps.step(part(x, t), **options) for t in range(4)], dim=1)
+    assert not y.isnan().any() and not pool.error.any()
+    assert same_bits(y, singles)
+    same_states(pool, steps, range(len(lengths)))
+    assert same_bits(few.step({key: z[4:6] for key, z in x.items()}, slots=[4, 5], **options), y[4:6])
+    same_states(pool, few, [4, 5])
+    slots = [11, -1, 9, 8, 7, 6, -1, 4, 3, 2, 1, 0]
+    z = mixed.step({key: z[slots] for key, z in x.items()}, slots=slots, **options)
+    for row, slot in enumerate(slots):
+        assert same_bits(z[row], y[slot] if slot >= 0 else torch.zeros_like(z[row])), row
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("dim", [40, 64, 128, 200])
 def test_bits_depend_on_the_own_length_alone(device, dtype, dim):

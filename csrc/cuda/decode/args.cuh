@@ -8,15 +8,18 @@
 
 namespace rat::cuda {
 
-constexpr int kConsumers = 256;  // threads that attend; behind them a warp that fetches and one or two that scan
+constexpr int kConsumers = 256;  // threads that attend; behind them warps that fetch, scan and, in some kernels, join
 constexpr int kConsumerWarps = kConsumers / 32;
 // Keys of a slice. A slice has its own softmax, and slices are joined in order: which block took it does not show.
 constexpr int kSlice = 256;
 constexpr int kWarpKeys = 32;  // of a slice, that a warp takes on tensor cores
 static_assert(kConsumerWarps * kWarpKeys == kSlice);
-constexpr int kMostTokens = 4;  // of a launch
-constexpr int kItems = 4;       // that the fetching warp may be ahead
-constexpr int kPrepared = 2;    // that the scanning warps may be ahead
+constexpr int kMostTokens = 4;   // of a launch
+constexpr int kItems = 4;        // that the fetching warp may be ahead
+constexpr int kPrepared = 2;     // that the scanning warps may be ahead
+constexpr int kParts = 2;        // slices whose softmaxes may wait for those that join them
+constexpr int kMostStages = 16;  // of the ring
+constexpr int kMostFills = 32;   // of Kind::kFills
 constexpr int kKnownRows =
     128;  // up to so many rows a warp knows all slots; more are admitted by a kernel of their own
 
@@ -32,19 +35,28 @@ struct Kind {
   static constexpr int kStageKeys = kGroups * kKeys;    // of a stage of the ring
   static constexpr int kColumns = W * 8;                // D rounded up
   static constexpr bool kMatrix = false;
+  static constexpr int kJoiners = 0;               // warps that join slices; where there are none, those that attend do
   static constexpr int kReaders = kConsumerWarps;  // warps that read a stage
   // Warps that scan, in turn: one does not keep up with drafts.
   static constexpr int kScanners = N > 1 && sizeof(T) == 2 ? kPrepared : 1;
   static constexpr int kThreads = kConsumers + 32 + 32 * kScanners;
+  static constexpr int kJoinThreads = kConsumers;
+  static constexpr int kFills = kMostStages;  // that have barriers of their own: see RingPlace
   // That a multiprocessor holds at once: registers and shared memory are planned for them.
   static constexpr int kBlocks = N > 1 || sizeof(T) == 4 ? 1 : 2;
   static_assert(kSlice % kStageKeys == 0);
 };
 
-// The same on tensor cores, D of exactly W * 8: see matrix.cuh.
-template <class T_, int W_, int N_>
+// The same on tensor cores, D of exactly W * 8: see matrix.cuh. MANY: for calls that give a block more than one pair.
+template <class T_, int W_, int N_, bool MANY = (N_ > 1)>
 struct MatrixKind : Kind<T_, T_, W_, N_> {
   static constexpr bool kMatrix = true;
+  // Where there are several pairs, a warp that attends goes on to the next and waits for no other's products.
+  static constexpr int kJoiners = MANY ? 4 : 0;
+  using OnePair = MatrixKind<T_, W_, N_, false>;
+  static constexpr int kJoinThreads = kJoiners > 0 ? 32 * kJoiners : kConsumers;
+  static constexpr int kFills = kJoiners > 0 ? kMostFills : kMostStages;
+  static constexpr int kThreads = Kind<T_, T_, W_, N_>::kThreads + 32 * kJoiners;
   // A stage is what one warp takes, or two: 16 KB. Nobody else waits for it, and it is given back soon.
   static constexpr int kStageKeys = 512 / W_;
   static constexpr int kReaders = kStageKeys / kWarpKeys;
@@ -101,20 +113,20 @@ struct Item {
   bool tail;              // has the last slice, and with it the new tokens
 };
 
-constexpr int kMostStages = 16;
-
 // The fixed part, at the start of dynamic shared memory.
 struct SharedHead {
   RingBarriers<kItems> items;
-  RingBarriers<kPrepared> prepared;                // full: queries and output gates are there
-  uint64_t scanned[kPrepared];                     // completed where the new tokens are, too
-  uint64_t full[kMostStages], empty[kMostStages];  // see RingPlace
+  RingBarriers<kPrepared> queries;                // of an item; left after its last products
+  RingBarriers<kPrepared> scanned;                // output gates and all of the new tokens; left after its last join
+  RingBarriers<kParts> parts;                     // the warps' softmaxes of a slice, where others join them
+  uint64_t full[kMostFills], empty[kMostStages];  // see RingPlace
   Item item[kItems];
   int slot[kKnownRows];  // the fetching warp's own: of all rows, where it looks for earlier ones of the same slot
   float own_score[kPrepared][kMostTokens];
   float query_unit[kPrepared][kMostTokens];  // on tensor cores: see prepare_query()
   float fresh_scale[kPrepared][2][kMostTokens];
-  float maximum[2][kMostTokens][kConsumerWarps], sum[2][kMostTokens][kConsumerWarps];  // as SharedLayout::values
+  alignas(16) float maximum[2][kMostTokens][kConsumerWarps];  // as SharedLayout::values
+  float sum[2][kMostTokens][kConsumerWarps];
   int last;
   int through;  // 1 where the kernels before this one are through
 };
@@ -162,12 +174,17 @@ __device__ __forceinline__ int64_t state_row(const Decode& a, int entry, int hea
 }
 
 // How many chunks are closed before token i of the new ones.
+template <class K>
 __device__ __forceinline__ uint32_t keys_of(const Decode& a, const Item& item, int i) {
-  uint32_t keys = item.keys, offset = item.offset;
-  for (; i > 0; --i) {
-    if (++offset == a.chunk_size) {
-      offset = 0;
-      ++keys;
+  uint32_t keys = item.keys;
+  if constexpr (K::N > 1) {
+    uint32_t offset = item.offset;
+#pragma unroll 1
+    for (; i > 0; --i) {
+      if (++offset == a.chunk_size) {
+        offset = 0;
+        ++keys;
+      }
     }
   }
   return keys;

@@ -145,13 +145,73 @@ __device__ __forceinline__ void attend(const Queries<K::N>& queries, const Lane&
 
 // ---- joining ----------------------------------------------------------------------------------------------------------
 
-constexpr int kConsumersBarrier = 1;
-__device__ __forceinline__ void consumers_sync() { named_barrier_sync(kConsumersBarrier, kConsumers); }
+constexpr int kJoinBarrier = 1;
+template <class K>
+__device__ __forceinline__ void join_sync() {
+  named_barrier_sync(kJoinBarrier, K::kJoinThreads);
+}
 
-// The softmax of a slice, or of several: one element of the values.
-struct Joined {
-  float maximum, sum, value;
+// The number of a thread among those that join.
+template <class K>
+__device__ __forceinline__ int join_thread() {
+  const int thread = K::kMatrix ? fresh_thread() : static_cast<int>(threadIdx.x);
+  return K::kJoiners > 0 ? thread - (K::kThreads - K::kJoinThreads) : thread;
+}
+
+// What a thread joins: a token, and of its values the elements d ... d + kEach - 1.
+template <class K>
+struct Share {
+  static constexpr int kEach = K::N * K::kColumns > K::kJoinThreads ? K::N * K::kColumns / K::kJoinThreads : 1;
+  static_assert(kEach <= 4 && 8 % kEach == 0 && K::kJoinThreads * kEach >= K::N * K::kColumns);
+  int token, d;
+  bool live;
+  __device__ __forceinline__ explicit Share(const Decode& a) {
+    const int thread = join_thread<K>();
+    token = thread / (K::kColumns / kEach);
+    d = thread % (K::kColumns / kEach) * kEach;
+    live = token < a.tokens && d < a.p.head_dim;
+  }
 };
+
+// Floats next to each other, as many as a thread has.
+template <int EACH>
+__device__ __forceinline__ void load_floats(const float* at, float (&x)[EACH]) {
+  if constexpr (EACH == 1) {
+    x[0] = *at;
+  } else if constexpr (EACH == 2) {
+    const float2 both = *reinterpret_cast<const float2*>(at);
+    x[0] = both.x, x[1] = both.y;
+  } else {
+    const float4 all = *reinterpret_cast<const float4*>(at);
+    x[0] = all.x, x[1] = all.y, x[2] = all.z, x[3] = all.w;
+  }
+}
+
+template <int EACH>
+__device__ __forceinline__ void store_floats(float* at, const float (&x)[EACH]) {
+  if constexpr (EACH == 1) {
+    *at = x[0];
+  } else if constexpr (EACH == 2) {
+    *reinterpret_cast<float2*>(at) = make_float2(x[0], x[1]);
+  } else {
+    *reinterpret_cast<float4*>(at) = make_float4(x[0], x[1], x[2], x[3]);
+  }
+}
+
+// The softmax of a slice, or of several: of the values, what a thread has.
+template <int EACH>
+struct Joined {
+  float maximum, sum;
+  float value[EACH];
+};
+
+template <int EACH>
+__device__ __forceinline__ void clear(Joined<EACH>& joined) {
+  joined.maximum = kNoScore;
+  joined.sum = 0.0f;
+#pragma unroll
+  for (float& x : joined.value) x = 0.0f;
+}
 
 // Brings the lane groups' softmaxes of a slice to shared memory, warp by warp.
 template <class K>
@@ -189,19 +249,24 @@ __device__ __forceinline__ void share_slice(SharedHead& head, float* values, con
   }
 }
 
-// Element d of the values of token i, of all warps.
-template <class K>
-__device__ __forceinline__ Joined join_warps(const SharedHead& head, const float* values, int turn, int i, int d) {
-  Joined joined{kNoScore, 0.0f, 0.0f};
+// The warps' softmaxes of a slice. kAlone: the first warp has all keys; the others would change no bit.
+template <class K, bool kAlone>
+__device__ __forceinline__ void join_warps(const SharedHead& head, const float* values, int turn, const Share<K>& share,
+                                           Joined<Share<K>::kEach>& joined) {
+  constexpr int kEach = Share<K>::kEach, kWarps = kAlone ? 1 : kConsumerWarps;
+  const float *const maximum = head.maximum[turn][share.token], *const sum = head.sum[turn][share.token];
+  clear(joined);
 #pragma unroll
-  for (int w = 0; w < kConsumerWarps; ++w) joined.maximum = fmaxf(joined.maximum, head.maximum[turn][i][w]);
+  for (int w = 0; w < kWarps; ++w) joined.maximum = fmaxf(joined.maximum, maximum[w]);
 #pragma unroll
-  for (int w = 0; w < kConsumerWarps; ++w) {
-    const float weight = weight_of<typename K::T>(head.maximum[turn][i][w] - joined.maximum);
-    joined.sum = fmaf(weight, head.sum[turn][i][w], joined.sum);
-    joined.value = fmaf(weight, values[(i * kConsumerWarps + w) * K::kColumns + d], joined.value);
+  for (int w = 0; w < kWarps; ++w) {
+    const float weight = weight_of<typename K::T>(maximum[w] - joined.maximum);
+    float value[kEach];
+    load_floats(values + (share.token * kConsumerWarps + w) * K::kColumns + share.d, value);
+    joined.sum = fmaf(weight, sum[w], joined.sum);
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) joined.value[e] = fmaf(weight, value[e], joined.value[e]);
   }
-  return joined;
 }
 
 __device__ __forceinline__ float* partial_row(const Decode& a, const Item& item, int token, int64_t entry) {
@@ -209,37 +274,52 @@ __device__ __forceinline__ float* partial_row(const Decode& a, const Item& item,
   return a.partial + ((pair * a.tokens + token) * a.entries + entry) * (a.p.head_dim + 8);
 }
 
+template <int EACH>
 __device__ __forceinline__ void store_partial(const Decode& a, const Item& item, int token, int64_t entry, int d,
-                                              const Joined& joined) {
+                                              const Joined<EACH>& joined) {
   float* const row = partial_row(a, item, token, entry);
-  row[d] = joined.value;
+  store_floats(row + d, joined.value);
   if (d == 0) {
     row[a.p.head_dim] = joined.maximum;
     row[a.p.head_dim + 1] = joined.sum;
   }
 }
 
-// `a`, joined by a slice behind it. With nothing before it, a slice stays as it is, bit for bit.
-template <class T>
-__device__ __forceinline__ void join(Joined& a, const Joined& slice) {
-  const float top = fmaxf(a.maximum, slice.maximum);
-  const float before = weight_of<T>(a.maximum - top), behind = weight_of<T>(slice.maximum - top);
-  a.maximum = top;
-  a.sum = fmaf(behind, slice.sum, __fmul_rn(before, a.sum));
-  a.value = fmaf(behind, slice.value, __fmul_rn(before, a.value));
+// `joined`, joined by a slice behind it. With nothing before it, a slice stays as it is, bit for bit. before and behind: the
+// weights of both.
+template <int EACH>
+__device__ __forceinline__ void join(Joined<EACH>& joined, float before, float behind, float sum,
+                                     const float (&value)[EACH]) {
+  joined.sum = fmaf(behind, sum, __fmul_rn(before, joined.sum));
+#pragma unroll
+  for (int e = 0; e < EACH; ++e) joined.value[e] = fmaf(behind, value[e], __fmul_rn(before, joined.value[e]));
+}
+template <class T, int EACH>
+__device__ __forceinline__ void join(Joined<EACH>& joined, const Joined<EACH>& slice) {
+  const float top = fmaxf(joined.maximum, slice.maximum);
+  const float before = weight_of<T>(joined.maximum - top), behind = weight_of<T>(slice.maximum - top);
+  joined.maximum = top;
+  join(joined, before, behind, slice.sum, slice.value);
 }
 
 // y of a token from its keys and its own state.
 template <class K>
-__device__ __forceinline__ void store_output(const Decode& a, const Item& item, int token, int d, const Joined& keys,
-                                             float own_score, float own_value, float out_gate) {
+__device__ __forceinline__ void store_output(const Decode& a, const Item& item, const Share<K>& share,
+                                             const Joined<Share<K>::kEach>& keys, float own_score,
+                                             const float (&own_value)[Share<K>::kEach], const float* out_gate) {
   using T = typename K::T;
+  constexpr int kEach = Share<K>::kEach;
   const float top = fmaxf(keys.maximum, own_score);
   const float of_keys = weight_of<T>(keys.maximum - top), own = weight_of<T>(own_score - top);
   const float sum = fmaf(of_keys, keys.sum, own);
   const float inverse = sizeof(T) == 4 ? 1.0f / sum : reciprocal_fast(sum);
-  const float y = fmaf(of_keys, keys.value, __fmul_rn(own, own_value)) * inverse * out_gate;
-  *out_row_of<T>(a.p.y, item.row, token, item.head, d) = from_float<T>(y);
+  float open[kEach];
+  load_floats(out_gate + share.token * K::kColumns + share.d, open);
+  T* const y = out_row_of<T>(a.p.y, item.row, share.token, item.head, share.d);
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    y[e] = from_float<T>(fmaf(of_keys, keys.value[e], __fmul_rn(own, own_value[e])) * inverse * open[e]);
+  }
 }
 
 }  // namespace rat::cuda

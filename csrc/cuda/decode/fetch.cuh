@@ -45,9 +45,10 @@ __device__ __forceinline__ bool lacks_page(const Decode& a, int64_t slot, uint32
   return page_missing(pool, pool.rows >> a.page_shift, slot, asks ? pages : 0);
 }
 
-// What stands against a row that is right by itself: an earlier row of the same slot, a page that is missing. By the whole warp.
-__device__ __forceinline__ PoolError refusal_among(const Decode& a, int row, int slot, uint32_t length,
-                                                   const SharedHead& head) {
+// What stands against a row that is right by itself: an earlier row of the same slot, a page that is missing. By the whole warp. Not
+// inline: see run_block().
+static __device__ __noinline__ PoolError refusal_among(const Decode& a, int row, int slot, uint32_t length,
+                                                       const SharedHead& head) {
   const Pool& pool = a.p.pool;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   if (a.p.slots) {
@@ -63,7 +64,8 @@ __device__ __forceinline__ PoolError refusal_among(const Decode& a, int row, int
 // Where a warp stands in the ring of stages: at a fill, and the place that it has. A place has a barrier that says when it may be
 // filled again, and one that says when it is full. On tensor cores a warp does not wait for each fill, and must not confuse one
 // with the one before it, of which only the parity differs: there fills have barriers of their own, in turn. The fill of
-// kMostStages before was in a slice that all warps are done with.
+// kFills before was in a slice that all warps are done with: a warp is at most one slice ahead of the others, and three where
+// others join.
 struct RingPlace {
   int slot = 0;
   uint32_t round = 0, count = 0;
@@ -73,11 +75,11 @@ struct RingPlace {
   }
   template <class K>
   __device__ __forceinline__ uint32_t full(SharedHead& head) const {
-    return shared_address(&head.full[K::kMatrix ? count % kMostStages : slot]);
+    return shared_address(&head.full[K::kMatrix ? count % K::kFills : slot]);
   }
   template <class K>
   __device__ __forceinline__ uint32_t full_parity() const {
-    return K::kMatrix ? count / kMostStages % 2 : round;
+    return K::kMatrix ? count / K::kFills % 2 : round;
   }
   __device__ __forceinline__ uint32_t empty(SharedHead& head) const { return shared_address(&head.empty[slot]); }
 };
@@ -237,7 +239,8 @@ __device__ __forceinline__ void warm_running(const Decode& a) {
   const uint32_t what = threadIdx.x % 32 / 8, d = threadIdx.x % 8 * kLine, D = static_cast<uint32_t>(a.p.head_dim);
   const uint32_t head = blockIdx.x % a.pairs % a.heads, chunk = static_cast<uint32_t>(c.length) / a.chunk_size;
   if (what < 2) {
-    const int64_t place = c.slot * pool.ring + (c.length - 1) % pool.ring;
+    const uint32_t turn = (static_cast<uint32_t>(c.length) - 1) % static_cast<uint32_t>(pool.ring);
+    const int64_t place = c.slot * pool.ring + turn;
     const void* const states = what == 0 ? pool.running_k : pool.running_v;
     if (d < D) prefetch_l2(static_cast<const float*>(states) + (place * a.heads + head) * D + d);
   } else if (a.p.rotary.cos && d < D / 2 && chunk < a.p.rotary.rows) {
@@ -283,6 +286,28 @@ __device__ __forceinline__ void fetch(const Decode& a, SharedHead& head, uint32_
       error = refusal(a, c.slot, c.length);
       if (error == PoolError::none) item.kind = ItemKind::run;
     }
+    const auto fill = [&](int i, int entry, int way, int ways) {
+      const uint32_t keys = __shfl_sync(kFullWarp, item.keys, i);
+      const int of_head = __shfl_sync(kFullWarp, item.head, i);
+#pragma unroll 1
+      for (uint32_t begin = way * kSlice; begin < keys;) {
+        const uint32_t end = min(keys, begin + K::kStageKeys);
+        mbarrier_wait(place.empty(head), place.round ^ 1);
+        fill_stage<K>(a, place.template full<K>(head), ring + place.slot * a.stage_bytes, entry, of_head, begin, end);
+        place.advance(1, a.stages);
+        begin += K::kStageKeys;
+        if (begin % kSlice == 0) begin += (ways - 1) * kSlice;
+      }
+    };
+    // Of drafts, the others are told of an item before the states of the one before are asked for: scanning takes its time.
+    constexpr bool kAhead = K::kJoiners > 0;
+    int told = -1;
+    const auto fill_told = [&] {
+      if (told >= 0) {
+        fill(told, __shfl_sync(kFullWarp, item.entry, told), __shfl_sync(kFullWarp, item.way, told),
+             __shfl_sync(kFullWarp, item.ways, told));
+      }
+    };
 #pragma unroll 1
     for (int i = 0; i < 32 && base + i * gridDim.x < a.candidates; ++i) {
       const int entry = __shfl_sync(kFullWarp, item.entry, i), row = __shfl_sync(kFullWarp, item.row, i);
@@ -307,19 +332,14 @@ __device__ __forceinline__ void fetch(const Decode& a, SharedHead& head, uint32_
         mbarrier_arrive(items.full());
       }
       items.next();
-      if (!runs) continue;
-      const uint32_t keys = __shfl_sync(kFullWarp, item.keys, i);
-      const int of_head = __shfl_sync(kFullWarp, item.head, i);
-#pragma unroll 1
-      for (uint32_t begin = way * kSlice; begin < keys;) {
-        const uint32_t end = min(keys, begin + K::kStageKeys);
-        mbarrier_wait(place.empty(head), place.round ^ 1);
-        fill_stage<K>(a, place.template full<K>(head), ring + place.slot * a.stage_bytes, entry, of_head, begin, end);
-        place.advance(1, a.stages);
-        begin += K::kStageKeys;
-        if (begin % kSlice == 0) begin += (ways - 1) * kSlice;
+      if constexpr (kAhead) {
+        fill_told();
+        told = runs ? i : -1;
+      } else if (runs) {
+        fill(i, entry, way, ways);
       }
     }
+    if constexpr (kAhead) fill_told();
     if (item.kind == ItemKind::run && mine < a.candidates) advance_length(a, item.entry, item.head, item.length);
   }
   items.wait_empty();

@@ -134,7 +134,7 @@ __device__ __forceinline__ void matrix_values(int lane, const uint32_t (&b)[2][2
   static_assert(kPieces <= 2);
   const int g = lane / 4, t = lane % 4;
   const bool swapped = kPieces == 2 && t % 2 == 1;
-#pragma unroll(K::kBlocks == 2 ? 1 : 2)
+#pragma unroll(K::kBlocks == 2 || kMasked ? 1 : 2)
   for (int half = 0; half < 2; ++half) {  // of 16 bytes: fewer registers at a time
     float c[kPieces][2][4];
 #pragma unroll
@@ -206,7 +206,7 @@ __device__ __forceinline__ void attend_matrix(const Decode& a, const Item& item,
   matrix_scores<K>(
       lane, queries, units, [&](int i) { return K::N > 1 && i >= old ? fresh + place(i) * kRow : keys + i * kRow; },
       score);
-  const auto limit = [&](int token) { return static_cast<int>(keys_of(a, item, token)) - static_cast<int>(at); };
+  const auto limit = [&](int token) { return static_cast<int>(keys_of<K>(a, item, token)) - static_cast<int>(at); };
   const int seen = limit(min(t, a.tokens - 1));
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
@@ -231,12 +231,13 @@ __device__ __forceinline__ void attend_matrix(const Decode& a, const Item& item,
   }
 }
 
-// Brings the warps' softmaxes of a slice to shared memory.
+// Brings the warps' softmaxes of a slice to shared memory. warp: which keys it has; alone: the first has all.
 template <class K>
-__device__ __forceinline__ void share_slice(SharedHead& head, float* values, int turn, const WarpPart<K>& part) {
-  const int thread = fresh_thread(), lane = thread % 32, warp = thread / 32;
+__device__ __forceinline__ void share_slice(SharedHead& head, float* values, int turn, int warp, bool alone,
+                                            const WarpPart<K>& part) {
+  const int lane = fresh_thread() % 32;
   const int g = lane / 4, t = lane % 4;
-  if (t >= K::N) return;
+  if (t >= K::N || (alone && warp > 0)) return;
   float* const to = values + (t * kConsumerWarps + warp) * K::kColumns + 8 * WarpPart<K>::kPieces * g;
 #pragma unroll
   for (int i = 0; i < WarpPart<K>::kPieces; ++i) store_scratch(to + 8 * i, part.value[i]);

@@ -148,17 +148,15 @@ __device__ __forceinline__ void prepare_query(const Lane& lane, bool stores, con
   *reinterpret_cast<uint4*>(to + K::kColumns) = low;
 }
 
-// What the consumers want of the tokens: queries, scaled and rotated, and output gates.
+// The tokens' queries, scaled and rotated.
 template <class K>
-__device__ __forceinline__ void prepare_tokens(const Decode& a, const Item& item, const Lane& lane,
-                                               const Tokens<K>& tokens, bool stores, float* query, float* query_unit,
-                                               float* out_gate) {
-  using T = typename K::T;
+__device__ __forceinline__ void prepare_queries(const Decode& a, const Item& item, const Lane& lane,
+                                                const Tokens<K>& tokens, bool stores, float* query, float* query_unit) {
   const int D = static_cast<int>(a.p.head_dim);
   uint32_t keys = item.keys, offset = item.offset;
 #pragma unroll 1
   for (int i = 0; i < a.tokens; ++i) {
-    float x[8], y[8];
+    float x[8];
     unpack(tokens.load(kQuery, i), x);
 #pragma unroll
     for (int j = 0; j < 8; ++j) x[j] = __fmul_rn(x[j], a.scale);
@@ -168,6 +166,26 @@ __device__ __forceinline__ void prepare_tokens(const Decode& a, const Item& item
                          : load_angle(a.p.rotary, keys, D, lane),
                    D, lane, x);
     }
+    if constexpr (K::kMatrix) {
+      prepare_query<K>(lane, stores, x, query + i * K::kColumns, query_unit + i);
+    } else if (stores) {
+      store_scratch(query + i * K::kColumns + lane.d, x);
+    }
+    if (++offset == a.chunk_size) {
+      offset = 0;
+      ++keys;
+    }
+  }
+}
+
+// Their output gates.
+template <class K>
+__device__ __forceinline__ void prepare_gates(const Decode& a, const Lane& lane, const Tokens<K>& tokens, bool stores,
+                                              float* out_gate) {
+  using T = typename K::T;
+#pragma unroll 1
+  for (int i = 0; i < a.tokens; ++i) {
+    float y[8];
     if (a.input[kOutGate].ptr) {
       unpack(tokens.load(kOutGate, i), y);
 #pragma unroll
@@ -180,15 +198,7 @@ __device__ __forceinline__ void prepare_tokens(const Decode& a, const Item& item
 #pragma unroll
       for (int j = 0; j < 8; ++j) y[j] = 1.0f;
     }
-    if constexpr (K::kMatrix) prepare_query<K>(lane, stores, x, query + i * K::kColumns, query_unit + i);
-    if (stores) {
-      if constexpr (!K::kMatrix) store_scratch(query + i * K::kColumns + lane.d, x);
-      store_scratch(out_gate + i * K::kColumns + lane.d, y);
-    }
-    if (++offset == a.chunk_size) {
-      offset = 0;
-      ++keys;
-    }
+    if (stores) store_scratch(out_gate + i * K::kColumns + lane.d, y);
   }
 }
 
@@ -307,7 +317,7 @@ __device__ __forceinline__ void scan(const Decode& a, char* memory, const Shared
   const int D = static_cast<int>(a.p.head_dim), thread = static_cast<int>(threadIdx.x) % 32;
   const int group = thread / K::W;
   Ring<kItems> items(head.items);
-  Ring<kPrepared> prepared(head.prepared);
+  Ring<kPrepared> queries(head.queries), scanned(head.scanned);
 #pragma unroll 1
   for (;;) {
     items.wait_full();
@@ -317,12 +327,13 @@ __device__ __forceinline__ void scan(const Decode& a, char* memory, const Shared
     items.next();
     if (item.kind == ItemKind::end) return;
     if (item.kind == ItemKind::zeros) continue;
-    if (K::kScanners > 1 && prepared.count % K::kScanners != scanner) {
-      prepared.next();
+    if (K::kScanners > 1 && scanned.count % K::kScanners != scanner) {
+      queries.next();
+      scanned.next();
       continue;
     }
     const Lane lane = lane_of<K::W>(item.head, a.heads, D);
-    const int place = static_cast<int>(prepared.slot());
+    const int place = static_cast<int>(scanned.slot());
     float* const rows = reinterpret_cast<float*>(memory + layout.prepared) + place * 3 * K::N * K::kColumns;
     S* const fresh = reinterpret_cast<S*>(memory + layout.fresh) + place * 2 * K::N * D;
     const Tokens<K> tokens{
@@ -332,13 +343,15 @@ __device__ __forceinline__ void scan(const Decode& a, char* memory, const Shared
     fetch_tokens<K>(a, item, lane, tokens);
     cp_async_commit();
     ScanStart start = start_scan(a, item, lane, K::W < 32 && group % 2 == 1);
-    prepared.wait_empty();
+    queries.wait_empty();
     cp_async_wait<0>();
     __syncwarp();
-    prepare_tokens<K>(a, item, lane, tokens, group == 0 && lane.live, rows, head.query_unit[place],
-                      rows + K::N * K::kColumns);
+    prepare_queries<K>(a, item, lane, tokens, group == 0 && lane.live, rows, head.query_unit[place]);
     __syncwarp();
-    if (thread == 0) mbarrier_arrive(prepared.full());
+    if (thread == 0) mbarrier_arrive(queries.full());
+    queries.next();
+    scanned.wait_empty();
+    prepare_gates<K>(a, lane, tokens, group == 0 && lane.live, rows + K::N * K::kColumns);
     if (item.tail) {
 #pragma unroll 1
       for (int role = 0; role < (K::W == 32 ? 2 : 1); ++role) {
@@ -347,10 +360,10 @@ __device__ __forceinline__ void scan(const Decode& a, char* memory, const Shared
         scan_tokens<K>(a, item, lane, tokens, start, is_value, group < 2 && lane.live, head.own_score[place],
                        rows + 2 * K::N * K::kColumns, fresh, head.fresh_scale[place]);
       }
-      __syncwarp();
     }
-    if (thread == 0) mbarrier_arrive(shared_address(&head.scanned[place]));
-    prepared.next();
+    __syncwarp();
+    if (thread == 0) mbarrier_arrive(scanned.full());
+    scanned.next();
   }
 }
 

@@ -59,6 +59,17 @@ __device__ __forceinline__ void store_release(uint32_t* p, uint32_t x) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;\n" ::"l"(__cvta_generic_to_global(p)), "r"(x) : "memory");
 }
 
+// The value at `p`, which is counted up, and after `most` begins anew at zero. What the block wrote before a barrier is seen by
+// whoever counts next, as after store_release(). PTX ISA 9.7.13.5 (atom).
+__device__ __forceinline__ uint32_t atomic_inc_ordered(uint32_t* p, uint32_t most) {
+  uint32_t x;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;\n"
+               : "=r"(x)
+               : "l"(__cvta_generic_to_global(p)), "r"(most)
+               : "memory");
+  return x;
+}
+
 // Four bytes, or what `raw` had where there is nothing to load; a predicate instead of a branch. Volatile keeps the order of
 // these loads and stores: rows written may be those that were read. PTX ISA 9.7.9.8, 9.7.9.11.
 __device__ __forceinline__ void load_pair_if(uint32_t& raw, uint64_t at, bool valid) {
