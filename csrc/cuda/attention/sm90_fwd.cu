@@ -358,12 +358,12 @@ __device__ __forceinline__ void feed_blocks(const Arguments& a, const CUtensorMa
   };
   Ring<C::kKeyStages> k_ring(shared.k_ring);
   Ring<C::kStages> v_ring(shared.v_ring);
-  describe();
 #pragma unroll 1
   for (uint32_t tiles = 0;; ++tiles) {
-    const QueryTile& tile = shared.tile[tiles % kTileSlots];
-    if (tile.rows == 0) break;
-    describe();  // the loaders work one tile ahead
+    const QueryTile& tile = shared.tile[(tiles - 1) % kTileSlots];
+    if (tiles > 0 && tile.rows == 0) break;
+    describe();
+    if (tiles == 0) continue;  // the loaders work one tile ahead
     const int blocks = (tile.keys + C::kKeys - 1) / C::kKeys;
     if (blocks == 0) continue;
     // In the order in which the consumers need them: K runs one block ahead of V.
@@ -1164,12 +1164,12 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
     } else {
       c.weigh();
     }
-    if (c.all_finite()) {
-      c.epilogue();
-      c.store();
-    } else {
+    if (!c.all_finite()) {
       __syncwarp();  // lse is written again
       c.attend_one_by_one();
+    } else {
+      c.epilogue();
+      c.store();
     }
     c.leave(c.operands().empty());
     c.leave(c.tile_ring.empty());
@@ -1233,22 +1233,28 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   wait_for_earlier_kernels();
   if ((a.schedule.from > 0 || a.schedule.to < Schedule::kAllPositions) && !any_query(a)) return;
   __syncthreads();  // everyone sees the barriers
-  if (warpgroup == 0) {
-    if constexpr (C::kShareRegisters) give_registers<C::kProducerRegisters>();
-    if (threadIdx.x >= 32) {
-      const int group = warp_uniform((static_cast<int>(threadIdx.x) - 32) / C::kLoaders);
-      if (group < C::kConsumers) feed_queries<C>(a, shared, group, (threadIdx.x - 32) % C::kLoaders);
-    } else if (a.chunks.page_table != nullptr) {
-      feed_blocks<C, true>(a, k_map, v_map, shared);
-    } else if (threadIdx.x == 0) {
-      feed_blocks<C, false>(a, k_map, v_map, shared);
-    }
-  } else if (warpgroup <= C::kConsumers) {
+  // ptxas lays out the last branch first. What lies over 64 KB behind a kernel's start is fetched anew at each launch, while everyone waits:
+  // so those come first for whom the others wait, and with them what has little code.
+  if (warpgroup != 0 && warpgroup <= C::kConsumers) {
     if constexpr (C::kShareRegisters) take_registers<C::kConsumerRegisters>();
     consume<C>(a, shared, warpgroup - 1);
-  } else if constexpr (C::kSplit) {
-    take_registers<C::kScorerRegisters>();
-    score<C>(a, shared, static_cast<uint32_t>(warpgroup - 1 - C::kConsumers));
+  } else if (warpgroup != 0) {
+    if constexpr (C::kSplit) {
+      take_registers<C::kScorerRegisters>();
+      score<C>(a, shared, static_cast<uint32_t>(warpgroup - 1 - C::kConsumers));
+    }
+  } else {
+    if constexpr (C::kShareRegisters) give_registers<C::kProducerRegisters>();
+    if (threadIdx.x < 32) {
+      if (a.chunks.page_table != nullptr) {
+        feed_blocks<C, true>(a, k_map, v_map, shared);
+      } else if (threadIdx.x == 0) {
+        feed_blocks<C, false>(a, k_map, v_map, shared);
+      }
+    } else {
+      const int group = warp_uniform((static_cast<int>(threadIdx.x) - 32) / C::kLoaders);
+      if (group < C::kConsumers) feed_queries<C>(a, shared, group, (threadIdx.x - 32) % C::kLoaders);
+    }
   }
 #endif
 }

@@ -382,14 +382,23 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_few_fwd_kernel(cons
   }
   each([&](int i, int64_t token) {
     const int at = warp + kFewWarps * i;
-    float k_state[8], v_state[8], x[8];
+    float state[8], x[8];
+    shared.state[1][at].get(state);
+    if (lane.live) store_row(out_row_of<T>(p.y, row, token, h, lane.d), state);
+    shared.state[0][at].get(state);
+    unpack(query[i], x);
+    const float own = group_sum<W>(lane.live ? dot(x, state) : 0.0f);
+    if (lane.live && lane.index == 0) p.s_self[(row * s.heads + h) * s.tokens + token] = in.scale * own;
+  });
+  // Few tokens leave a state, and their code is long: once, not for each of a warp's tokens.
+#pragma unroll 1
+  for (int at = warp; at < tile.count; at += kFewWarps) {
+    const ChunkClock clock(s, tile.position + at);
+    const bool last = !kPool && tile.last && at == tile.count - 1 && p.running_k;
+    if (!clock.leaves_key() && !last && at < kept) continue;
+    float k_state[8], v_state[8];
     shared.state[0][at].get(k_state);
     shared.state[1][at].get(v_state);
-    if (lane.live) store_row(out_row_of<T>(p.y, row, token, h, lane.d), v_state);
-    unpack(query[i], x);
-    const float own = group_sum<W>(lane.live ? dot(x, k_state) : 0.0f);
-    if (lane.live && lane.index == 0) p.s_self[(row * s.heads + h) * s.tokens + token] = in.scale * own;
-    const ChunkClock clock(s, tile.position + at);
     if (clock.leaves_key()) {
       store_key<T, W, kPool>(p, owner, tile.sequence.index, lane, clock, k_state, v_state);
     }
@@ -400,10 +409,10 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_few_fwd_kernel(cons
     };
     if constexpr (kPool) {
       if (at >= kept) keep(in.pool.k, in.pool.v, running_at(s, in.pool, owner, h, tile.position + at));
-    } else if (tile.last && at == tile.count - 1 && p.running_k) {
+    } else if (last) {
       keep(p.running_k, p.running_v, (tile.sequence.index * s.heads + h) * s.head_dim);
     }
-  });
+  }
 }
 
 // ---- launches ---------------------------------------------------------------------------------------------------------
