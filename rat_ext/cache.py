@@ -914,8 +914,8 @@ def _decode_workspace_bytes(pool: int, heads: int, rows: int, head_dim: int) -> 
     return torch.ops.rat_ext.decode_workspace.default(pool, heads, rows, head_dim)
 
 
-# An operator that returns a number cannot be traced. This is what torch.compiler.assume_constant_result does; but that imports
-# all of Dynamo, with which `import rat_ext` takes twice as long. A torch that asks for another name fails in tests/test_compile.py.
+# An operator that returns a number cannot be traced. This is what torch.compiler.assume_constant_result does, which imports all
+# of Dynamo too: with it `import rat_ext` takes twice as long. Where torch has another name for it, tests/test_compile.py fails.
 _decode_workspace_bytes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
