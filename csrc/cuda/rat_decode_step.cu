@@ -577,17 +577,17 @@ int ring_stages(int head_dim) {
 
 template <class K>
 void launch(Decode a, cudaStream_t stream) {
+  auto* const kernel = decode_step_kernel<K>;
+  const int major = code_major(reinterpret_cast<const void*>(kernel));
   if constexpr (K::kJoiners > 0) {
     const auto blocks = static_cast<uint32_t>(device_attribute<cudaDevAttrMultiProcessorCount>());
-    const int major = device_attribute<cudaDevAttrComputeCapabilityMajor>();
     if (a.candidates <= blocks || !runs_on<K>(major)) return launch<typename K::OnePair>(a, stream);
   }
-  auto* const kernel = decode_step_kernel<K>;
   const int head_dim = static_cast<int>(a.p.head_dim);
   const int fixed = shared_layout<K>(head_dim).ring;
   a.stage_bytes = stage_bytes<K>(head_dim);
   a.stages = ring_stages<K>(head_dim);
-  a.bulk = device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9 && head_dim * sizeof(typename K::S) % 16 == 0;
+  a.bulk = major >= 9 && head_dim * sizeof(typename K::S) % 16 == 0;
   const int bytes = fixed + a.stages * a.stage_bytes;
   allow_shared_memory(kernel, bytes, "decode_step");
   const int64_t resident = int64_t{device_attribute<cudaDevAttrMultiProcessorCount>()} * K::kBlocks;

@@ -22,6 +22,19 @@ void fail_dtype(const char* op) {
                            ": dtype: expected float32, bfloat16 or float16 on CUDA, got float64");
 }
 
+int code_major(const void* kernel) {
+  static std::atomic<int> known[64] = {};
+  const int device = current_device();
+  if (device < 64) {
+    if (const int found = known[device].load(std::memory_order_relaxed)) return found;
+  }
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "architecture of the code");
+  const int major = attributes.ptxVersion / 10;
+  if (device < 64) known[device].store(major, std::memory_order_relaxed);
+  return major;
+}
+
 void raise_shared_memory(const void* kernel, int bytes, const char* name) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, int> told;

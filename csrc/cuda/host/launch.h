@@ -40,6 +40,11 @@ int device_attribute() {
   return value;
 }
 
+// The major compute capability that the code which runs here was compiled for, __CUDA_ARCH__ / 100: below the device's where the driver
+// compiles PTX of an older chip for it. What a kernel leaves out for older chips, the host has to ask of this number. `kernel` is any
+// of the library, whose files are all built for the same architectures.
+int code_major(const void* kernel);
+
 inline bool is_hopper() {
   return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9 &&
          device_attribute<cudaDevAttrComputeCapabilityMinor>() == 0;
@@ -88,7 +93,7 @@ void launch_overlapping(void (*kernel)(Parameters...), int64_t blocks, dim3 thre
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
-  config.numAttrs = device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9 ? 1 : 0;
+  config.numAttrs = code_major(reinterpret_cast<const void*>(kernel)) >= 9 ? 1 : 0;  // else it does not wait
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
   check_launch(name);
 }
