@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -224,7 +225,12 @@ def test_a_process_that_is_cut_off_has_told_what_it_ran(tool, tmp_path, monkeypa
     (tmp_path / "conftest.py").write_text(own)
     tests = "import time\n\n\ndef test_quick():\n    pass\n\n\ndef test_endless():\n    time.sleep(600)\n"
     (tmp_path / "test_two.py").write_text(tests)
-    job = tool.Job("part", "auto", ["test_two.py"]).run("", options)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as where all of this runs in the background of a shell
+    try:
+        tool.let_processes_be_interrupted()
+        job = tool.Job("part", "auto", ["test_two.py"]).run("", options)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert job.files["test_two.py"]["passed"] == 1
     assert "part [auto]: over 20 s" in job.failures
 

@@ -232,6 +232,12 @@ def gpus() -> list[str]:
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
+def let_processes_be_interrupted() -> None:
+    """What a shell runs in the background ignores interrupts, and its processes inherit that: pytest would write no report."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run_side_by_side(jobs: list[Job], devices: list[str], options: argparse.Namespace) -> None:
     """options.jobs at a time on each GPU. A job sees all GPUs, its own first."""
     begin = time.perf_counter()
@@ -346,6 +352,7 @@ def here(path: Path) -> int:
 
 
 def check(options: argparse.Namespace) -> int:
+    let_processes_be_interrupted()
     sys.path.insert(0, str(ROOT))
     import torch
 
