@@ -1233,8 +1233,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   wait_for_earlier_kernels();
   if ((a.schedule.from > 0 || a.schedule.to < Schedule::kAllPositions) && !any_query(a)) return;
   __syncthreads();  // everyone sees the barriers
-  // ptxas lays out the last branch first. What lies over 64 KB behind a kernel's start is fetched anew at each launch, while everyone waits:
-  // so those come first for whom the others wait, and with them what has little code.
+  // ptxas lays out the last branch first. By times (bench/notes/chunk_attention.md), code over 64 KB behind a kernel's start is fetched
+  // anew at each launch, while everyone waits: so those come first for whom the others wait, and with them what has little code.
   if (warpgroup != 0 && warpgroup <= C::kConsumers) {
     if constexpr (C::kShareRegisters) take_registers<C::kConsumerRegisters>();
     consume<C>(a, shared, warpgroup - 1);
