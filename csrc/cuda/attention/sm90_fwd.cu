@@ -204,16 +204,18 @@ __device__ __forceinline__ uint32_t unit_index(uint32_t round) {
   return round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
 
+// Read before wait_for_earlier_kernels(): from L2, since this multiprocessor's L1 may still have what lay there before.
+__device__ __forceinline__ uint32_t fresh(const int32_t* from) { return static_cast<uint32_t>(__ldcg(from)); }
+
 // Queries of sequence n that the launch serves: positions [low, high).
 struct Positions {
   uint32_t begin, start, stop;  // its first token, the position of that, and the one behind its last
   uint32_t low, high;
 };
 __device__ __forceinline__ Positions positions(const Arguments& a, uint32_t n) {
-  const uint32_t begin = a.size.cu_seqlens ? static_cast<uint32_t>(a.size.cu_seqlens[n]) : 0;
-  const uint32_t end =
-      a.size.cu_seqlens ? static_cast<uint32_t>(a.size.cu_seqlens[n + 1]) : static_cast<uint32_t>(a.size.tokens);
-  const uint32_t start = a.size.lengths ? static_cast<uint32_t>(a.size.lengths[n]) : 0;
+  const uint32_t begin = a.size.cu_seqlens ? fresh(a.size.cu_seqlens + n) : 0;
+  const uint32_t end = a.size.cu_seqlens ? fresh(a.size.cu_seqlens + n + 1) : static_cast<uint32_t>(a.size.tokens);
+  const uint32_t start = a.size.lengths ? fresh(a.size.lengths + n) : 0;
   const uint32_t stop = start + (end - begin);
   return {begin, start, stop, max(start, a.schedule.from), min(stop, a.schedule.to)};
 }
@@ -227,7 +229,7 @@ __device__ __forceinline__ void describe_tile(const Arguments& a, uint32_t index
     const uint32_t from_last = a.heads.quotient(index);
     head = index - from_last * heads;
     const uint32_t item = a.heads.quotient(a.schedule.total) - 1 - from_last;
-    const auto first = [&](uint32_t n) { return static_cast<uint32_t>(a.size.cu_seqlens[n]) / ROWS + 2 * n; };
+    const auto first = [&](uint32_t n) { return fresh(a.size.cu_seqlens + n) / ROWS + 2 * n; };
     n = last_sequence(a.size, item, first);
     in_sequence = item - first(n);
   } else {
@@ -248,7 +250,7 @@ __device__ __forceinline__ void describe_tile(const Arguments& a, uint32_t index
   }
   const Positions served = positions(a, n);
   const uint32_t position = served.low + in_sequence * ROWS;
-  const int32_t owner = a.chunks.entry ? a.chunks.entry[n] : static_cast<int32_t>(n);
+  const int32_t owner = static_cast<int32_t>(a.chunks.entry ? fresh(a.chunks.entry + n) : n);
   tile.token = served.begin + (position - served.start);
   tile.batch = a.size.cu_seqlens ? 0 : n;
   tile.head = static_cast<int>(head);
@@ -280,7 +282,7 @@ __device__ __forceinline__ bool any_query(const Arguments& a) {
   bool any = false;
   for (uint32_t n = threadIdx.x; n < static_cast<uint32_t>(a.size.sequences); n += blockDim.x) {
     const Positions served = positions(a, n);
-    any |= served.low < served.high && states_owner(a.chunks, n) >= 0;
+    any |= served.low < served.high && (!a.chunks.entry || static_cast<int32_t>(fresh(a.chunks.entry + n)) >= 0);
   }
   return __syncthreads_or(any);
 }
@@ -363,18 +365,19 @@ __device__ __forceinline__ void feed_blocks(const Arguments& a, const CUtensorMa
     const QueryTile& tile = shared.tile[(tiles - 1) % kTileSlots];
     if (tiles > 0 && tile.rows == 0) break;
     describe();
-    if (tiles == 0) continue;  // the loaders work one tile ahead
+    if (tiles == 0) {  // the loaders work one tile ahead
+      wait_for_earlier_kernels();
+      continue;
+    }
     const int blocks = (tile.keys + C::kKeys - 1) / C::kKeys;
     if (blocks == 0) continue;
     // In the order in which the consumers need them: K runs one block ahead of V.
     int row = tile.key_row + (blocks - 1) * C::kKeys;
-    load(k_map, k_blocks, k_ring, tile, row);
 #pragma unroll 1
-    for (int block = 1; block < blocks; ++block, row -= C::kKeys) {
-      load(k_map, k_blocks, k_ring, tile, row - C::kKeys);
-      load(v_map, v_blocks, v_ring, tile, row);
+    for (int block = 0; block <= blocks; ++block, row -= C::kKeys) {
+      if (block < blocks) load(k_map, k_blocks, k_ring, tile, row);
+      if (block > 0) load(v_map, v_blocks, v_ring, tile, row + C::kKeys);
     }
-    load(v_map, v_blocks, v_ring, tile, row);
   }
 }
 
@@ -558,10 +561,14 @@ __device__ __forceinline__ void feed_queries(const Arguments& a, Shared<C>& shar
     const uint32_t slot = tile_ring.count % 2, start = shared_address(&barriers.start[slot]);
     // The warpgroup has left the tile before last: it has used that one's operands.
     const float* own = a.s_self + (tile.batch * a.size.heads + tile.head) * a.size.tokens + tile.token;
+    const auto ask_own = [&] {
 #pragma unroll 1
-    for (int row = thread; row < 64; row += C::kLoaders) {
-      cp_async4(shared_address(&shared.own[slot][base + row]), row < rows ? own + base + row : own, row < rows);
-    }
+      for (int row = thread; row < 64; row += C::kLoaders) {
+        cp_async4(shared_address(&shared.own[slot][base + row]), row < rows ? own + base + row : own, row < rows);
+      }
+    };
+    const bool block_begins = tile_ring.count == 0;
+    if (!block_begins) ask_own();
     if (tile.first) {
       const T* q = row_of(a.q, a.heads_per_group.quotient(static_cast<uint32_t>(tile.head)));
       if (units > 0) {  // the unit before may have q's place
@@ -578,6 +585,12 @@ __device__ __forceinline__ void feed_queries(const Arguments& a, Shared<C>& shar
         feed(QueryPieces<C, 8>(a, q_target, base, opaque(thread)));
       } else {
         feed(QueryPieces<C, 4>(a, q_target, base, opaque(thread)));
+      }
+      if (block_begins) {
+        wait_for_earlier_kernels();
+        ask_own();
+        cp_async_commit();
+        cp_async_wait<0>();
       }
       fence_proxy_async();  // q was written by ordinary stores and cp.async; wgmma reads it
       mbarrier_arrive(start);
@@ -666,6 +679,13 @@ struct Consumer {
   __device__ __forceinline__ void leave(uint32_t barrier) const {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(barrier);
+  }
+
+  // Done with the tile, and with its operands.
+  __device__ __forceinline__ void leave_tile() {
+    leave(operands().empty());
+    leave(tile_ring.empty());
+    tile_ring.next();
   }
 
   __device__ __forceinline__ void wait_turn() const {
@@ -1133,14 +1153,12 @@ struct Consumer {
   }
 };
 
+// Tiles from the one that c is at, to the last: false; or to one with queries, of the warp, that have to be attended to one by one.
 template <class C>
-__device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, int warpgroup) {
-  Consumer<C> c(a, shared, warpgroup);
-  if (warpgroup == C::kConsumers - 1) c.pass_turn();  // the first turn is warpgroup 0's
-
-  for (;; c.tile_ring.next()) {
+__device__ __forceinline__ bool consume_tiles(Consumer<C>& c) {
+  for (;; c.leave_tile()) {
     c.tile_ring.wait_full();
-    if (c.tile().rows == 0) break;
+    if (c.tile().rows == 0) return false;
     c.begin();
     const int blocks = (c.tile().keys + C::kKeys - 1) / C::kKeys;
     if (blocks > 0) {
@@ -1164,15 +1182,22 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, i
     } else {
       c.weigh();
     }
-    if (!c.all_finite()) {
-      __syncwarp();  // lse is written again
-      c.attend_one_by_one();
-    } else {
-      c.epilogue();
-      c.store();
-    }
-    c.leave(c.operands().empty());
-    c.leave(c.tile_ring.empty());
+    if (!c.all_finite()) return true;
+    c.epilogue();
+    c.store();
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, int warpgroup) {
+  Consumer<C> c(a, shared, warpgroup);
+  wait_for_earlier_kernels();
+  if (warpgroup == C::kConsumers - 1) c.pass_turn();  // the first turn is warpgroup 0's
+  // What hardly any call needs lies behind what all need.
+  while (consume_tiles(c)) {
+    __syncwarp();  // lse is written again
+    c.attend_one_by_one();
+    c.leave_tile();
   }
   if (warpgroup == 0) c.wait_turn();  // the last turn that was passed on
 }
@@ -1230,8 +1255,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     }
     mbarrier_init_fence();
   }
-  wait_for_earlier_kernels();
-  if ((a.schedule.from > 0 || a.schedule.to < Schedule::kAllPositions) && !any_query(a)) return;
+  // The kernel before this one is phase 1 or another launch of this phase. Neither lets this one start before all that came before
+  // phase 1 is through. So what is not phase 1's may be read before the wait: where rows are, and q. Who needs more waits.
+  if ((a.schedule.from > 0 || a.schedule.to < Schedule::kAllPositions) && !any_query(a)) {
+    wait_for_earlier_kernels();
+    return;
+  }
   __syncthreads();  // everyone sees the barriers
   // ptxas lays out the last branch first. By times (bench/notes/chunk_attention.md), code over 64 KB behind a kernel's start is fetched
   // anew at each launch, while everyone waits: so those come first for whom the others wait, and with them what has little code.

@@ -12,6 +12,7 @@
 // (4 H D) and q, k (4 G D, the heads of a group hit the L1 cache), writes v~ (2 H D), s_tt (4 H) and 1/L of a key and a value.
 #include <type_traits>
 
+#include "../device/divisor.h"
 #include "../device/e4m3.cuh"
 #include "../ptx/cp_async.cuh"
 #include "../ptx/depend.cuh"
@@ -242,23 +243,22 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_fwd_kernel(const __
 // ---- few tiles --------------------------------------------------------------------------------------------------------
 //
 // Where a call has so few tiles that a multiprocessor gets a few warps, the time is that of one warp going from token to token: half
-// a microsecond each, of instructions. Here a block takes the tile of a warp and leaves to the walk what it alone can do:
-//   gates, products    a warp for every fourth token: f, (1 - f) k and (1 - f) v to shared memory
-//   the walk           a thread for four elements of k~ or v~: one multiply-add each per token, in place
-//   what follows       a warp for every fourth token: v~ out, s_tt, states
-// The lanes are those of the walk by a warp, and so is the arithmetic: the same bits.
+// a microsecond each, of instructions. Here a block takes the tile of a warp:
+//   rows          a warp for every fourth token asks for its gate, k, v and q, to shared memory
+//   the walk      a thread for two elements, with the states in registers and nothing between tokens but their multiply-adds
+//   what follows  a warp for every fourth token: v~ out, s_tt, states
+// Lanes are those of the walk by a warp where sums are over lanes, and an element has the same arithmetic: the same bits.
 
 constexpr int kFewTokens = 16;  // of a tile, at most
-constexpr int kFewWarps = kThreads / 32, kFewEach = kFewTokens / kFewWarps;
+constexpr int kFewWarps = kThreads / 32;
 
-// A float for each element of a warp's lanes: in two halves of four for each lane, so that neither way to read them has conflicts.
+// A float for each element of a warp's lanes: in two halves of four for each lane, so that no way to reach them has conflicts.
 struct alignas(16) LaneFloats {
   float4 half[2][32];
 
-  __device__ __forceinline__ void put(const float (&x)[8]) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    half[0][lane] = make_float4(x[0], x[1], x[2], x[3]);
-    half[1][lane] = make_float4(x[4], x[5], x[6], x[7]);
+  // Elements 2 pair and 2 pair + 1 of a lane.
+  __device__ __forceinline__ void put(int lane, int pair, float2 x) {
+    reinterpret_cast<float2*>(&half[pair / 2][lane])[pair % 2] = x;
   }
   __device__ __forceinline__ void get(float (&x)[8]) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -269,107 +269,137 @@ struct alignas(16) LaneFloats {
 };
 
 struct FewShared {
-  LaneFloats forget[kFewTokens];
-  LaneFloats state[2][kFewTokens];  // of k and v: what a token adds, then k~ and v~
-  LaneFloats before[2];             // the states that the tile starts with
+  Bytes16 row[4][kFewTokens][32];   // by Row, of a warp's lanes
+  LaneFloats state[2][kFewTokens];  // k~ and v~
 };
 
+// What the kernel divides by: everyone waits for the numbers that it begins with.
+struct FewFwd : PrepareFwd {
+  uint32_t per_row;  // tiles of a row, where rows are not packed
+  Divisor head_batches, tiles_of_row, tile, reset, heads_per_k_group, heads_per_q_group;
+};
+
+// As tile_of().
+__device__ __forceinline__ ScanTile few_tile_of(const FewFwd& p, uint32_t item) {
+  const Sizes& s = p.in.size;
+  if (s.cu_seqlens) return tile_of(s, item, p.in.tile);
+  const uint32_t n = p.tiles_of_row.quotient(item), size = static_cast<uint32_t>(p.in.tile);
+  ScanTile t;
+  t.item = item;
+  t.sequence = sequence_at(s, n);
+  const uint32_t start = static_cast<uint32_t>(t.sequence.start), stop = start + static_cast<uint32_t>(s.tokens);
+  const uint32_t base = (p.tile.quotient(start) + (item - n * p.per_row)) * size;
+  const uint32_t low = max(base, start), high = min(base + size, stop);
+  t.count = high > low ? static_cast<int>(high - low) : 0;
+  t.position = low;
+  t.token = low - start;
+  t.first = low == start;
+  t.last = high == stop;
+  return t;
+}
+
 template <class T, int W, bool kPool>
-__global__ void __launch_bounds__(kThreads, 4) chunk_prepare_few_fwd_kernel(const __grid_constant__ PrepareFwd p) {
+__global__ void __launch_bounds__(kThreads, 4) chunk_prepare_few_fwd_kernel(const __grid_constant__ FewFwd p) {
   const ScanInput& in = p.in;
   const Sizes& s = in.size;
+  // Code that comes from memory takes its time, about 0.15 us for each KB (an H200, 2026-12-01): little of it. Not in a pool, where
+  // the kernel lies ready while the rows are planned, and loops would take longer than what they spare.
+  constexpr int kWalk = kPool ? kFewTokens : 2, kEach = kPool ? kFewTokens / kFewWarps : 1;
   extern __shared__ __align__(16) unsigned char few_memory[];
   FewShared& shared = *reinterpret_cast<FewShared*>(few_memory);
   wait_for_earlier_kernels();
   let_next_kernel_start();
-  const int warp = warp_uniform(static_cast<int>(threadIdx.x) / 32);
-  const int64_t item = quotient(blockIdx.x, in.head_batches), batch = modulo(blockIdx.x, in.head_batches);
-  const Lane lane = lane_of<W>(batch * (32 / W) + threadIdx.x % 32 / W, s.heads, s.head_dim);
-  const ScanTile tile = tile_of(s, item, in.tile);
+  const int thread = static_cast<int>(threadIdx.x), warp = warp_uniform(thread / 32);
+  const uint32_t item = p.head_batches.quotient(blockIdx.x);
+  const int64_t batch = blockIdx.x - item * static_cast<uint32_t>(in.head_batches);
+  const Lane lane = lane_of<W>(batch * (32 / W) + thread % 32 / W, s.heads, s.head_dim);
+  const ScanTile tile = few_tile_of(p, item);
   if (tile.count <= 0) return;
   const bool gated = in.gate.ptr != nullptr;
   const int64_t row = tile.sequence.batch, h = lane.head;
-  // Token warp + 4 i of the tile is this warp's i-th.
-  const auto each = [&](auto&& visit) {
-#pragma unroll
-    for (int i = 0; i < kFewEach; ++i) {
-      if (warp + kFewWarps * i < tile.count) visit(i, tile.token + warp + kFewWarps * i);
-    }
-  };
-
-  Raw8<T> gate[kFewEach], key[kFewEach], value[kFewEach], query[kFewEach];
-  each([&](int i, int64_t token) {
-    if (gated) gate[i] = load_raw(row_of<T>(in.gate, row, token, h, lane.d));
-    key[i] = load_raw(row_of<T>(in.k, row, token, group_of(s, h, s.k_groups), lane.d));
-    value[i] = load_raw(row_of<T>(in.v, row, token, h, lane.d));
-    query[i] = load_raw(row_of<T>(in.q, row, token, group_of(s, h, s.q_groups), lane.d));
-  });
   int64_t owner = tile.sequence.index;
+  if constexpr (kPool) owner = in.pool.entry[owner];  // used below: it comes while rows are asked for
+
+  {
+    const int64_t first = tile.token + warp, k_head = p.heads_per_k_group.quotient(static_cast<uint32_t>(h));
+    const T* gate = row_of<T>(in.gate, row, first, h, lane.d);
+    const T* k = row_of<T>(in.k, row, first, k_head, lane.d);
+    const T* v = row_of<T>(in.v, row, first, h, lane.d);
+    const T* q = row_of<T>(in.q, row, first, p.heads_per_q_group.quotient(static_cast<uint32_t>(h)), lane.d);
+    uint32_t to = shared_address(&shared.row[0][warp][thread % 32]);
+    constexpr uint32_t kRow = sizeof(shared.row[0]);
+#pragma unroll kEach
+    for (int i = 0; i < kFewTokens / kFewWarps; ++i, to += kFewWarps * sizeof(shared.row[0][0])) {
+      if (warp + kFewWarps * i >= tile.count) break;
+      if (gated) cp_async16(to + kGate * kRow, take(gate, kFewWarps * in.gate.token));
+      cp_async16(to + kKey * kRow, take(k, kFewWarps * in.k.token));
+      cp_async16(to + kValue * kRow, take(v, kFewWarps * in.v.token));
+      cp_async16(to + kQuery * kRow, take(q, kFewWarps * in.q.token));
+    }
+    cp_async_commit();
+  }
   if constexpr (kPool) {
-    owner = in.pool.entry[owner];
     if (owner < 0) {
       float zeros[8];
       zero(zeros);
-      each([&](int, int64_t token) {
-        if (lane.live) store_row(out_row_of<T>(p.y, row, token, h, lane.d), zeros);
-      });
+      for (int at = warp; at < tile.count; at += kFewWarps) {
+        if (lane.live) store_row(out_row_of<T>(p.y, row, tile.token + at, h, lane.d), zeros);
+      }
       return;
     }
   }
-  float bias[8];
-  load_bias<T>(in, lane, bias);
-  if (warp == kFewWarps - 1) {  // it has the fewest tokens
-    float k_state[8], v_state[8];
-    if constexpr (kPool) {
-      pool_state(in, tile, lane, owner, k_state, v_state);
-    } else {
-      incoming_state<true>(in, tile, lane, k_state, v_state);
-    }
-    shared.before[0].put(k_state);
-    shared.before[1].put(v_state);
-  }
-  each([&](int i, int64_t) {
-    const int token = warp + kFewWarps * i;
-    float f[8], g[8], x[8];
-    gates_of(gate[i], bias, gated, f, g);
-    shared.forget[token].put(f);
-#pragma unroll
-    for (int stream = 0; stream < 2; ++stream) {
-      unpack(stream ? value[i] : key[i], x);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) x[j] *= g[j];
-      shared.state[stream][token].put(x);
-    }
-  });
-  __syncthreads();
+
+  // Tokens of the tile, and the one behind it, that begin a chunk. Where chunks are longer than a tile, nothing is gated.
+  const uint32_t length = static_cast<uint32_t>(s.reset);
+  uint32_t begins = 0;
+  const uint32_t position = static_cast<uint32_t>(tile.position);
+  const uint32_t offset = position - p.reset.quotient(position) * length;
+  for (uint32_t at = offset ? length - offset : 0; at <= kFewTokens; at += length) begins |= 1u << at;
 
   {
-    const int stream = static_cast<int>(threadIdx.x) / 64, half = static_cast<int>(threadIdx.x) / 32 % 2;
-    const int place = static_cast<int>(threadIdx.x) % 32;
-    // Of chunks. Where they are longer than a tile, nothing is gated, and every token starts anew.
-    const uint32_t length = static_cast<uint32_t>(s.reset);
-    uint32_t offset = static_cast<uint32_t>(modulo(tile.position, s.reset));
-    float4 state = shared.before[stream].half[half][place];
-    constexpr int kStep = 4;  // tokens that are read at once
-#pragma unroll
-    for (int first = 0; first < kFewTokens; first += kStep) {
-      if (first >= tile.count) break;
-      float4 f[kStep], x[kStep];
-#pragma unroll
-      for (int u = 0; u < kStep; ++u) {
-        f[u] = shared.forget[first + u].half[half][place];
-        x[u] = shared.state[stream][first + u].half[half][place];
+    // Elements 2 pair, 2 pair + 1 of lane `mine` of a warp: this thread's.
+    const int mine = thread / 4, pair = thread % 4, index = mine % W;
+    const int64_t of = batch * (32 / W) + mine / W, head = of < s.heads ? of : s.heads - 1;
+    const int64_t d = (8 * index < s.head_dim ? 8 * index : 0) + 2 * pair;
+    float2 bias = make_float2(0.0f, 0.0f), k_state = bias, v_state = bias;
+    if (in.gate_bias) {
+      const float* const from = in.gate_bias + head * s.head_dim + d;
+      bias = make_float2(from[0] * kLogitUnit<T>, from[1] * kLogitUnit<T>);
+    }
+    const auto start_from = [&](const float* k, const float* v, int64_t at) {
+      k_state = make_float2(k[at + d], k[at + d + 1]);
+      v_state = make_float2(v[at + d], v[at + d + 1]);
+    };
+    if constexpr (kPool) {  // as pool_state()
+      if (tile.first && offset != 0) {
+        if (is_staged(s, in.pool, tile.sequence)) {
+          start_from(in.pool.staged_k, in.pool.staged_v, (tile.sequence.index * s.heads + head) * s.head_dim);
+        } else {
+          start_from(in.pool.k, in.pool.v, running_at(s, in.pool, owner, head, tile.position - 1));
+        }
       }
-#pragma unroll
-      for (int u = 0; u < kStep; ++u) {
-        if (offset == 0 || !gated) state = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (++offset == length) offset = 0;
-        state.x = fmaf(f[u].x, state.x, x[u].x);
-        state.y = fmaf(f[u].y, state.y, x[u].y);
-        state.z = fmaf(f[u].z, state.z, x[u].z);
-        state.w = fmaf(f[u].w, state.w, x[u].w);
-        shared.state[stream][first + u].half[half][place] = state;
+    } else if (in.initial_k && tile.first) {
+      start_from(in.initial_k, in.initial_v, (tile.sequence.index * s.heads + head) * s.head_dim);
+    }
+    const uint32_t resets = gated ? begins : ~0u;
+    cp_async_wait<0>();
+    __syncthreads();
+#pragma unroll kWalk
+    for (int at = 0; at < kFewTokens; ++at) {
+      if (at >= tile.count) break;
+      const auto word = [&](Row which) { return shared.row[which][at][mine].word[pair]; };
+      float2 f = make_float2(0.0f, 0.0f), g = make_float2(1.0f, 1.0f);
+      if (gated) {
+        const float2 x = unpack2<T>(word(kGate));
+        gates<T>(fmaf(x.x, kLogitUnit<T>, bias.x), f.x, g.x);
+        gates<T>(fmaf(x.y, kLogitUnit<T>, bias.y), f.y, g.y);
       }
+      if (resets >> at & 1) k_state = v_state = make_float2(0.0f, 0.0f);
+      const float2 k = unpack2<T>(word(kKey)), v = unpack2<T>(word(kValue));
+      k_state = make_float2(fmaf(f.x, k_state.x, g.x * k.x), fmaf(f.y, k_state.y, g.y * k.y));
+      v_state = make_float2(fmaf(f.x, v_state.x, g.x * v.x), fmaf(f.y, v_state.y, g.y * v.y));
+      shared.state[0][at].put(mine, pair, k_state);
+      shared.state[1][at].put(mine, pair, v_state);
     }
   }
   __syncthreads();
@@ -380,26 +410,30 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_few_fwd_kernel(cons
     const int64_t first = stop - in.pool.ring - tile.position;
     kept = first <= 0 ? 0 : first < tile.count ? static_cast<int>(first) : tile.count;
   }
-  each([&](int i, int64_t token) {
+#pragma unroll kEach
+  for (int i = 0; i < kFewTokens / kFewWarps; ++i) {
     const int at = warp + kFewWarps * i;
+    if (at >= tile.count) break;
+    const int64_t token = tile.token + at;
     float state[8], x[8];
     shared.state[1][at].get(state);
     if (lane.live) store_row(out_row_of<T>(p.y, row, token, h, lane.d), state);
     shared.state[0][at].get(state);
-    unpack(query[i], x);
+    load_row(reinterpret_cast<const T*>(&shared.row[kQuery][at][thread % 32]), x);
     const float own = group_sum<W>(lane.live ? dot(x, state) : 0.0f);
     if (lane.live && lane.index == 0) p.s_self[(row * s.heads + h) * s.tokens + token] = in.scale * own;
-  });
+  }
   // Few tokens leave a state, and their code is long: once, not for each of a warp's tokens.
 #pragma unroll 1
   for (int at = warp; at < tile.count; at += kFewWarps) {
-    const ChunkClock clock(s, tile.position + at);
+    const bool leaves_key = begins >> (at + 1) & 1;
     const bool last = !kPool && tile.last && at == tile.count - 1 && p.running_k;
-    if (!clock.leaves_key() && !last && at < kept) continue;
+    if (!leaves_key && !last && at < kept) continue;
     float k_state[8], v_state[8];
     shared.state[0][at].get(k_state);
     shared.state[1][at].get(v_state);
-    if (clock.leaves_key()) {
+    if (leaves_key) {
+      const ChunkClock clock(s, tile.position + at);
       store_key<T, W, kPool>(p, owner, tile.sequence.index, lane, clock, k_state, v_state);
     }
     const auto keep = [&](float* k, float* v, int64_t place) {
@@ -440,13 +474,22 @@ void launch_prepare(PrepareFwd p, const char* op, cudaStream_t stream) {
 int64_t few_tile(const Sizes& s, bool gated) { return tile_size(s, gated, kMaxChunkFwd, kFewTokens); }
 
 template <bool kPool>
-void launch_few(PrepareFwd p, cudaStream_t stream) {
+void launch_few(const PrepareFwd& prepare, cudaStream_t stream) {
+  FewFwd p{prepare};
   with_variant(p.in.size, "rat_attention", [&](auto variant) {
     using V = decltype(variant);
     if constexpr (sizeof(typename V::T) == 2) {
       plan_tiles<V>(p.in, few_tile(p.in.size, p.in.gate.ptr != nullptr));
-      const int64_t blocks = p.in.items * p.in.head_batches;
+      const Sizes& s = p.in.size;
+      const int64_t blocks = p.in.items * p.in.head_batches, per_row = tiles_per_row(s, p.in.tile);
       if (blocks == 0) return;
+      p.per_row = static_cast<uint32_t>(per_row);
+      p.head_batches = Divisor(p.in.head_batches);
+      p.tiles_of_row = Divisor(per_row);
+      p.tile = Divisor(p.in.tile);
+      p.reset = Divisor(s.reset);
+      p.heads_per_k_group = Divisor(s.heads / s.k_groups);
+      p.heads_per_q_group = Divisor(s.heads / s.q_groups);
       auto* const kernel = chunk_prepare_few_fwd_kernel<typename V::T, V::W, kPool>;
       allow_shared_memory(kernel, sizeof(FewShared), "chunk_prepare_few_fwd shared memory");
       launch_overlapping(kernel, blocks, kThreads, sizeof(FewShared), stream, "chunk_prepare_few_fwd", p);
