@@ -23,16 +23,12 @@ void fail_dtype(const char* op) {
 }
 
 int code_major(const void* kernel) {
-  static std::atomic<int> known[64] = {};
-  const int device = current_device();
-  if (device < 64) {
-    if (const int found = known[device].load(std::memory_order_relaxed)) return found;
-  }
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, kernel), "architecture of the code");
-  const int major = attributes.ptxVersion / 10;
-  if (device < 64) known[device].store(major, std::memory_order_relaxed);
-  return major;
+  static KnownByDevice known;
+  return known.of_current([kernel](int) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel), "architecture of the code");
+    return attributes.ptxVersion / 10;
+  });
 }
 
 void raise_shared_memory(const void* kernel, int bytes, const char* name) {

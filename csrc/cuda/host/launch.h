@@ -26,18 +26,33 @@ inline int current_device() {
   return device;
 }
 
-// An attribute of the current device. The runtime takes a fraction of a microsecond to look one up, and a call wants several.
+// A number of each device, looked up once: the runtime takes a fraction of a microsecond, and a call wants several.
+class KnownByDevice {
+ public:
+  template <class LookUp>
+  int of_current(const LookUp& look_up) {
+    const int device = current_device();
+    if (device >= kDevices) return look_up(device);
+    if (const int64_t found = known_[device].load(std::memory_order_relaxed)) return static_cast<int>(found - 1);
+    const int value = look_up(device);
+    known_[device].store(int64_t{value} + 1, std::memory_order_relaxed);
+    return value;
+  }
+
+ private:
+  static constexpr int kDevices = 64;
+  std::atomic<int64_t> known_[kDevices] = {};  // value + 1
+};
+
+// An attribute of the current device.
 template <cudaDeviceAttr kAttribute>
 int device_attribute() {
-  static std::atomic<int64_t> known[64] = {};  // value + 1, by device
-  const int device = current_device();
-  int value = 0;
-  if (device < 64) {
-    if (const int64_t found = known[device].load(std::memory_order_relaxed)) return static_cast<int>(found - 1);
-  }
-  check(cudaDeviceGetAttribute(&value, kAttribute, device), "device attribute");
-  if (device < 64) known[device].store(int64_t{value} + 1, std::memory_order_relaxed);
-  return value;
+  static KnownByDevice known;
+  return known.of_current([](int device) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, kAttribute, device), "device attribute");
+    return value;
+  });
 }
 
 // The major compute capability that the code which runs here was compiled for, __CUDA_ARCH__ / 100: below the device's where the driver

@@ -98,6 +98,13 @@ __device__ __forceinline__ void quantise(void* states, float* scales, int64_t at
   if (lane.index == 0) scales[at] = scale;
 }
 
+// The first token of a tile whose running state stays in the pool.
+__device__ __forceinline__ int first_kept(const PoolStates& pool, const ScanTile& tile) {
+  const int64_t stop = tile.sequence.start + (tile.sequence.end - tile.sequence.begin);
+  const int64_t first = stop - pool.ring - tile.position;
+  return first <= 0 ? 0 : first < tile.count ? static_cast<int>(first) : tile.count;
+}
+
 // The state of a token that closes a chunk, to the chunk states: k~ rotated by its angle. `n` is the sequence, of the pool where
 // there is one; `row` that of the call.
 template <class T, int W, bool kPool>
@@ -174,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_fwd_kernel(const __
 
   float bias[8], k_state[8], v_state[8];
   int64_t owner = tile.sequence.index;  // of the states
-  [[maybe_unused]] int kept = 0;        // the first token whose running state stays in the pool
+  [[maybe_unused]] int kept = 0;
   if constexpr (kPool) {
     owner = in.pool.entry[owner];
     if (owner < 0) {
@@ -186,9 +193,7 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_fwd_kernel(const __
       return;
     }
     ask_first();
-    const int64_t stop = tile.sequence.start + (tile.sequence.end - tile.sequence.begin);
-    const int64_t first = stop - in.pool.ring - tile.position;
-    kept = first <= 0 ? 0 : first < tile.count ? static_cast<int>(first) : tile.count;
+    kept = first_kept(in.pool, tile);
     pool_state(in, tile, lane, owner, k_state, v_state);
   } else {
     incoming_state<kAttention>(in, tile, lane, k_state, v_state);
@@ -404,12 +409,7 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_few_fwd_kernel(cons
   }
   __syncthreads();
 
-  int kept = tile.count;  // the first token whose running state stays in the pool
-  if constexpr (kPool) {
-    const int64_t stop = tile.sequence.start + (tile.sequence.end - tile.sequence.begin);
-    const int64_t first = stop - in.pool.ring - tile.position;
-    kept = first <= 0 ? 0 : first < tile.count ? static_cast<int>(first) : tile.count;
-  }
+  const int kept = kPool ? first_kept(in.pool, tile) : tile.count;
 #pragma unroll kEach
   for (int i = 0; i < kFewTokens / kFewWarps; ++i) {
     const int at = warp + kFewWarps * i;
