@@ -188,6 +188,7 @@ struct Schedule {
 struct Arguments {
   Sizes size;
   Rows q, out_gate, y;
+  bool narrow_q, narrow_gate;  // rows that start at multiples of 8 bytes
   Rotary rotary;
   ChunkStates chunks;
   const float* s_self;
@@ -521,6 +522,22 @@ __device__ __forceinline__ void copy_rows(uint32_t to, const typename C::T* tile
   }
 }
 
+// The same of rows that start at multiples of 8 bytes.
+template <class C>
+__device__ __forceinline__ void copy_narrow_rows(uint32_t to, const typename C::T* tile, int64_t token_stride, int base,
+                                                 int head_dim, int rows, int thread) {
+  constexpr int kPieces = std::min(32, C::kDim / 4), kStep = C::kLoaders / kPieces;
+  static_assert(C::kLoaders % kPieces == 0);
+#pragma unroll 1
+  for (int column = thread % kPieces * 4; column < head_dim; column += kPieces * 4) {
+    const typename C::T* source = tile + (base + thread / kPieces) * token_stride + column;
+#pragma unroll(kStep == 1 ? 4 : 1)
+    for (int r = thread / kPieces; r < 64; r += kStep, source += kStep * token_stride) {
+      cp_async8(to + swizzled(64, r, column), r < rows ? source : tile, r < rows);
+    }
+  }
+}
+
 // Warps 1 ... 3, each or all for one warpgroup of consumers: s_self, and q where it is another one, of the next tile; v~ and
 // out_gate of it as soon as those of the tile before have been used.
 template <class C>
@@ -574,7 +591,7 @@ __device__ __forceinline__ void feed_queries(const Arguments& a, Shared<C>& shar
         cp_async_commit();
         pieces.rotate(a, tile);
       };
-      if (head_dim % 16 == 0) {
+      if (head_dim % 16 == 0 && !a.narrow_q) {
         feed(QueryPieces<C, 8>(a, q_target, base, opaque(thread)));
       } else {
         feed(QueryPieces<C, 4>(a, q_target, base, opaque(thread)));
@@ -586,7 +603,11 @@ __device__ __forceinline__ void feed_queries(const Arguments& a, Shared<C>& shar
     }
     operands.wait_empty();
     copy_rows<C>(values, value, a.y.token, base, head_dim, rows, thread);
-    if (gated) copy_rows<C>(gates, gate, a.out_gate.token, base, head_dim, rows, thread);
+    if (gated && a.narrow_gate) {
+      copy_narrow_rows<C>(gates, gate, a.out_gate.token, base, head_dim, rows, thread);
+    } else if (gated) {
+      copy_rows<C>(gates, gate, a.out_gate.token, base, head_dim, rows, thread);
+    }
     cp_async_arrive(operands.full());
     mbarrier_arrive(tile_ring.empty());
   }
@@ -1307,6 +1328,8 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, int64_t
   a.q = params.q;
   a.out_gate = params.out_gate;
   a.y = params.y;
+  a.narrow_q = !rows_are_wide(params.q, 2);
+  a.narrow_gate = !rows_are_wide(params.out_gate, 2);
   a.rotary = params.rotary;
   a.chunks = params.chunks;
   a.s_self = scratch.s_self;

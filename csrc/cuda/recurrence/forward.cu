@@ -41,13 +41,16 @@ class Ring {
   __device__ __forceinline__ explicit Ring(const void* memory)
       : first_(shared_address(memory) + threadIdx.x * 16), end_(first_ + kBytes), put_(first_), get_(first_) {}
 
-  // Rows that the warps of a block share come through L1.
-  __device__ __forceinline__ void ask(Row row, const T* source, bool shared) {
+  // Rows that the warps of a block share come through L1, and so do narrow ones, of which `narrow` has a bit for each Row.
+  __device__ __forceinline__ void ask(Row row, const T* source, bool shared, uint32_t narrow) {
     const char* const from = reinterpret_cast<const char*>(source);
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       const uint32_t to = put_ + (row * kParts + i) * (16 * kThreads);
-      if (shared) {
+      if (narrow >> row & 1) {
+        cp_async8(to, from + 16 * i);
+        cp_async8(to + 8, from + 16 * i + 8);
+      } else if (shared) {
         cp_async16_through_l1(to, from + 16 * i);
       } else {
         cp_async16(to, from + 16 * i);
@@ -80,6 +83,7 @@ struct PrepareFwd {
   ChunkStates chunks;
   float* running_k;  // (N, H, D) or null
   float* running_v;
+  uint32_t narrow;  // bit i: rows of Row i are narrow (launchers.h). Of two-byte elements, in attention
 };
 
 // A state to the e4m3 states of a pool, at state `at`, and with it what they keep of it.
@@ -154,20 +158,27 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_fwd_kernel(const __
   float* s_self = kAttention ? p.s_self + (row * s.heads + h) * s.tokens + token : nullptr;
 
   int left = tile.count;  // tokens that are not asked for
-  const auto ask = [&] {
+  const auto ask_rows = [&](uint32_t narrow) {
     if (left-- > 0) {
-      if (gated) ring.ask(kGate, take(gate_row, in.gate.token), false);
-      ring.ask(kKey, take(k_row, in.k.token), true);
+      if (gated) ring.ask(kGate, take(gate_row, in.gate.token), false, narrow);
+      ring.ask(kKey, take(k_row, in.k.token), true, narrow);
       if constexpr (kAttention) {
-        ring.ask(kValue, take(v_row, in.v.token), false);
-        ring.ask(kQuery, take(q_row, in.q.token), true);
+        ring.ask(kValue, take(v_row, in.v.token), false, narrow);
+        ring.ask(kQuery, take(q_row, in.q.token), true, narrow);
       }
     }
     ring.asked();
   };
+  const bool wide = !kAttention || sizeof(T) != 2 || p.narrow == 0;
+  const auto ask = [&] { wide ? ask_rows(0) : ask_rows(p.narrow); };
   const auto ask_first = [&] {
+    if (wide) {
 #pragma unroll
-    for (int i = 0; i < kRing<T>; ++i) ask();
+      for (int i = 0; i < kRing<T>; ++i) ask_rows(0);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kRing<T>; ++i) ask_rows(p.narrow);
+    }
   };
   if constexpr (!kPool) ask_first();
 
@@ -462,6 +473,10 @@ PrepareFwd prepare_fwd(const AttentionFwdParams& a, const FwdScratch& scratch, c
   p.chunks = a.chunks;
   p.running_k = static_cast<float*>(a.running_k);
   p.running_v = static_cast<float*>(a.running_v);
+  if (scan::reads_narrow_rows(a)) {
+    const auto narrow = [](Row row, const Rows& rows) { return rows_are_wide(rows, 2) ? 0u : 1u << row; };
+    p.narrow = narrow(kGate, a.gate) | narrow(kKey, a.k) | narrow(kValue, a.v) | narrow(kQuery, a.q);
+  }
   if (pool) p.in.pool = *pool;
   return p;
 }
@@ -492,6 +507,11 @@ Launch few_scan::prepare(const AttentionFwdParams& a, const FwdScratch& scratch,
 }
 
 const char* scan::refuses(const AttentionFwdParams&) { return nullptr; }
+
+// What passes between segments is made by kernels that read whole vectors.
+bool scan::reads_narrow_rows(const AttentionFwdParams& a) {
+  return a.size.dtype != DType::f32 && !segmented(a.size, a.gate.ptr != nullptr, kMaxChunkFwd);
+}
 
 Launch scan::prepare(const AttentionFwdParams& a, const FwdScratch& scratch, const PoolStates* pool, Arena& arena) {
   const Piece<float> incoming = take_segments(a.size, a.gate.ptr != nullptr, kMaxChunkFwd, 3, arena);
