@@ -291,6 +291,11 @@ const View* CallBase::copy_of(const View& x) const {
   return copied == copies_.end() ? nullptr : copied->to;
 }
 
+const View& CallBase::columns(const View& x, int64_t first, int64_t count) {
+  Tensor all = torch_tensor(x.handle);
+  return keep(torch::stable::narrow(all, static_cast<int64_t>(x.rank) - 1, first, count));
+}
+
 Rows CallBase::rows_of(const View& tensor) {
   const View& x = with_rows(tensor);
   const auto stride = [&](size_t d) { return x.sizes[d] > 1 ? x.strides[d] : 0; };
@@ -437,10 +442,12 @@ void CallBase::explain_rows(std::string_view argument, const View& x, bool narro
   const bool stay = narrow && multiple == 8 && element_size() == 2;
   const std::string phase = std::string(argument) + "_rows";
   const std::string where = "rows start at multiples of " + std::to_string(multiple) + " bytes";
-  explain(phase, "in_place", stay,
-          where + (stay            ? ", which the forward reads; where a gradient is recorded they are copied"
-                   : multiple == 8 ? ", which a kernel of the call does not read"
-                                   : ""));
+  explain(
+      phase, "in_place", stay,
+      where +
+          (stay ? ", which the forward reads (of a projection, all but q); where a gradient is recorded they are copied"
+           : multiple == 8 ? ", which a kernel of the call does not read"
+                           : ""));
   explain(phase, "copied", !stay,
           stay ? "serves the call too, but in_place comes first" : "the first that serves the call");
 }

@@ -201,7 +201,9 @@ class CallBase {
   const View& with_rows(const View& x);
   // Before the kernels of the call, on their stream: all copies that were asked for, at once.
   void copy_rows(void* stream);
-  // Rows of a (B, T, heads, D) tensor of any strides.
+  // Columns of the last dimension: the same memory.
+  const View& columns(const View& x, int64_t first, int64_t count);
+  // Rows of a (B, T, heads, D) tensor of any strides; of one (B, T, width), whose stride of heads is the caller's to set.
   Rows rows_of(const View& tensor);
   // The same numbers at an address that is a multiple of 16 bytes.
   void* aligned_data(const View& x);

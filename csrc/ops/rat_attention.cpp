@@ -34,6 +34,12 @@ void read_rows(Call<Op>& call, AttentionFwdParams& p) {
   p.out_gate = rows<"out_gate">(call, {s.batch, s.tokens, s.heads, s.head_dim});
 }
 
+// All but q, whose part is copied.
+template <class Op>
+bool all_narrow(const Call<Op>& call, const NarrowRows& narrow) {
+  return narrow.k && narrow.v && narrow.gate && (narrow.out_gate || !value<"has_out_gate">(call));
+}
+
 template <Name name, class Op>
 void settle(Call<Op>& call, Rows& rows, bool narrow) {
   if (given<name>(call) && !narrow) rows = call.rows_of(tensor<name>(call));
@@ -98,10 +104,12 @@ template <class Op>
 void copy_left_rows(Call<Op>& call, AttentionFwdParams& p, const NarrowRows& narrow) {
   call.leave_narrow = false;
   if constexpr (Call<Op>::template has_argument<"projection">) {
-    // It has everything, and q is what all kernels read.
-    if (!narrow.q) split(call, p, call.with_rows(tensor<"projection">(call)));
+    const View& projection = tensor<"projection">(call);
+    if (!all_narrow(call, narrow)) return split(call, p, call.with_rows(projection));
+    p.q = call.rows_of(call.columns(projection, 0, p.size.q_groups * p.size.head_dim));
+    p.q.head = p.size.head_dim;
   } else {
-    settle<"q">(call, p.q, narrow.q);
+    settle<"q">(call, p.q, false);
     settle<"k">(call, p.k, narrow.k);
     settle<"v">(call, p.v, narrow.v);
     settle<"gate">(call, p.gate, narrow.gate);
@@ -120,9 +128,9 @@ void launch_forward(Call<Op>& call, Params& params, AttentionFwdParams& p,
   launch(call, params, on_cpu, on_gpu);
   if (call.mode != Mode::explain) return;
   if constexpr (Call<Op>::template has_argument<"projection">) {
-    call.explain_rows("projection", tensor<"projection">(call), narrow.q);
+    call.explain_rows("projection", tensor<"projection">(call), all_narrow(call, narrow));
   } else {
-    call.explain_rows("q", tensor<"q">(call), narrow.q);
+    call.explain_rows("q", tensor<"q">(call), false);
     call.explain_rows("k", tensor<"k">(call), narrow.k);
     call.explain_rows("v", tensor<"v">(call), narrow.v);
     if (given<"gate">(call)) call.explain_rows("gate", tensor<"gate">(call), narrow.gate);

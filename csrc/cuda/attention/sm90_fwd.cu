@@ -188,7 +188,7 @@ struct Schedule {
 struct Arguments {
   Sizes size;
   Rows q, out_gate, y;
-  bool narrow_q, narrow_gate;  // rows that start at multiples of 8 bytes
+  bool narrow_gate;  // rows of out_gate are narrow (launchers.h)
   Rotary rotary;
   ChunkStates chunks;
   const float* s_self;
@@ -500,14 +500,14 @@ __device__ __forceinline__ void prefetch_rows(const void* first, int64_t token_s
 // there on: those past the last token become zeros.
 template <class C>
 __device__ __forceinline__ void copy_rows(uint32_t to, const typename C::T* tile, int64_t token_stride, int base,
-                                          int head_dim, int rows, int thread) {
+                                          int head_dim, int rows, int thread, bool narrow) {
   constexpr int kPieces = C::kDim / 8, kStep = C::kLoaders / kPieces;
   static_assert(C::kLoaders % kPieces == 0);
   const int column = thread % kPieces * 8;
   if (column >= head_dim) return;
   const typename C::T* source = tile + (base + thread / kPieces) * token_stride + column;
   if constexpr (8 % kStep == 0) {
-    if (rows >= 64) {  // nothing to ask at each row, and addresses that constants fold into
+    if (rows >= 64 && !narrow) {  // nothing to ask at each row, and addresses that constants fold into
       const uint32_t first = to + swizzled(64, thread / kPieces, column);
 #pragma unroll
       for (int r = 0; r < 64; r += kStep, source += kStep * token_stride) {
@@ -518,22 +518,13 @@ __device__ __forceinline__ void copy_rows(uint32_t to, const typename C::T* tile
   }
 #pragma unroll 1
   for (int r = thread / kPieces; r < 64; r += kStep, source += kStep * token_stride) {
-    cp_async16(to + swizzled(64, r, column), r < rows ? source : tile, r < rows);
-  }
-}
-
-// The same of rows that start at multiples of 8 bytes.
-template <class C>
-__device__ __forceinline__ void copy_narrow_rows(uint32_t to, const typename C::T* tile, int64_t token_stride, int base,
-                                                 int head_dim, int rows, int thread) {
-  constexpr int kPieces = std::min(32, C::kDim / 4), kStep = C::kLoaders / kPieces;
-  static_assert(C::kLoaders % kPieces == 0);
-#pragma unroll 1
-  for (int column = thread % kPieces * 4; column < head_dim; column += kPieces * 4) {
-    const typename C::T* source = tile + (base + thread / kPieces) * token_stride + column;
-#pragma unroll(kStep == 1 ? 4 : 1)
-    for (int r = thread / kPieces; r < 64; r += kStep, source += kStep * token_stride) {
-      cp_async8(to + swizzled(64, r, column), r < rows ? source : tile, r < rows);
+    const uint32_t place = to + swizzled(64, r, column);
+    const typename C::T* const from = r < rows ? source : tile;
+    if (narrow) {
+      cp_async8(place, from, r < rows);
+      cp_async8(place + 8, from + 4, r < rows);
+    } else {
+      cp_async16(place, from, r < rows);
     }
   }
 }
@@ -591,7 +582,7 @@ __device__ __forceinline__ void feed_queries(const Arguments& a, Shared<C>& shar
         cp_async_commit();
         pieces.rotate(a, tile);
       };
-      if (head_dim % 16 == 0 && !a.narrow_q) {
+      if (head_dim % 16 == 0) {
         feed(QueryPieces<C, 8>(a, q_target, base, opaque(thread)));
       } else {
         feed(QueryPieces<C, 4>(a, q_target, base, opaque(thread)));
@@ -602,12 +593,8 @@ __device__ __forceinline__ void feed_queries(const Arguments& a, Shared<C>& shar
       cp_async_arrive(start);
     }
     operands.wait_empty();
-    copy_rows<C>(values, value, a.y.token, base, head_dim, rows, thread);
-    if (gated && a.narrow_gate) {
-      copy_narrow_rows<C>(gates, gate, a.out_gate.token, base, head_dim, rows, thread);
-    } else if (gated) {
-      copy_rows<C>(gates, gate, a.out_gate.token, base, head_dim, rows, thread);
-    }
+    copy_rows<C>(values, value, a.y.token, base, head_dim, rows, thread, false);
+    if (gated) copy_rows<C>(gates, gate, a.out_gate.token, base, head_dim, rows, thread, a.narrow_gate);
     cp_async_arrive(operands.full());
     mbarrier_arrive(tile_ring.empty());
   }
@@ -1328,7 +1315,6 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, int64_t
   a.q = params.q;
   a.out_gate = params.out_gate;
   a.y = params.y;
-  a.narrow_q = !rows_are_wide(params.q, 2);
   a.narrow_gate = !rows_are_wide(params.out_gate, 2);
   a.rotary = params.rotary;
   a.chunks = params.chunks;

@@ -36,7 +36,6 @@ Launch prepare(const AttentionFwdParams&, const FwdScratch&, const PoolStates*, 
 // Every call. Backward phase 1 makes p_tt and ds_tt.
 namespace scan {
 const char* refuses(const AttentionFwdParams&);
-bool reads_narrow_rows(const AttentionFwdParams&);  // of q, k, v and gate (launchers.h)
 Launch prepare(const AttentionFwdParams&, const FwdScratch&, const PoolStates*, Arena&);
 const char* refuses(const AttentionBwdParams&);
 Launch prepare(const AttentionBwdParams&, const BwdScratch&, Arena&);

@@ -83,7 +83,7 @@ struct PrepareFwd {
   ChunkStates chunks;
   float* running_k;  // (N, H, D) or null
   float* running_v;
-  uint32_t narrow;  // bit i: rows of Row i are narrow (launchers.h). Of two-byte elements, in attention
+  uint32_t narrow;  // bit i: rows of Row i are narrow (launchers.h). Not of q
 };
 
 // A state to the e4m3 states of a pool, at state `at`, and with it what they keep of it.
@@ -138,8 +138,9 @@ __device__ __forceinline__ void store_key(const PrepareFwd& p, int64_t n, [[mayb
 }
 
 // kAttention: scan k and v, dot with q, write chunk states. Otherwise scan k alone and write its states.
-// kPool, in attention: rows of a pool.
-template <class T, int W, bool kAttention, bool kPool>
+// kPool, in attention: rows of a pool. kNarrow, in attention: some rows of k, v or gate are narrow. A kernel of its own, for a
+// branch would cost that of other rows 1.3 us of 51 at T = 4096, B = 1.
+template <class T, int W, bool kAttention, bool kPool, bool kNarrow>
 __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_fwd_kernel(const __grid_constant__ PrepareFwd p) {
   const ScanInput& in = p.in;
   const Sizes& s = in.size;
@@ -158,27 +159,21 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_fwd_kernel(const __
   float* s_self = kAttention ? p.s_self + (row * s.heads + h) * s.tokens + token : nullptr;
 
   int left = tile.count;  // tokens that are not asked for
-  const auto ask_rows = [&](uint32_t narrow) {
+  const auto ask = [&] {
     if (left-- > 0) {
+      const uint32_t narrow = kNarrow ? p.narrow : 0;
       if (gated) ring.ask(kGate, take(gate_row, in.gate.token), false, narrow);
       ring.ask(kKey, take(k_row, in.k.token), true, narrow);
       if constexpr (kAttention) {
         ring.ask(kValue, take(v_row, in.v.token), false, narrow);
-        ring.ask(kQuery, take(q_row, in.q.token), true, narrow);
+        ring.ask(kQuery, take(q_row, in.q.token), true, 0);
       }
     }
     ring.asked();
   };
-  const bool wide = !kAttention || sizeof(T) != 2 || p.narrow == 0;
-  const auto ask = [&] { wide ? ask_rows(0) : ask_rows(p.narrow); };
   const auto ask_first = [&] {
-    if (wide) {
 #pragma unroll
-      for (int i = 0; i < kRing<T>; ++i) ask_rows(0);
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < kRing<T>; ++i) ask_rows(p.narrow);
-    }
+    for (int i = 0; i < kRing<T>; ++i) ask();
   };
   if constexpr (!kPool) ask_first();
 
@@ -441,10 +436,15 @@ void launch_prepare(PrepareFwd p, const char* op, cudaStream_t stream) {
     const int64_t blocks = ceil_div(p.in.items * p.in.head_batches, kThreads / 32);
     if (blocks == 0) return;
     constexpr int kShared = Ring<typename V::T, kAttention>::kBytes;
-    auto* const kernel = chunk_prepare_fwd_kernel<typename V::T, V::W, kAttention, kPool>;
-    allow_shared_memory(kernel, kShared, "chunk_prepare_fwd shared memory");
-    kernel<<<grid_x(blocks, "chunk_prepare_fwd"), kThreads, kShared, stream>>>(p);
-    check_launch("chunk_prepare_fwd");
+    const auto launch = [&](auto* kernel) {
+      allow_shared_memory(kernel, kShared, "chunk_prepare_fwd shared memory");
+      kernel<<<grid_x(blocks, "chunk_prepare_fwd"), kThreads, kShared, stream>>>(p);
+      check_launch("chunk_prepare_fwd");
+    };
+    if constexpr (kAttention && sizeof(typename V::T) == 2) {
+      if (p.narrow != 0) return launch(chunk_prepare_fwd_kernel<typename V::T, V::W, true, kPool, true>);
+    }
+    launch(chunk_prepare_fwd_kernel<typename V::T, V::W, kAttention, kPool, false>);
   });
 }
 
@@ -473,10 +473,9 @@ PrepareFwd prepare_fwd(const AttentionFwdParams& a, const FwdScratch& scratch, c
   p.chunks = a.chunks;
   p.running_k = static_cast<float*>(a.running_k);
   p.running_v = static_cast<float*>(a.running_v);
-  if (scan::reads_narrow_rows(a)) {
-    const auto narrow = [](Row row, const Rows& rows) { return rows_are_wide(rows, 2) ? 0u : 1u << row; };
-    p.narrow = narrow(kGate, a.gate) | narrow(kKey, a.k) | narrow(kValue, a.v) | narrow(kQuery, a.q);
-  }
+  const int64_t bytes = a.size.dtype == DType::f32 ? 4 : 2;
+  const auto narrow = [&](Row row, const Rows& rows) { return rows_are_wide(rows, bytes) ? 0u : 1u << row; };
+  p.narrow = narrow(kGate, a.gate) | narrow(kKey, a.k) | narrow(kValue, a.v);
   if (pool) p.in.pool = *pool;
   return p;
 }
@@ -507,11 +506,6 @@ Launch few_scan::prepare(const AttentionFwdParams& a, const FwdScratch& scratch,
 }
 
 const char* scan::refuses(const AttentionFwdParams&) { return nullptr; }
-
-// What passes between segments is made by kernels that read whole vectors.
-bool scan::reads_narrow_rows(const AttentionFwdParams& a) {
-  return a.size.dtype != DType::f32 && !segmented(a.size, a.gate.ptr != nullptr, kMaxChunkFwd);
-}
 
 Launch scan::prepare(const AttentionFwdParams& a, const FwdScratch& scratch, const PoolStates* pool, Arena& arena) {
   const Piece<float> incoming = take_segments(a.size, a.gate.ptr != nullptr, kMaxChunkFwd, 3, arena);
@@ -551,13 +545,15 @@ KernelList forward_kernels() {
     for_each_variant([&](auto variant, const char* type) {
       using V = decltype(variant);
       using T = typename V::T;
-      t.add("chunk_prepare_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, true, false>);
-      t.add("chunk_prepare_pool_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, true, true>);
+      t.add("chunk_prepare_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, true, false, false>);
+      t.add("chunk_prepare_pool_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, true, true, false>);
       if constexpr (sizeof(T) == 2) {
+        t.add("chunk_prepare_narrow_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, true, false, true>);
+        t.add("chunk_prepare_narrow_pool_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, true, true, true>);
         t.add("chunk_prepare_few_fwd", variant, type, chunk_prepare_few_fwd_kernel<T, V::W, false>);
         t.add("chunk_prepare_few_pool_fwd", variant, type, chunk_prepare_few_fwd_kernel<T, V::W, true>);
       }
-      t.add("chunk_recurrence_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, false, false>);
+      t.add("chunk_recurrence_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, false, false, false>);
     });
     return t;
   }();
