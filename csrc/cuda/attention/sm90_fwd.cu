@@ -497,7 +497,7 @@ __device__ __forceinline__ void prefetch_rows(const void* first, int64_t token_s
 }
 
 // 64 rows of a (B, T, H, D) tensor on their way to shared memory, from row `base` of a tile that begins at `tile`. `rows` exist from
-// there on: those past the last token become zeros.
+// there on: those past the last token become zeros. Narrow rows (launchers.h) take the short loop: code here costs every call.
 template <class C>
 __device__ __forceinline__ void copy_rows(uint32_t to, const typename C::T* tile, int64_t token_stride, int base,
                                           int head_dim, int rows, int thread, bool narrow) {

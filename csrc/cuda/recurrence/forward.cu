@@ -8,8 +8,9 @@
 //
 // In scan a warp takes a tile of tokens and 32 / W heads, and walks the tile with the states in registers (scan.cuh). Each lane copies its
 // pieces of the rows of the next kRing tokens to shared memory of its own, and asks for one token when it has used one: bytes on
-// their way cost no registers, and no thread waits for another. Bytes per token in attention, elements of two bytes: reads v, gate
-// (4 H D) and q, k (4 G D, the heads of a group hit the L1 cache), writes v~ (2 H D), s_tt (4 H) and 1/L of a key and a value.
+// their way cost no registers, and no thread waits for another. Narrow rows (launchers.h) come in halves. Bytes per token in
+// attention, elements of two bytes: reads v, gate (4 H D) and q, k (4 G D, the heads of a group hit the L1 cache), writes v~ (2 H D),
+// s_tt (4 H) and 1/L of a key and a value.
 #include <type_traits>
 
 #include "../device/e4m3.cuh"
