@@ -9,7 +9,8 @@
 //   Its chunk is c = position / chunk_size. Three facts follow from it and are kept apart in the code, as `reset`,
 //   `key_every` and `rotate_every` of Sizes.
 // - Contiguous arguments (tables, biases, states, lengths, lse: every plain pointer below) start at multiples of 16 bytes. So
-//   do all Rows on a GPU, with strides that are multiples of 16 bytes: kernels read them in vectors. On a CPU they need not.
+//   do all Rows on a GPU, with strides that are multiples of 16 bytes: kernels read them in vectors. Those that
+//   cuda::narrow_rows() names may be *narrow*: at multiples of 8 bytes. On a CPU they need not be at either.
 // - Head h of H reads query group h / (H / q_groups) and key group h / (H / k_groups).
 #pragma once
 
@@ -30,6 +31,12 @@ struct Rows {
   int64_t token = 0;
   int64_t head = 0;
 };
+
+// Do all rows of a tensor on a GPU start at multiples of 16 bytes?
+inline bool rows_are_wide(const Rows& r, int64_t element_bytes) {
+  const int64_t steps = (r.batch | r.token | r.head) * element_bytes;
+  return ((static_cast<uint64_t>(steps) | reinterpret_cast<uintptr_t>(r.ptr)) & 15) == 0;
+}
 
 // A copy of rows that kernels cannot read: some do not start at multiples of 16 bytes.
 struct RowCopy {
@@ -241,6 +248,12 @@ struct AttentionCachedParams {
   Pool pool;
 };
 
+// Inputs of a forward, of two-byte elements, whose rows the kernels that serve it read from multiples of 8 bytes, too. Never q: it has few heads, and in
+// pieces of 8 bytes it costs attention more than its copy (bench/notes/chunk_attention.md).
+struct NarrowRows {
+  bool k = false, v = false, gate = false, out_gate = false;
+};
+
 namespace cpu {
 void attention_fwd(const AttentionFwdParams&, const Allocator&);
 void attention_bwd(const AttentionBwdParams&, const Allocator&);
@@ -265,6 +278,8 @@ void check_device(int32_t device);
 // `stream` is a cudaStream_t. The caller has made the tensors' device current. Launchers throw std::runtime_error when a
 // launch fails; they never synchronise. Scratch is planned on the host from sizes alone (arena.h).
 size_t decode_workspace(const DecodeParams&);  // depends on the pool and heads, not on batch
+NarrowRows narrow_rows(const AttentionFwdParams&);
+NarrowRows narrow_rows(const AttentionCachedParams&);
 void align_rows(const RowCopy* copies, size_t count, void* stream);
 void attention_fwd(const AttentionFwdParams&, const Allocator&, void* stream);
 void attention_bwd(const AttentionBwdParams&, const Allocator&, void* stream);

@@ -177,7 +177,7 @@ class Differentiable:
         self.forward, self.backward = _OPERATORS[name], _OPERATORS[f"{name}_backward"]
         self.kernel, self.backward_kernel = _kernel(self.forward, "saving"), _KERNELS[f"{name}_backward"]
         self.brief_kernel, self.brief_backward_kernel = _BRIEF[name], _BRIEF[f"{name}_backward"]
-        self.y_kernel = _kernel(self.forward, "y")
+        self.y_kernel, self.whole_kernel = _kernel(self.forward, "y"), _KERNELS[name]
         arguments, results, brief = self.forward.arguments, self.forward.results, self.forward.brief
         wanted = self.backward.arguments
         incoming = [f"d{n}" for n in results]
@@ -217,7 +217,7 @@ class Differentiable:
             output = self._eager(args, *inputs(args))
             return output if isinstance(output, tuple) else (output,)
         else:
-            output = self.kernel(*args)[:-1]
+            output = self.whole_kernel(*args)
         return output[:1] if output[-1] is None else self._shown(output)
 
     def _shown(self, output: tuple) -> tuple:

@@ -339,6 +339,8 @@ def explain(
     Returns:
         For each phase its kernel families, best first, as dicts of ``phase`` ("attention_fwd"), ``family`` ("sm90", or the
         CPU's instruction set), ``chosen`` and ``why``: what decided, or the reason why the family does not serve the call.
+        On a GPU a tensor of rows that do not all begin at multiples of 16 bytes has a phase too ("v_rows"): they are read
+        "in_place" or "copied".
 
     Example:
         >>> import torch, rat_ext

@@ -72,6 +72,24 @@ def not_finite(dtype: torch.dtype, **arguments: Any) -> Case:
     return title("not_finite", dtype, arguments), run
 
 
+def narrow(dtype: torch.dtype, **arguments: Any) -> Case:
+    """Rows at multiples of 8 bytes, which a forward without a gradient reads where they are. The last one ends its memory."""
+
+    def run(device: torch.device) -> None:
+        case = attention_case(device, dtype, **arguments)
+        for key, x in case.tensors.items():
+            if x.dim() == 4:
+                batch, tokens, heads, dim = x.shape
+                flat = x.new_zeros(batch * tokens * (heads * dim + 4))
+                case.tensors[key] = flat.view(batch, tokens, -1)[:, :, 4:].unflatten(2, (heads, dim))
+                case.tensors[key].copy_(x)
+        with torch.no_grad():
+            y = rat_ext.rat_attention(**case.tensors, chunk_size=case.chunk_size, **case.options)
+        assert y.isfinite().all()
+
+    return title("narrow_rows", dtype, arguments), run
+
+
 def recurrence(dtype: torch.dtype, **arguments: Any) -> Case:
     return differentiable(recurrence_case, "chunk_recurrence", dtype, arguments)
 
@@ -185,6 +203,9 @@ def cases() -> Iterator[Case]:
             for dim in (136, 256):
                 yield attention(dtype, batch=1, tokens=421, heads=2, groups=1, chunk_size=2, dim=dim)
                 yield attention(dtype, sequences=[301, 0, 5, 130], heads=2, groups=1, chunk_size=2, dim=dim)
+            for dim in (40, 64, 128, 192):  # recurrences of many tokens: those of few read aligned rows alone
+                yield narrow(dtype, tokens=330, chunk_size=20, dim=dim, **MANY)
+                yield narrow(dtype, sequences=[100, 0, 35, 1], chunk_size=20, dim=dim)
         yield recurrence(dtype, tokens=3000, chunk_size=2**40, dim=16, **small)
         yield recurrence(dtype, sequences=[10, 0, 35], lengths=[3, 16, 0], return_state=True, dim=64)
         for dim in PADDED_HEAD_SIZES:

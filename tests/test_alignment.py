@@ -203,9 +203,147 @@ def test_many_rows_off_the_grid(device, dtype, what):
     assert_same(device, again, values)
 
 
+# Rows of two-byte elements at multiples of 8 bytes are read where they are, if the kernels of the call can.
+two_bytes = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=name)
+BY_FOUR = ("address 4", "token 4", "head 4", "batch 4")
+
+
+def check_moved(results, tensors, moved, grad):
+    """``results`` of tensors that lie elsewhere, and the gradients of the first one, have the bits of ``tensors``."""
+
+    def all_of(given):
+        leaves = {key: x.detach().requires_grad_(grad) for key, x in given.items()}
+        with torch.set_grad_enabled(grad):
+            found = results(leaves)
+        return found + list(torch.autograd.grad(found[0], list(leaves.values()), torch.ones_like(found[0])) if grad else [])
+
+    expected = all_of(tensors)
+    for what, given in moved.items():
+        for i, (x, y) in enumerate(zip(all_of(given), expected, strict=True)):
+            assert same_bits(x, y), (what, grad, i)
+
+
+@pytest.mark.gpu
+@two_bytes
+@pytest.mark.parametrize("which", [*ROWS, "all"])
+@pytest.mark.parametrize("kind", ["dense", "packed", "state", "pool", "pieces"])
+@pytest.mark.parametrize(
+    ("dim", "chunk_size", "groups"),
+    [(128, 32, 2), (64, 17, 1), (72, 100, 8), (40, 1, 2), (192, 20, 4), (256, 16, 2), (128, 150, 2)],
+)
+def test_narrow_rows(device, dtype, which, kind, dim, chunk_size, groups):
+    """Of each input alone and of all, beside rows that nobody reads where they are; with a gradient and without."""
+    tokens = {1: 600, 16: 2600}.get(chunk_size, 330)  # few tiles of 1 token, many of 16
+    case = attention_case(
+        device, dtype, tokens=tokens, heads=8, groups=groups, dim=dim, chunk_size=chunk_size, return_state=kind == "state",
+        lengths=[5, 270] if kind == "state" else None, sequences=[3, tokens - 130, 0, 127] if kind == "packed" else None,
+    )  # fmt: skip
+    rows = {key: case.tensors[key] for key in ROWS}
+    options = {"gate_bias": case.tensors["gate_bias"], "chunk_size": chunk_size, **case.options}
+
+    def results(rows):
+        if kind not in ("pool", "pieces"):
+            y = rat_ext.rat_attention(**rows, **options, initial_state=case.state)
+            return [y[0], y[1].running_k, y[1].running_v] if kind == "state" else [y]
+        cache = rat_ext.RATCache.empty(2, 8, dim, chunk_size, tokens, dtype=dtype, device=device)
+        cuts = [0, tokens] if kind == "pool" else [0, chunk_size, 230 // chunk_size * chunk_size, tokens]
+        pieces = [{key: x[:, i:j] for key, x in rows.items()} for i, j in zip(cuts, cuts[1:], strict=False)]
+        ys = [rat_ext.rat_attention(**piece, **options, cache=cache) for piece in pieces]
+        cache.check()
+        closed = tokens // chunk_size
+        return [*ys, cache.chunk_k[:, :, :closed], cache.chunk_v[:, :, :closed], cache.running_k, cache.running_v]
+
+    moved = {
+        what: {key: shifted(x, what) if which in (key, "all") else x for key, x in rows.items()}
+        for what in (*BY_FOUR, "address", "token 2")
+    }
+    check_moved(results, rows, moved, False)
+    if kind not in ("pool", "pieces"):
+        check_moved(results, rows, moved, True)
+
+
+@pytest.mark.gpu
+@two_bytes
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("dim", "chunk_size"), [(128, 32), (64, 17), (40, 1), (192, 20), (128, 150)])
+def test_narrow_projection(device, dtype, grad, dim, chunk_size):
+    """Its parts start where it does, up to multiples of 16 bytes."""
+    case = attention_case(device, dtype, tokens=330, heads=8, dim=dim, chunk_size=chunk_size)
+    whole = torch.cat([case.tensors[key].flatten(2) for key in ROWS], dim=2)
+
+    def results(given):
+        return [rat_ext.rat_attention_packed(given["x"], 8, 2, chunk_size, **case.options)]
+
+    moved = {what: {"x": shifted(whole.unsqueeze(2), what).squeeze(2)} for what in ("address 4", "token 4", "batch 4", "token")}
+    check_moved(results, {"x": whole}, moved, grad)
+
+
+@pytest.mark.gpu
+@two_bytes
+@pytest.mark.parametrize(("dim", "chunk_size"), [(64, 16), (128, 4), (128, 33)])
+def test_narrow_values_that_are_not_finite(device, dtype, dim, chunk_size):
+    """Queries that are computed one by one read q and out_gate themselves."""
+    case = attention_case(device, dtype, tokens=300, heads=8, dim=dim, chunk_size=chunk_size)
+    case.tensors["v"].data[:, 130] = float("inf")
+    moved = {key: shifted(x, "token 4") if key in ROWS else x for key, x in case.tensors.items()}
+    with torch.no_grad():
+        expected, found = (
+            rat_ext.rat_attention(**tensors, chunk_size=chunk_size, **case.options) for tensors in (case.tensors, moved)
+        )
+    assert expected[:, :130].isfinite().all() and not expected[:, 180:].isfinite().any()
+    assert same_bits(found, expected)
+
+
+@pytest.mark.gpu
+@every_dtype
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(("tokens", "chunk_size"), [(330, 32), (40, 8), (330, 200)])
+def test_explain_of_rows(device, dtype, cached, tokens, chunk_size):
+    """Which rows are copied: by the families that read them, and by where they start."""
+    case = attention_case(device, dtype, tokens=tokens, dim=128, chunk_size=chunk_size)
+    cache = rat_ext.RATCache.empty(2, 4, 128, chunk_size, tokens, dtype=dtype, device=device) if cached else None
+
+    def explained(**moved):
+        rows = rat_ext.explain(**case.tensors | moved, chunk_size=chunk_size, cache=cache, **case.options)
+        return {row["phase"]: row["family"] for row in rows if row["chosen"]}
+
+    families = explained()
+    assert not any(phase.endswith("_rows") for phase in families)
+    scan = families["recurrence_fwd"] == "scan" and dtype != torch.float32
+    attention = families["attention_fwd"] == "sm90"
+    reads = {"q": False, "k": scan, "v": scan, "gate": scan, "out_gate": attention}
+    moved = {key: shifted(case.tensors[key], "token 4" if dtype != torch.float32 else "token 2") for key in ROWS}
+    expected = {f"{key}_rows": "in_place" if reads[key] else "copied" for key in ROWS}
+    assert explained(**moved) == families | expected
+    for key in ROWS:
+        assert explained(**{key: moved[key]}) == families | {f"{key}_rows": expected[f"{key}_rows"]}
+        assert explained(**{key: shifted(case.tensors[key], "head")}) == families | {f"{key}_rows": "copied"}
+
+
+@pytest.mark.gpu
+@two_bytes
+def test_narrow_rows_take_no_memory(device, dtype):
+    """A call without a gradient that reads rows where they are takes what one of aligned rows does."""
+    case = attention_case(device, dtype, tokens=512, heads=8, dim=128, chunk_size=32)
+    moved = {key: shifted(x, "token 4") if key in ROWS[1:] else x for key, x in case.tensors.items()}
+    rows = rat_ext.explain(**moved, chunk_size=32, **case.options)
+    if any(row["family"] == "copied" and row["chosen"] for row in rows):
+        pytest.skip("kernels of the call read aligned rows alone")
+
+    def peak(tensors):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        with torch.no_grad():
+            rat_ext.rat_attention(**tensors, chunk_size=32, **case.options)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    assert peak(moved) == peak(case.tensors)
+
+
 @low
 @pytest.mark.parametrize("op", ["rat_attention", "whole", "packed", "recurrence"])
-@pytest.mark.parametrize("what", [None, "address", "token 2"])
+@pytest.mark.parametrize("what", [None, "address", "token 2", "token 4"])
 def test_what_is_saved(device, dtype, op, what):
     """The backward reads the forward's copies of rows, where it made any, and the caller's memory where it did not."""
     case = attention_case(device, dtype, batch=1, tokens=40, dim=64, groups=2)
@@ -229,7 +367,8 @@ def test_what_is_saved(device, dtype, op, what):
     leaves = {key: x.detach().requires_grad_() for key, x in rows.items()}
     y = calls[op](**leaves)
     saved = {x.data_ptr() for x in y.grad_fn.saved_tensors if x is not None}
-    copied = what is not None and device.type == "cuda"
+    aligned = what is None or (what == "token 4" and dtype == torch.float32)
+    copied = not aligned and device.type == "cuda"
     for i, x in enumerate(leaves.values()):
         assert (x.data_ptr() in saved) == (i > 0 or not copied)
     if copied:

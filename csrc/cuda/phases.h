@@ -47,6 +47,10 @@ void check_sequences(const Sizes&, int64_t chunk_rows, int64_t rotary_rows, int6
 struct PoolStates;  // recurrence/scan.cuh
 Launch chunk_prepare_fwd(const AttentionFwdParams&, const FwdScratch&, const PoolStates* pool, Arena&);
 
+// Do the kernels of phase 1 read rows of k, v and gate, and those of phase 2 rows of out_gate, that are narrow (launchers.h)?
+bool recurrence_reads_narrow_rows(const AttentionFwdParams&);
+bool attention_reads_narrow_rows(const AttentionFwdParams&);
+
 // Forward phase 2 (attention/*_fwd.cu, f32.cu): softmax over earlier chunks and self; overwrites v~ in y by y, writes lse.
 Launch chunk_attention_fwd(const AttentionFwdParams&, const FwdScratch&, Arena&);
 

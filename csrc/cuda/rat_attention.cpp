@@ -34,6 +34,11 @@ BwdScratch take_scratch(const AttentionBwdParams& a, Arena& arena) {
 
 }  // namespace
 
+NarrowRows narrow_rows(const AttentionFwdParams& a) {
+  const bool scan = recurrence_reads_narrow_rows(a);
+  return {scan, scan, scan, attention_reads_narrow_rows(a)};
+}
+
 // The phases' own scratch shares memory: one phase's is dead when the next begins.
 
 void attention_fwd(const AttentionFwdParams& a, const Allocator& allocator, void* stream_) {

@@ -332,6 +332,8 @@ void attention_cached(const AttentionCachedParams& c, const Allocator& allocator
   attend(stream);
 }
 
+NarrowRows narrow_rows(const AttentionCachedParams& c) { return narrow_rows(cached_forward(c)); }
+
 std::vector<Choice> explain_attention_cached(const AttentionCachedParams& c) {
   const AttentionFwdParams a = cached_forward(c);
   std::vector<Choice> choices = explain_attention_fwd(a);

@@ -240,12 +240,23 @@ void check_tokens(const CallBase& call, int64_t tokens) {
 
 // ---- memory -------------------------------------------------------------------------------------------------------------
 
+int64_t CallBase::row_multiple(const View& x) const {
+  uint64_t bits = reinterpret_cast<uintptr_t>(x.data) | 16;
+  for (size_t d = 0; d + 1 < x.rank; ++d) {
+    if (x.sizes[d] != 1) bits |= static_cast<uint64_t>(x.strides[d] * element_size());
+  }
+  return static_cast<int64_t>(bits & (~bits + 1));
+}
+
 const View& CallBase::with_rows(const View& x) {
   if (!on_gpu() || mode == Mode::check || x.numel() == 0) return x;
-  const int64_t unit = 16 / element_size();
-  bool aligned = is_aligned(x.data);
-  for (size_t d = 0; d + 1 < x.rank; ++d) aligned = aligned && (x.sizes[d] == 1 || x.strides[d] % unit == 0);
-  if (aligned) return x;
+  const int64_t multiple = row_multiple(x);
+  if (multiple == 16) return x;
+  if (leave_narrow && multiple == 8 && element_size() == 2) {
+    has_narrow = true;
+    return x;
+  }
+  if (const View* copy = copy_of(x)) return *copy;
   constexpr std::string_view kName = "a copy of rows that are not aligned to 16 bytes";
   const int64_t* n = x.sizes;
   const View& copy =
@@ -278,6 +289,11 @@ void CallBase::copy_rows([[maybe_unused]] void* stream) {
 const View* CallBase::copy_of(const View& x) const {
   const auto copied = std::ranges::find(copies_, &x, &Copied::from);
   return copied == copies_.end() ? nullptr : copied->to;
+}
+
+const View& CallBase::columns(const View& x, int64_t first, int64_t count) {
+  Tensor all = torch_tensor(x.handle);
+  return keep(torch::stable::narrow(all, static_cast<int64_t>(x.rank) - 1, first, count));
 }
 
 Rows CallBase::rows_of(const View& tensor) {
@@ -417,6 +433,43 @@ void CallBase::check_can_run() const {
 
 void CallBase::explain(std::string_view phase, std::string_view family, bool chosen, std::string_view why) {
   choices.append(phase).append("\t").append(family).append(chosen ? "\t1\t" : "\t0\t").append(why).append("\n");
+}
+
+void CallBase::explain_rows(std::string_view argument, const View& x, bool narrow) {
+  if (!on_gpu() || x.numel() == 0) return;
+  const int64_t multiple = row_multiple(x);
+  if (multiple == 16) return;
+  const bool stay = narrow && multiple == 8 && element_size() == 2;
+  const std::string phase = std::string(argument) + "_rows";
+  const std::string where = "rows start at multiples of " + std::to_string(multiple) + " bytes";
+  explain(
+      phase, "in_place", stay,
+      where +
+          (stay ? ", which the forward reads (of a projection, all but q); where a gradient is recorded they are copied"
+           : multiple == 8 ? ", which a kernel of the call does not read"
+                           : ""));
+  explain(phase, "copied", !stay,
+          stay ? "serves the call too, but in_place comes first" : "the first that serves the call");
+}
+
+NarrowRows narrow_rows(const CallBase& call, [[maybe_unused]] const AttentionFwdParams& p) {
+  call.check_can_run();
+#ifdef RAT_EXT_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(call.device);
+  return cuda::narrow_rows(p);
+#else
+  return {};
+#endif
+}
+
+NarrowRows narrow_rows(const CallBase& call, [[maybe_unused]] const AttentionCachedParams& p) {
+  call.check_can_run();
+#ifdef RAT_EXT_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(call.device);
+  return cuda::narrow_rows(p);
+#else
+  return {};
+#endif
 }
 
 namespace {

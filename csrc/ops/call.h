@@ -196,11 +196,14 @@ class CallBase {
   void check_packed(std::string_view argument, const View& x, ScalarType type, Shape sizes) const;
 
   // The same numbers as kernels read them, the last dimension being contiguous: on a GPU, where some row does not start at a
-  // multiple of 16 bytes, memory that copy_rows() fills.
+  // multiple of 16 bytes, memory that copy_rows() fills. With `leave_narrow` narrow rows (launchers.h) of two-byte elements stay
+  // where they are, and the call `has_narrow`.
   const View& with_rows(const View& x);
   // Before the kernels of the call, on their stream: all copies that were asked for, at once.
   void copy_rows(void* stream);
-  // Rows of a (B, T, heads, D) tensor of any strides.
+  // Columns of the last dimension: the same memory.
+  const View& columns(const View& x, int64_t first, int64_t count);
+  // Rows of a (B, T, heads, D) tensor of any strides; of one (B, T, width), whose stride of heads is the caller's to set.
   Rows rows_of(const View& tensor);
   // The same numbers at an address that is a multiple of 16 bytes.
   void* aligned_data(const View& x);
@@ -224,6 +227,8 @@ class CallBase {
 
   // Adds a row to what Mode::explain returns.
   void explain(std::string_view phase, std::string_view family, bool chosen, std::string_view why);
+  // Adds what becomes of rows that do not start at multiples of 16 bytes. `narrow`: kernels read narrow ones.
+  void explain_rows(std::string_view argument, const View& x, bool narrow);
 
   std::string_view op;
   Mode mode;
@@ -233,6 +238,8 @@ class CallBase {
   int32_t device = kElsewhere;
   bool only_y = false;  // is the first result all that is returned? Others are scratch then
   bool share = false;  // may results share memory? Where torch looks on (tracing, its checks of operators) they may not
+  bool saves_copies = false;  // are copies() returned, for a backward that reads them?
+  bool leave_narrow = false, has_narrow = false;
   std::string choices;  // of Mode::explain, a line for each family: phase, family, 1 where it is chosen, why
 
  protected:
@@ -247,6 +254,8 @@ class CallBase {
   };
 
   std::string shown(std::string_view argument) const;
+  // Bytes that all rows start at multiples of: 16, or a smaller power of two.
+  int64_t row_multiple(const View& x) const;
   int64_t bytes_of(std::string_view name, Shape sizes, ScalarType type) const;
   Handle torch_empty(Shape sizes, ScalarType type) const;
   // Null where the shared allocation has no room.
@@ -511,6 +520,10 @@ void explain(CallBase&, const RecurrenceFwdParams&);
 void explain(CallBase&, const RecurrenceBwdParams&);
 void explain(CallBase&, const DecodeParams&);
 void explain(CallBase&, const AttentionCachedParams&);
+
+// Narrow rows that the kernels of a call read. On a GPU.
+NarrowRows narrow_rows(const CallBase&, const AttentionFwdParams&);
+NarrowRows narrow_rows(const CallBase&, const AttentionCachedParams&);
 
 // Runs the launcher of the tensors' device; on a GPU there, on the current stream.
 template <class Params>

@@ -44,6 +44,7 @@ void run_eager_boxed(StableIValue* stack, uint64_t, uint64_t) {
   Call<Op> call(stack, Mode::run, kBrief);
   call.share = true;
   call.only_y = kOnlyY;
+  call.saves_copies = kSaving;
   run(call);
   call.push_results(stack);
   if constexpr (kSaving) stack[Call<Op>::kSignature.result_count] = torch::stable::detail::from(call.copies());

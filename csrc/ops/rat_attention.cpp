@@ -34,6 +34,17 @@ void read_rows(Call<Op>& call, AttentionFwdParams& p) {
   p.out_gate = rows<"out_gate">(call, {s.batch, s.tokens, s.heads, s.head_dim});
 }
 
+// All but q, whose part is copied.
+template <class Op>
+bool all_narrow(const Call<Op>& call, const NarrowRows& narrow) {
+  return narrow.k && narrow.v && narrow.gate && (narrow.out_gate || !value<"has_out_gate">(call));
+}
+
+template <Name name, class Op>
+void settle(Call<Op>& call, Rows& rows, bool narrow) {
+  if (given<name>(call) && !narrow) rows = call.rows_of(tensor<name>(call));
+}
+
 // Views of one projection (B, T, [q: G, k: G, v: H, gate: H, out_gate: H or none] x D).
 void split(const CallBase& call, AttentionFwdParams& p, const Rows& projection, bool has_out_gate) {
   const Sizes& s = p.size;
@@ -50,6 +61,14 @@ void split(const CallBase& call, AttentionFwdParams& p, const Rows& projection, 
   p.v = next(s.heads);
   p.gate = next(s.heads);
   if (has_out_gate) p.out_gate = next(s.heads);
+}
+
+template <class Op>
+void split(Call<Op>& call, AttentionFwdParams& p, const View& projection) {
+  split(
+      call, p,
+      {projection.data, p.size.batch > 1 ? projection.strides[0] : 0, p.size.tokens > 1 ? projection.strides[1] : 0, 0},
+      value<"has_out_gate">(call));
 }
 
 template <class Op>
@@ -77,9 +96,46 @@ void read_projection(Call<Op>& call, AttentionFwdParams& p) {
   check_chunk_size(call, value<"chunk_size">(call));
   s.set_chunk_size(value<"chunk_size">(call));
   check_head_dim(call, "projection", s.head_dim);
-  split(call, p,
-        {projection.data, s.batch > 1 ? projection.strides[0] : 0, s.tokens > 1 ? projection.strides[1] : 0, 0},
-        has_out_gate);
+  split(call, p, projection);
+}
+
+// Copies rows that have been left where they are, but for those in `narrow`.
+template <class Op>
+void copy_left_rows(Call<Op>& call, AttentionFwdParams& p, const NarrowRows& narrow) {
+  call.leave_narrow = false;
+  if constexpr (Call<Op>::template has_argument<"projection">) {
+    const View& projection = tensor<"projection">(call);
+    if (!all_narrow(call, narrow)) return split(call, p, call.with_rows(projection));
+    p.q = call.rows_of(call.columns(projection, 0, p.size.q_groups * p.size.head_dim));
+    p.q.head = p.size.head_dim;
+  } else {
+    settle<"q">(call, p.q, false);
+    settle<"k">(call, p.k, narrow.k);
+    settle<"v">(call, p.v, narrow.v);
+    settle<"gate">(call, p.gate, narrow.gate);
+    settle<"out_gate">(call, p.out_gate, narrow.out_gate);
+  }
+}
+
+// Launches a forward, whose rows are `p` in `params`. Where no backward wants the copies of rows, those rows alone are copied that
+// the call's kernels do not read where they are.
+template <class Op, class Params>
+void launch_forward(Call<Op>& call, Params& params, AttentionFwdParams& p,
+                    std::type_identity_t<void (*)(const Params&, const Allocator&)> on_cpu,
+                    std::type_identity_t<void (*)(const Params&, const Allocator&, void*)> on_gpu) {
+  const NarrowRows narrow = call.has_narrow ? narrow_rows(call, params) : NarrowRows{};
+  if (call.has_narrow) copy_left_rows(call, p, narrow);
+  launch(call, params, on_cpu, on_gpu);
+  if (call.mode != Mode::explain) return;
+  if constexpr (Call<Op>::template has_argument<"projection">) {
+    call.explain_rows("projection", tensor<"projection">(call), all_narrow(call, narrow));
+  } else {
+    call.explain_rows("q", tensor<"q">(call), false);
+    call.explain_rows("k", tensor<"k">(call), narrow.k);
+    call.explain_rows("v", tensor<"v">(call), narrow.v);
+    if (given<"gate">(call)) call.explain_rows("gate", tensor<"gate">(call), narrow.gate);
+    if (given<"out_gate">(call)) call.explain_rows("out_gate", tensor<"out_gate">(call), narrow.out_gate);
+  }
 }
 
 template <class Op>
@@ -155,6 +211,7 @@ bool has_work(const Sizes& s, bool states) {
 // does.
 template <class Op>
 void forward(Call<Op>& call) {
+  call.leave_narrow = !call.saves_copies;
   AttentionFwdParams p = params_of(call, value<"chunk_rows">(call));
   const Sizes& s = p.size;
   const bool return_state = value<"return_state">(call);
@@ -170,8 +227,9 @@ void forward(Call<Op>& call) {
     p.lengths_out = static_cast<int32_t*>(make<"lengths_out">(call, {s.sequences}, ScalarType::Int));
   }
   if (!has_work(s, return_state)) return;
-  launch(call, p, RAT_LAUNCHERS(attention_fwd));
+  launch_forward(call, p, p, RAT_LAUNCHERS(attention_fwd));
   if (call.mode == Mode::explain) {  // the backward of this call, whose gradients are rows like their inputs
+    copy_left_rows(call, p, {});
     AttentionBwdParams b;
     b.fwd = p;
     b.deterministic = value<"deterministic">(call);
@@ -245,6 +303,7 @@ constexpr int64_t kLeastPageRows = 8;
 void run(Call<RatAttentionCached>& call) {
   AttentionCachedParams p;
   AttentionFwdParams& a = p.fwd;
+  call.leave_narrow = true;
   read_rows(call, a);
   Sizes& s = a.size;
   s.dtype = call.kernel_dtype();
@@ -259,7 +318,7 @@ void run(Call<RatAttentionCached>& call) {
     call.fail("chunk_k", "expected pages of at least ", kLeastPageRows, " rows on a GPU, got ", p.pool.page_rows);
   }
   a.y = make_rows<"y">(call, {s.batch, s.tokens, s.heads, s.head_dim});
-  if (has_work(s, true)) launch(call, p, RAT_LAUNCHERS(attention_cached));
+  if (has_work(s, true)) launch_forward(call, p, a, RAT_LAUNCHERS(attention_cached));
 }
 
 void run(Call<RatAttention>& call) { forward(call); }

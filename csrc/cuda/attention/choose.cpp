@@ -10,7 +10,7 @@ namespace {
 using FwdTable = FamilyTable<Family<AttentionFwdParams, const FwdScratch>>;
 using BwdTable = FamilyTable<Family<AttentionBwdParams, BwdScratch>>;
 
-const FwdTable kFwd("attention_fwd", {{"sm90", sm90::fwd_refuses, sm90::fwd},
+const FwdTable kFwd("attention_fwd", {{"sm90", sm90::fwd_refuses, sm90::fwd, true},
                                       {"sm80", sm80::fwd_refuses, sm80::fwd},
                                       {"f32", f32::fwd_refuses, f32::fwd}});
 
@@ -23,6 +23,8 @@ const BwdTable kBwd("attention_bwd", {{"sm90", sm90::bwd_refuses, sm90::bwd},
 Launch chunk_attention_fwd(const AttentionFwdParams& p, const FwdScratch& scratch, Arena& arena) {
   return kFwd.choose(p).plan(p, scratch, arena);
 }
+
+bool attention_reads_narrow_rows(const AttentionFwdParams& p) { return kFwd.choose(p).reads_narrow_rows; }
 
 Launch chunk_attention_bwd(const AttentionBwdParams& p, BwdScratch& scratch, Arena& arena) {
   return kBwd.choose(p).plan(p, scratch, arena);

@@ -188,6 +188,7 @@ struct Schedule {
 struct Arguments {
   Sizes size;
   Rows q, out_gate, y;
+  bool narrow_gate;  // rows of out_gate are narrow (launchers.h)
   Rotary rotary;
   ChunkStates chunks;
   const float* s_self;
@@ -499,17 +500,17 @@ __device__ __forceinline__ void prefetch_rows(const void* first, int64_t token_s
 }
 
 // 64 rows of a (B, T, H, D) tensor on their way to shared memory, from row `base` of a tile that begins at `tile`. `rows` exist from
-// there on: those past the last token become zeros.
+// there on: those past the last token become zeros. Narrow rows (launchers.h) take the short loop: code here costs every call.
 template <class C>
 __device__ __forceinline__ void copy_rows(uint32_t to, const typename C::T* tile, int64_t token_stride, int base,
-                                          int head_dim, int rows, int thread) {
+                                          int head_dim, int rows, int thread, bool narrow) {
   constexpr int kPieces = C::kDim / 8, kStep = C::kLoaders / kPieces;
   static_assert(C::kLoaders % kPieces == 0);
   const int column = thread % kPieces * 8;
   if (column >= head_dim) return;
   const typename C::T* source = tile + (base + thread / kPieces) * token_stride + column;
   if constexpr (8 % kStep == 0) {
-    if (rows >= 64) {  // nothing to ask at each row, and addresses that constants fold into
+    if (rows >= 64 && !narrow) {  // nothing to ask at each row, and addresses that constants fold into
       const uint32_t first = to + swizzled(64, thread / kPieces, column);
 #pragma unroll
       for (int r = 0; r < 64; r += kStep, source += kStep * token_stride) {
@@ -520,7 +521,14 @@ __device__ __forceinline__ void copy_rows(uint32_t to, const typename C::T* tile
   }
 #pragma unroll 1
   for (int r = thread / kPieces; r < 64; r += kStep, source += kStep * token_stride) {
-    cp_async16(to + swizzled(64, r, column), r < rows ? source : tile, r < rows);
+    const uint32_t place = to + swizzled(64, r, column);
+    const typename C::T* const from = r < rows ? source : tile;
+    if (narrow) {
+      cp_async8(place, from, r < rows);
+      cp_async8(place + 8, from + 4, r < rows);
+    } else {
+      cp_async16(place, from, r < rows);
+    }
   }
 }
 
@@ -598,8 +606,8 @@ __device__ __forceinline__ void feed_queries(const Arguments& a, Shared<C>& shar
       cp_async_arrive(start);
     }
     operands.wait_empty();
-    copy_rows<C>(values, value, a.y.token, base, head_dim, rows, thread);
-    if (gated) copy_rows<C>(gates, gate, a.out_gate.token, base, head_dim, rows, thread);
+    copy_rows<C>(values, value, a.y.token, base, head_dim, rows, thread, false);
+    if (gated) copy_rows<C>(gates, gate, a.out_gate.token, base, head_dim, rows, thread, a.narrow_gate);
     cp_async_arrive(operands.full());
     mbarrier_arrive(tile_ring.empty());
   }
@@ -1336,6 +1344,7 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, int64_t
   a.q = params.q;
   a.out_gate = params.out_gate;
   a.y = params.y;
+  a.narrow_gate = !rows_are_wide(params.out_gate, 2);
   a.rotary = params.rotary;
   a.chunks = params.chunks;
   a.s_self = scratch.s_self;

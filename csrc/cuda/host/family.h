@@ -23,6 +23,7 @@ struct Family {
   const char* name;
   const char* (*refuses)(const Params&);  // null where it serves the call, else the reason in words
   Launch (*plan)(const Params&, Scratch&, Arena&);
+  bool reads_narrow_rows = false;  // of out_gate, in a forward (launchers.h)
 };
 
 // A name that RAT_EXT_KERNELS may give. Tables call it when the library is loaded.

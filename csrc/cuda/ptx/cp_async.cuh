@@ -40,6 +40,11 @@ __device__ __forceinline__ void cp_async8(uint32_t target, const void* source, b
                : "memory");
 }
 
+__device__ __forceinline__ void cp_async8(uint32_t target, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;\n" ::"r"(target), "l"(__cvta_generic_to_global(source))
+               : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
 // Returns when all but the newest `PENDING` groups of this thread have landed. Other threads see them after a barrier.

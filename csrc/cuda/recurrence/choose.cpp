@@ -11,10 +11,11 @@ struct ForwardFamily {
   const char* name;
   const char* (*refuses)(const AttentionFwdParams&);  // null where it serves the call, else the reason in words
   Launch (*prepare)(const AttentionFwdParams&, const FwdScratch&, const PoolStates*, Arena&);
+  bool reads_narrow_rows;  // of k, v and gate (launchers.h)
 };
 
-const FamilyTable<ForwardFamily> kForward("recurrence_fwd", {{"few", few_scan::refuses, few_scan::prepare},
-                                                             {"scan", scan::refuses, scan::prepare}});
+const FamilyTable<ForwardFamily> kForward("recurrence_fwd", {{"few", few_scan::refuses, few_scan::prepare, false},
+                                                             {"scan", scan::refuses, scan::prepare, true}});
 
 struct ReverseFamily {
   const char* name;
@@ -38,6 +39,8 @@ const FamilyTable<ReverseFamily> kReverse(
 Launch chunk_prepare_fwd(const AttentionFwdParams& a, const FwdScratch& scratch, const PoolStates* pool, Arena& arena) {
   return kForward.choose(a).prepare(a, scratch, pool, arena);
 }
+
+bool recurrence_reads_narrow_rows(const AttentionFwdParams& a) { return kForward.choose(a).reads_narrow_rows; }
 
 bool short_chunks(const AttentionBwdParams& a) { return kReverse.choose(a).makes_weights; }
 

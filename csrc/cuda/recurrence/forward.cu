@@ -8,8 +8,9 @@
 //
 // In scan a warp takes a tile of tokens and 32 / W heads, and walks the tile with the states in registers (scan.cuh). Each lane copies its
 // pieces of the rows of the next kRing tokens to shared memory of its own, and asks for one token when it has used one: bytes on
-// their way cost no registers, and no thread waits for another. Bytes per token in attention, elements of two bytes: reads v, gate
-// (4 H D) and q, k (4 G D, the heads of a group hit the L1 cache), writes v~ (2 H D), s_tt (4 H) and 1/L of a key and a value.
+// their way cost no registers, and no thread waits for another. Narrow rows (launchers.h) come in halves. Bytes per token in
+// attention, elements of two bytes: reads v, gate (4 H D) and q, k (4 G D, the heads of a group hit the L1 cache), writes v~ (2 H D),
+// s_tt (4 H) and 1/L of a key and a value.
 #include <type_traits>
 
 #include "../device/divisor.h"
@@ -42,13 +43,16 @@ class Ring {
   __device__ __forceinline__ explicit Ring(const void* memory)
       : first_(shared_address(memory) + threadIdx.x * 16), end_(first_ + kBytes), put_(first_), get_(first_) {}
 
-  // Rows that the warps of a block share come through L1.
-  __device__ __forceinline__ void ask(Row row, const T* source, bool shared) {
+  // Rows that the warps of a block share come through L1, and so do narrow ones, of which `narrow` has a bit for each Row.
+  __device__ __forceinline__ void ask(Row row, const T* source, bool shared, uint32_t narrow) {
     const char* const from = reinterpret_cast<const char*>(source);
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       const uint32_t to = put_ + (row * kParts + i) * (16 * kThreads);
-      if (shared) {
+      if (narrow >> row & 1) {
+        cp_async8(to, from + 16 * i);
+        cp_async8(to + 8, from + 16 * i + 8);
+      } else if (shared) {
         cp_async16_through_l1(to, from + 16 * i);
       } else {
         cp_async16(to, from + 16 * i);
@@ -81,6 +85,7 @@ struct PrepareFwd {
   ChunkStates chunks;
   float* running_k;  // (N, H, D) or null
   float* running_v;
+  uint32_t narrow;  // bit i: rows of Row i are narrow (launchers.h). Not of q
 };
 
 // A state to the e4m3 states of a pool, at state `at`, and with it what they keep of it.
@@ -142,8 +147,9 @@ __device__ __forceinline__ void store_key(const PrepareFwd& p, int64_t n, [[mayb
 }
 
 // kAttention: scan k and v, dot with q, write chunk states. Otherwise scan k alone and write its states.
-// kPool, in attention: rows of a pool.
-template <class T, int W, bool kAttention, bool kPool>
+// kPool, in attention: rows of a pool. kNarrow, in attention: some rows of k, v or gate are narrow. A kernel of its own, for a
+// branch would cost that of other rows 1.3 us of 51 at T = 4096, B = 1.
+template <class T, int W, bool kAttention, bool kPool, bool kNarrow>
 __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_fwd_kernel(const __grid_constant__ PrepareFwd p) {
   const ScanInput& in = p.in;
   const Sizes& s = in.size;
@@ -164,11 +170,12 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_fwd_kernel(const __
   int left = tile.count;  // tokens that are not asked for
   const auto ask = [&] {
     if (left-- > 0) {
-      if (gated) ring.ask(kGate, take(gate_row, in.gate.token), false);
-      ring.ask(kKey, take(k_row, in.k.token), true);
+      const uint32_t narrow = kNarrow ? p.narrow : 0;
+      if (gated) ring.ask(kGate, take(gate_row, in.gate.token), false, narrow);
+      ring.ask(kKey, take(k_row, in.k.token), true, narrow);
       if constexpr (kAttention) {
-        ring.ask(kValue, take(v_row, in.v.token), false);
-        ring.ask(kQuery, take(q_row, in.q.token), true);
+        ring.ask(kValue, take(v_row, in.v.token), false, narrow);
+        ring.ask(kQuery, take(q_row, in.q.token), true, 0);
       }
     }
     ring.asked();
@@ -464,10 +471,15 @@ void launch_prepare(PrepareFwd p, const char* op, cudaStream_t stream) {
     const int64_t blocks = ceil_div(p.in.items * p.in.head_batches, kThreads / 32);
     if (blocks == 0) return;
     constexpr int kShared = Ring<typename V::T, kAttention>::kBytes;
-    auto* const kernel = chunk_prepare_fwd_kernel<typename V::T, V::W, kAttention, kPool>;
-    allow_shared_memory(kernel, kShared, "chunk_prepare_fwd shared memory");
-    kernel<<<grid_x(blocks, "chunk_prepare_fwd"), kThreads, kShared, stream>>>(p);
-    check_launch("chunk_prepare_fwd");
+    const auto launch = [&](auto* kernel) {
+      allow_shared_memory(kernel, kShared, "chunk_prepare_fwd shared memory");
+      kernel<<<grid_x(blocks, "chunk_prepare_fwd"), kThreads, kShared, stream>>>(p);
+      check_launch("chunk_prepare_fwd");
+    };
+    if constexpr (kAttention && sizeof(typename V::T) == 2) {
+      if (p.narrow != 0) return launch(chunk_prepare_fwd_kernel<typename V::T, V::W, true, kPool, true>);
+    }
+    launch(chunk_prepare_fwd_kernel<typename V::T, V::W, kAttention, kPool, false>);
   });
 }
 
@@ -505,6 +517,9 @@ PrepareFwd prepare_fwd(const AttentionFwdParams& a, const FwdScratch& scratch, c
   p.chunks = a.chunks;
   p.running_k = static_cast<float*>(a.running_k);
   p.running_v = static_cast<float*>(a.running_v);
+  const int64_t bytes = a.size.dtype == DType::f32 ? 4 : 2;
+  const auto narrow = [&](Row row, const Rows& rows) { return rows_are_wide(rows, bytes) ? 0u : 1u << row; };
+  p.narrow = narrow(kGate, a.gate) | narrow(kKey, a.k) | narrow(kValue, a.v);
   if (pool) p.in.pool = *pool;
   return p;
 }
@@ -574,13 +589,15 @@ KernelList forward_kernels() {
     for_each_variant([&](auto variant, const char* type) {
       using V = decltype(variant);
       using T = typename V::T;
-      t.add("chunk_prepare_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, true, false>);
-      t.add("chunk_prepare_pool_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, true, true>);
+      t.add("chunk_prepare_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, true, false, false>);
+      t.add("chunk_prepare_pool_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, true, true, false>);
       if constexpr (sizeof(T) == 2) {
+        t.add("chunk_prepare_narrow_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, true, false, true>);
+        t.add("chunk_prepare_narrow_pool_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, true, true, true>);
         t.add("chunk_prepare_few_fwd", variant, type, chunk_prepare_few_fwd_kernel<T, V::W, false>);
         t.add("chunk_prepare_few_pool_fwd", variant, type, chunk_prepare_few_fwd_kernel<T, V::W, true>);
       }
-      t.add("chunk_recurrence_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, false, false>);
+      t.add("chunk_recurrence_fwd", variant, type, chunk_prepare_fwd_kernel<T, V::W, false, false, false>);
     });
     return t;
   }();

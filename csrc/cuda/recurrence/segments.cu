@@ -14,7 +14,16 @@ namespace {
 
 constexpr int kThreads = 128;
 
-template <class T, int W, bool kAttention>
+// load_raw() of rows that start at multiples of 8 bytes.
+template <class T>
+__device__ __forceinline__ Raw8<T> load_raw_narrow(const T* p) {
+  static_assert(sizeof(T) == 2);
+  const uint2 low = reinterpret_cast<const uint2*>(p)[0], high = reinterpret_cast<const uint2*>(p)[1];
+  return {{{{low.x, low.y, high.x, high.y}}}};
+}
+
+// kNarrow: some rows of k, v or gate are narrow (launchers.h).
+template <class T, int W, bool kAttention, bool kNarrow>
 __global__ void __launch_bounds__(kThreads) chunk_segment_fwd_kernel(const __grid_constant__ ScanInput in) {
   const Sizes& s = in.size;
   ScanTile tile;
@@ -33,6 +42,13 @@ __global__ void __launch_bounds__(kThreads) chunk_segment_fwd_kernel(const __gri
   for (int j = 0; j < 8; ++j) product[j] = 1.0f;
   ChunkClock clock(s, tile.position);
 
+  const auto load = [](const T* from) {
+    if constexpr (kNarrow) {
+      return load_raw_narrow(from);
+    } else {
+      return load_raw(from);
+    }
+  };
   constexpr int kStep = (sizeof(T) == 4 ? 1 : 2) * (kAttention ? 1 : 2);  // tokens requested at once
 #pragma unroll 1
   for (int i = 0; i < tile.count; i += kStep) {
@@ -40,9 +56,9 @@ __global__ void __launch_bounds__(kThreads) chunk_segment_fwd_kernel(const __gri
 #pragma unroll
     for (int u = 0; u < kStep; ++u) {
       const int64_t t = min(i + u, tile.count - 1);
-      k_raw[u] = load_raw(k_row + t * in.k.token);
-      if constexpr (kAttention) v_raw[u] = load_raw(v_row + t * in.v.token);
-      gate_raw[u] = load_raw(gate_row + t * in.gate.token);
+      k_raw[u] = load(k_row + t * in.k.token);
+      if constexpr (kAttention) v_raw[u] = load(v_row + t * in.v.token);
+      gate_raw[u] = load(gate_row + t * in.gate.token);
     }
 #pragma unroll
     for (int u = 0; u < kStep; ++u) {
@@ -221,9 +237,15 @@ void launch_fwd(ScanInput in, cudaStream_t stream) {
     plan_tiles<V>(in, kSegment);
     const int64_t blocks = ceil_div(in.items * in.head_batches, kThreads / 32);
     if (blocks == 0) return;
-    chunk_segment_fwd_kernel<typename V::T, V::W, kAttention>
-        <<<grid_x(blocks, "chunk_segment_fwd"), kThreads, 0, stream>>>(in);
-    check_launch("chunk_segment_fwd");
+    const auto launch = [&](auto* kernel) {
+      kernel<<<grid_x(blocks, "chunk_segment_fwd"), kThreads, 0, stream>>>(in);
+      check_launch("chunk_segment_fwd");
+    };
+    if constexpr (kAttention && sizeof(typename V::T) == 2) {
+      const bool wide = rows_are_wide(in.k, 2) && rows_are_wide(in.v, 2) && rows_are_wide(in.gate, 2);
+      if (!wide) return launch(chunk_segment_fwd_kernel<typename V::T, V::W, true, true>);
+    }
+    launch(chunk_segment_fwd_kernel<typename V::T, V::W, kAttention, false>);
   });
 }
 
@@ -275,8 +297,11 @@ KernelList segments_kernels() {
     for_each_variant([&](auto variant, const char* type) {
       using V = decltype(variant);
       using T = typename V::T;
-      t.add("chunk_segment_fwd", variant, type, chunk_segment_fwd_kernel<T, V::W, true>);
-      t.add("chunk_recurrence_segment_fwd", variant, type, chunk_segment_fwd_kernel<T, V::W, false>);
+      t.add("chunk_segment_fwd", variant, type, chunk_segment_fwd_kernel<T, V::W, true, false>);
+      if constexpr (sizeof(T) == 2) {
+        t.add("chunk_segment_narrow_fwd", variant, type, chunk_segment_fwd_kernel<T, V::W, true, true>);
+      }
+      t.add("chunk_recurrence_segment_fwd", variant, type, chunk_segment_fwd_kernel<T, V::W, false, false>);
       t.add("chunk_segment_bwd", variant, type, chunk_segment_bwd_kernel<T, V::W, true>);
       t.add("chunk_recurrence_segment_bwd", variant, type, chunk_segment_bwd_kernel<T, V::W, false>);
     });
