@@ -177,8 +177,7 @@ __device__ __forceinline__ ScanTile scan_tile_of(const TiledScan& p, int64_t ite
     t.count = end > from ? static_cast<int>(end - from) : 0;
     t.token += from - low;
     t.position = from;
-    t.first &= from == low;
-    t.last &= end == high;
+    t.first &= from == low;  // `last` stays the span's: nobody asks for the tile's
     return t;
   } else {
     return tile_of(p.in.size, item, p.in.tile);
@@ -1108,10 +1107,6 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, const D
     reduce_gate_bias(p.bias_partial, d.runs, s.heads * s.head_dim, static_cast<float*>(a.dgate_bias), stream);
   }
 }
-
-}  // namespace
-
-namespace {
 
 // What both families ask of a call.
 const char* refuses_call(const AttentionBwdParams& a) {
