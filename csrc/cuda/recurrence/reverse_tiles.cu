@@ -27,7 +27,7 @@
 // SASS instructions per token and warp (64 elements). It reads v, gate, dO and writes dv, dgate: 10 H D bytes per token, and small
 // change. What a query's own key adds to dq is made from k~ as it is kept, rounded to T.
 //
-// Tiles are of four kinds (Kind), each with a kernel: the more is known of them, the less is asked at each token.
+// Tiles are of five kinds (Kind), each with a kernel: the more is known of them, the less is asked at each token.
 #include <algorithm>
 #include <cfloat>
 #include <type_traits>
@@ -74,9 +74,12 @@ enum Kind : int {
   kWhole,  // kTokens tokens of one chunk, all lanes have elements: nothing is masked. Short: the chunk, and no state enters
   kOneChunk,  // of one chunk, from kTokens tokens those of the call
   kFew,       // chunks begin and end at any token, and at most kStagedKeys end
-  kAny        // the same, but any number
+  kAny,       // the same, but any number
+  kHalves     // short: as kWhole, but of two whole chunks of 8 tokens or four of 4
 };
-constexpr bool is_free(Kind kind) { return kind == kFew || kind == kAny; }
+constexpr bool is_whole(Kind kind) { return kind == kWhole || kind == kHalves; }
+constexpr bool is_free(Kind kind) { return kind == kFew || kind == kAny || kind == kHalves; }  // chunks meet inside
+constexpr bool is_staged(Kind kind) { return kind == kFew || kind == kHalves; }
 constexpr int kStagedKeys = 4;
 
 struct TiledScan {
@@ -98,7 +101,7 @@ struct TiledScan {
   int group_heads;              // H / G
   bool all_live;                // all lanes have elements
   int64_t tiles_per_run, runs;  // long: spans of a run
-  int keys;                     // ends of chunks in a tile of kFew, at most; else 1
+  int keys;                     // ends of chunks in a tile of kFew or kHalves, at most; else 1
   // Long:
   const void* tile_states;     // as TileStates has them
   const float* incoming_grad;  // as ReverseInput has it: of spans that are segments, else null
@@ -177,8 +180,7 @@ __device__ __forceinline__ ScanTile scan_tile_of(const TiledScan& p, int64_t ite
     t.count = end > from ? static_cast<int>(end - from) : 0;
     t.token += from - low;
     t.position = from;
-    t.first &= from == low;
-    t.last &= end == high;
+    t.first &= from == low;  // `last` stays the span's: nobody asks for the tile's
     return t;
   } else {
     return tile_of(p.in.size, item, p.in.tile);
@@ -265,9 +267,9 @@ struct Place {
     lane = tid % 32;
     warp = tid / 32;
     warps = static_cast<int>(blockDim.x) / 32;
-    live = kKind == kWhole || 2 * tid < s.head_dim;
+    live = is_whole(kKind) || 2 * tid < s.head_dim;
     d = live ? 2 * tid : 0;
-    const int bytes = static_cast<int>(warp_bytes(kKind == kFew ? p.keys : 1));
+    const int bytes = static_cast<int>(warp_bytes(is_staged(kKind) ? p.keys : 1));
     shared = reinterpret_cast<WarpShared*>(memory + warp * bytes);
     behind = reinterpret_cast<float*>(memory + warps * bytes);
   }
@@ -313,7 +315,7 @@ __device__ __forceinline__ void request_group(const TiledScan& p, const Place<kK
       cp_async8(shared_address(&shared.sums[t][place.lane]), dq_at, valid(t));
       reinterpret_cast<float2*>(&shared.sums[t][place.lane])[1] = make_float2(0.0f, 0.0f);
     }
-    if (kKind == kWhole || t + 1 < tile.count) {  // addresses of rows that do not exist are not even formed
+    if (is_whole(kKind) || t + 1 < tile.count) {  // addresses of rows that do not exist are not even formed
       q_at += p.in.q.token;
       k_at += p.in.k.token;
       dq_at += sums_row;
@@ -382,10 +384,27 @@ struct Edges {
     const int length = static_cast<int>(s.reset), offset = static_cast<int>(tile.position) - first_chunk * length;
     bits = (offset == 0) | static_cast<uint32_t>(offset == length - kTokens) << (16 + kLast);
   }
-  __device__ __forceinline__ bool resets(int t) const { return bits >> t & 1; }
-  __device__ __forceinline__ bool leaves_key(int t) const { return bits >> (16 + t) & 1; }
-  __device__ __forceinline__ int keys_before(int t) const { return __popc(bits >> 16 & ((1u << t) - 1)); }
-  __device__ __forceinline__ int keys() const { return __popc(bits >> 16); }
+  // Of kHalves half of the answers are known before the call, and nearly all others are no: `bits` is 1 where chunks have 4 tokens.
+  template <Kind kKind>
+  __device__ __forceinline__ bool resets(int t) const {
+    if constexpr (kKind == kHalves) return t % 8 == 0 || (t % 4 == 0 && bits);
+    return bits >> t & 1;
+  }
+  template <Kind kKind>
+  __device__ __forceinline__ bool leaves_key(int t) const {
+    if constexpr (kKind == kHalves) return t % 8 == 7 || (t % 4 == 3 && bits);
+    return bits >> (16 + t) & 1;
+  }
+  template <Kind kKind>
+  __device__ __forceinline__ int keys_before(int t) const {
+    if constexpr (kKind == kHalves) return bits ? t / 4 : t / 8;
+    return __popc(bits >> 16 & ((1u << t) - 1));
+  }
+  template <Kind kKind>
+  __device__ __forceinline__ int keys() const {
+    if constexpr (kKind == kHalves) return bits ? 4 : 2;
+    return __popc(bits >> 16);
+  }
 };
 
 // v, gate and dO of all tokens of a head, in registers; where they are, and where dv and dgate go. The inputs are asked for at the
@@ -497,7 +516,8 @@ __device__ __forceinline__ void scan_forward(const Place<kKind, kLong>& place, c
   for (int t = 0; t < kTokens; ++t) {
     // k~ as the token before left it, also where this one starts anew: walk_back takes it for that token's own.
     if (is_free(kKind)) k_before[t] = pack2<T>(k_state[0], k_state[1]);
-    if (is_free(kKind) ? edges.resets(t) : t == 0 && ((kKind == kWhole && !kLong) || edges.resets(0))) {
+    if (is_free(kKind) ? edges.template resets<kKind>(t)
+                       : t == 0 && ((kKind == kWhole && !kLong) || edges.template resets<kKind>(0))) {
       k_state[0] = k_state[1] = v_state[0] = v_state[1] = 0.0f;
     }
     if (!is_free(kKind)) k_before[t] = pack2<T>(k_state[0], k_state[1]);
@@ -582,7 +602,7 @@ __device__ __forceinline__ void walk_back(const TiledScan& p, const Place<kKind,
     sum.y = fmaf(own.y, k_now[1], sum.y);
     k_now[0] = k_past[0];
     k_now[1] = k_past[1];
-    if (is_free(kKind) && edges.resets(t)) k_past[0] = k_past[1] = 0.0f;
+    if (is_free(kKind) && edges.template resets<kKind>(t)) k_past[0] = k_past[1] = 0.0f;
     const float probability = own.x, ds = own.y;
     if (t > 0) {
       raw = shared.rows[t - 1][lane];
@@ -593,9 +613,9 @@ __device__ __forceinline__ void walk_back(const TiledScan& p, const Place<kKind,
       v_grad[j] = fmaf(probability, dout[j], v_grad[j]);
       k_grad[j] = fmaf(ds, q[j], k_grad[j]);
     }
-    if (is_free(kKind) && edges.leaves_key(t)) {
-      const int before = edges.keys_before(t);
-      if constexpr (kKind == kFew) {  // a few instructions, so that no branch parts the tokens
+    if (is_free(kKind) && edges.template leaves_key<kKind>(t)) {
+      const int before = edges.template keys_before<kKind>(t);
+      if constexpr (is_staged(kKind)) {  // a few instructions, so that no branch parts the tokens
         const KeyShared& key = shared.keys[before];
         k_grad[0] += key.grad[0][lane].x;
         k_grad[1] += key.grad[0][lane].y;
@@ -621,13 +641,13 @@ __device__ __forceinline__ void walk_back(const TiledScan& p, const Place<kKind,
     sum.z += dk[0];
     sum.w += dk[1];
     shared.sums[t][lane] = sum;
-    if (is_free(kKind) && edges.resets(t)) k_grad[0] = k_grad[1] = v_grad[0] = v_grad[1] = 0.0f;
+    if (is_free(kKind) && edges.template resets<kKind>(t)) k_grad[0] = k_grad[1] = v_grad[0] = v_grad[1] = 0.0f;
     store_pair_if(rows.dv_at, pack2<T>(dv[0], dv[1]), valid(t));
     store_pair_if(rows.dgate_at, pack2<T>(dgate[0], dgate[1]), valid(t));
     rows.request(t, more && valid(t));
     // No earlier than this, when states that are done with have left registers. The masked form of f16 would spill all the same.
-    constexpr bool kPrefetch = kKind == kWhole || (kKind == kOneChunk && std::is_same_v<T, bf16>);
-    if (kPrefetch && t == kTokens * 3 / 4 && more && (kKind == kWhole || (p.all_live && valid(kLast)))) {
+    constexpr bool kPrefetch = is_whole(kKind) || (kKind == kOneChunk && std::is_same_v<T, bf16>);
+    if (kPrefetch && t == kTokens * 3 / 4 && more && (is_whole(kKind) || (p.all_live && valid(kLast)))) {
       rows.prefetch(p, lane, t);
     }
     if (t == kTokens / 4) ask_next();
@@ -635,7 +655,7 @@ __device__ __forceinline__ void walk_back(const TiledScan& p, const Place<kKind,
   }
   rows.to_ends(p);
   constexpr bool kMayReset = kKind == kOneChunk || (kKind == kWhole && kLong);
-  if (kMayReset && edges.resets(0)) k_grad[0] = k_grad[1] = v_grad[0] = v_grad[1] = 0.0f;
+  if (kMayReset && edges.template resets<kKind>(0)) k_grad[0] = k_grad[1] = v_grad[0] = v_grad[1] = 0.0f;
 }
 
 // ---- what a head and a sequence bring along -----------------------------------------------------------------------------
@@ -669,7 +689,7 @@ __device__ __forceinline__ void states_before(const TiledScan& p, const Place<kK
     unpack_pair<T>(raw.x, k_state);
     unpack_pair<T>(raw.y, v_state);
   }
-  if (kKind == kWhole || !p.in.initial_k) return;
+  if (is_whole(kKind) || !p.in.initial_k) return;
   if (const ScanTile again = tile_again(); again.first) {
     const int64_t at = running_at(p.in.size, again, h, d);
 #pragma unroll
@@ -699,7 +719,7 @@ __device__ __forceinline__ void gradients_after(const TiledScan& p, TileAgain&& 
 template <Kind kKind, class TileAgain>
 __device__ __forceinline__ void store_initial(const TiledScan& p, TileAgain&& tile_again, int h, int d, bool live,
                                               const float (&k_grad)[2], const float (&v_grad)[2]) {
-  if (kKind == kWhole || !p.dinitial_k) return;
+  if (is_whole(kKind) || !p.dinitial_k) return;
   if (const ScanTile again = tile_again(); again.first && live) {
     const int64_t at = running_at(p.in.size, again, h, d);
 #pragma unroll
@@ -726,38 +746,40 @@ __device__ __forceinline__ void scan_tile(const TiledScan& p, const Place<kKind,
   // Made anew where they are needed: kept, they cost a spill.
   const auto groups_again = [&] { return opaque(static_cast<unsigned>(s.q_groups)); };
   const auto group_again = [&]() -> int64_t { return this_team() % groups_again(); };
-  const auto tile_again = [&] { return scan_tile_of<kKind == kWhole, kLong>(p, opaque(item)); };
+  const auto tile_again = [&] { return scan_tile_of<is_whole(kKind), kLong>(p, opaque(item)); };
   const int first_head = static_cast<int>(group_again()) * p.group_heads;
   const auto bias_partial = [&](int h) {
     // Of some kinds made anew. Lanes without elements are not here, so this is no place for this_team(): whichever lanes come agree.
-    constexpr bool kAgain = (kKind == kOneChunk || kKind == kFew) && !kLong;
+    constexpr bool kAgain = (kKind == kOneChunk || is_staged(kKind)) && !kLong;
     const auto team_of_active = [] { return blockIdx.x * blockDim.y + __reduce_max_sync(__activemask(), threadIdx.y); };
     const unsigned run_again = kAgain ? team_of_active() / groups_again() : run;
     return reinterpret_cast<float2*>(p.bias_partial + (static_cast<int64_t>(run_again) * s.heads + h) * s.head_dim + d);
   };
   const int own_count = live ? count : 0;
-  const auto valid = [&](int t) { return kKind == kWhole || t < own_count; };
+  const auto valid = [&](int t) { return is_whole(kKind) || t < own_count; };
 
   Edges edges;
   const int first_chunk = static_cast<int>(quotient(tile.position, s.key_every));
-  if constexpr (kKind != kWhole) {
+  if constexpr (kKind == kHalves) {
+    edges.bits = s.reset == 4;
+  } else if constexpr (kKind != kWhole) {
     edges.find(s, tile, first_chunk);
   } else if constexpr (kLong) {
     edges.find_ends(s, tile, first_chunk);
   }
   // Does the chunk of a tile of one chunk end in it?
   bool closes = kKind == kWhole;
-  if (kKind == kOneChunk) closes = count > 0 && edges.leaves_key(count - 1);
-  if (kKind == kWhole && kLong) closes = edges.leaves_key(kLast);
+  if (kKind == kOneChunk) closes = count > 0 && edges.template leaves_key<kKind>(count - 1);
+  if (kKind == kWhole && kLong) closes = edges.template leaves_key<kKind>(kLast);
   // Long: the states that phase 1 has left. It has none of a chunk's first token; a sequence's first is brought along, if at all.
   [[maybe_unused]] uint32_t states_place = 0;
   if constexpr (kLong && kKind != kWhole) {
-    if (own_count > 0 && !tile.first && !edges.resets(0)) {
+    if (own_count > 0 && !tile.first && !edges.template resets<kKind>(0)) {
       states_place = static_cast<uint32_t>(state_place(s, tile.sequence, tile.token)) + 1;
     }
   }
   const auto request_before = [&](int h) {
-    const bool left = kKind == kWhole ? !edges.resets(0) : states_place > 0;
+    const bool left = kKind == kWhole ? !edges.template resets<kKind>(0) : states_place > 0;
     const int64_t state = kKind == kWhole ? item : int64_t{states_place} - left;
     const T* const from = static_cast<const T*>(p.tile_states) + (state * s.heads + h) * 2 * s.head_dim + d;
     cp_async4(shared_address(&place.shared->before[lane].x), from, left);
@@ -771,16 +793,17 @@ __device__ __forceinline__ void scan_tile(const TiledScan& p, const Place<kKind,
   int64_t scalar_at = (tile.sequence.batch * s.heads + first_head) * s.tokens + tile.token + lane % 16;
   const int self_kind = lane % 16 >= count ? kNone : tile.position + lane % 16 < s.key_every ? kAlone : kAttends;
   const auto load_scalar = [&]() {
-    return kKind == kWhole || self_kind != kNone ? (lane < 16 ? p.first_scalar : p.second_scalar)[scalar_at] : 0.0f;
+    return is_whole(kKind) || self_kind != kNone ? (lane < 16 ? p.first_scalar : p.second_scalar)[scalar_at] : 0.0f;
   };
   rows.request_all(p, valid);
   float scalar = load_scalar();
   // rotate_group() wants it of every tile.
   if (kKind == kWhole || (kKind == kOneChunk && closes))
     place.shared->keys[0].angle[lane] = angle_at(p, first_chunk, d);
-  if constexpr (kKind == kFew) {
+  if constexpr (is_staged(kKind)) {
 #pragma unroll 1
-    for (int i = 0; i < edges.keys(); ++i) place.shared->keys[i].angle[lane] = angle_at(p, first_chunk + i, d);
+    for (int i = 0; i < edges.template keys<kKind>(); ++i)
+      place.shared->keys[i].angle[lane] = angle_at(p, first_chunk + i, d);
   }
   const auto bias_at = [&](int h) { return p.in.gate_bias + (opaque(h) * static_cast<int>(s.head_dim) + d); };
   float raw_bias[2] = {0.0f, 0.0f};
@@ -798,9 +821,9 @@ __device__ __forceinline__ void scan_tile(const TiledScan& p, const Place<kKind,
     }
     states_before<T>(p, place, tile_again, h, d, k_state, v_state);
     uint32_t k_before[kTokens], v_before[kTokens];
-    if constexpr (kKind == kFew) {
+    if constexpr (is_staged(kKind)) {
 #pragma unroll 1
-      for (int i = 0; i < edges.keys(); ++i) {
+      for (int i = 0; i < edges.template keys<kKind>(); ++i) {
         ChunkGrad::request(p, state_at + i * static_cast<int>(s.head_dim), d, true, place.shared->keys[i], lane);
       }
     } else if constexpr (kKind != kAny) {
@@ -825,10 +848,10 @@ __device__ __forceinline__ void scan_tile(const TiledScan& p, const Place<kKind,
       ChunkGrad chunk_grad;
       chunk_grad.take(place.shared->keys[0], lane);
       if (closes) chunk_grad.add<T>(p, place.shared->keys[0].angle[lane], state_at, d, k_grad, v_grad);
-    } else if constexpr (kKind == kFew) {
+    } else if constexpr (is_staged(kKind)) {
       // Rotated back, in its place: the gradients that walk_back() adds.
 #pragma unroll 1
-      for (int i = 0; i < edges.keys(); ++i) {
+      for (int i = 0; i < edges.template keys<kKind>(); ++i) {
         KeyShared& key = place.shared->keys[i];
         float k_sum[2] = {0.0f, 0.0f}, v_sum[2] = {0.0f, 0.0f};
         ChunkGrad chunk_grad;
@@ -860,7 +883,7 @@ __device__ __forceinline__ void scan_tile(const TiledScan& p, const Place<kKind,
       *place.handed(p.group_heads, h - first_head) = make_float4(k_grad[0], k_grad[1], v_grad[0], v_grad[1]);
     }
 
-    const bool has_tokens = kKind == kWhole || own_count > 0;
+    const bool has_tokens = is_whole(kKind) || own_count > 0;
     store_initial<kKind>(p, tile_again, h, d, has_tokens, k_grad, v_grad);
     if (p.bias_partial && has_tokens) {  // summed over the tiles of the run
       // Nobody else adds to these, and nothing waits for the sum.
@@ -904,7 +927,7 @@ template <class T, Kind kKind, bool kLong>
 __device__ __forceinline__ void scan_run(const TiledScan& p) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const Sizes& s = p.in.size;
-  const int keys = kKind == kFew ? p.keys : 1;
+  const int keys = is_staged(kKind) ? p.keys : 1;
   unsigned char* const memory =
       shared_memory + threadIdx.y * shared_bytes(static_cast<int>(blockDim.x / 32), keys, p.group_heads, kLong);
   const unsigned groups = static_cast<unsigned>(s.q_groups), run = this_team() / groups;
@@ -921,8 +944,8 @@ __device__ __forceinline__ void scan_run(const TiledScan& p) {
     // A team that has no tokens goes the same way, for the barriers, with nothing to load and to store. Where all tiles are whole
     // every team has all of its tiles.
     const int64_t items = p.in.items * parts;
-    const bool exists = kKind == kWhole || item < items;
-    ScanTile tile = scan_tile_of<kKind == kWhole, kLong>(p, exists ? item : items - 1);
+    const bool exists = is_whole(kKind) || item < items;
+    ScanTile tile = scan_tile_of<is_whole(kKind), kLong>(p, exists ? item : items - 1);
     if (!exists) tile.count = 0;
     if constexpr (kLong) {
       if (left % parts == 0 && exists) {
@@ -932,11 +955,11 @@ __device__ __forceinline__ void scan_run(const TiledScan& p) {
         receive(p, Place<kKind, true>(p, memory), span, first_head());
       }
     }
-    if (kKind != kWhole && !__syncthreads_or(tile.count)) continue;
+    if (!is_whole(kKind) && !__syncthreads_or(tile.count)) continue;
     scan_tile<T>(p, Place<kKind, kLong>(p, memory), run, tile.item, tile, first_tile);
     if (tile.count) first_tile = false;
   }
-  if constexpr (kKind != kWhole) {
+  if constexpr (!is_whole(kKind)) {
     const Place<kKind, kLong> place(p, memory);
     const int64_t row = static_cast<int64_t>(run) * s.heads + first_head();
     if (p.bias_partial && place.live && first_tile && run < p.runs) {  // a run without tokens
@@ -949,7 +972,7 @@ __device__ __forceinline__ void scan_run(const TiledScan& p) {
 
 // The bound limits registers, so that kWarps warps fit: with 144 or 128 of them spills cost more than the added warps bring.
 template <Kind kKind>
-constexpr int kBlocks = kRoomy && kKind != kWhole ? 2 : kWarps / (kThreads / 32);
+constexpr int kBlocks = kRoomy && !is_whole(kKind) ? 2 : kWarps / (kThreads / 32);
 
 template <class T, Kind kKind>
 __global__ void __launch_bounds__(kThreads, kBlocks<kKind>)
@@ -970,12 +993,21 @@ bool is_long(const Sizes& s) { return s.reset > kTokens; }
 // Whole tiles alone, in spans of one length.
 bool whole_spans(const AttentionBwdParams& a, int64_t span) {
   const Sizes& s = a.fwd.size;
-  return s.reset % kTokens == 0 && s.head_dim % 64 == 0 && !s.cu_seqlens && !s.lengths && s.tokens % span == 0 &&
-         !a.dinitial.running_k;
+  return s.head_dim % 64 == 0 && !s.cu_seqlens && !s.lengths && s.tokens % span == 0 && !a.dinitial.running_k;
 }
 
 bool all_whole(const AttentionBwdParams& a) {
-  return whole_spans(a, is_long(a.fwd.size) ? span_tokens(a.fwd.size) : kTokens);
+  const Sizes& s = a.fwd.size;
+  return s.reset % kTokens == 0 && whole_spans(a, is_long(s) ? span_tokens(s) : kTokens);
+}
+
+// The kind of all tiles of a call.
+Kind kind_of(const AttentionBwdParams& a) {
+  const Sizes& s = a.fwd.size;
+  if (all_whole(a)) return kWhole;
+  if (s.reset % kTokens == 0) return kOneChunk;
+  if ((s.reset == 4 || s.reset == 8) && whole_spans(a, kTokens)) return kHalves;
+  return s.reset * kStagedKeys >= kTokens ? kFew : kAny;
 }
 
 // `tile`: tokens of a tile, long: of a span, which has `parts` tiles. A run has tiles_per_run of them.
@@ -995,7 +1027,7 @@ Deal deal(const AttentionBwdParams& a) {
                              " tiles, more than it can number (4294967295)");
   }
   d.tiles_per_run = a.dgate_bias ? std::min<int64_t>(64, std::max<int64_t>(1, d.items * s.q_groups / 8192)) : 1;
-  if (all_whole(a)) {  // runs of equal length
+  if (is_whole(kind_of(a))) {  // runs of equal length
     while (d.items % d.tiles_per_run != 0) --d.tiles_per_run;
   }
   d.runs = ceil_div(d.items, d.tiles_per_run);
@@ -1005,15 +1037,7 @@ Deal deal(const AttentionBwdParams& a) {
 // A team's warps, and its shared memory.
 int team_threads(const Sizes& s) { return static_cast<int>(round_up(s.head_dim / 2, 32)); }
 
-// The kind of all tiles of a call.
-Kind kind_of(const AttentionBwdParams& a) {
-  const Sizes& s = a.fwd.size;
-  if (all_whole(a)) return kWhole;
-  if (s.reset % kTokens == 0) return kOneChunk;
-  return s.reset * kStagedKeys >= kTokens ? kFew : kAny;
-}
-
-// Chunks whose ends are staged, at most, in a tile of kind kFew.
+// Chunks whose ends are staged, at most, in a tile of kind kFew or kHalves.
 int staged_keys(const Sizes& s) {
   return is_long(s) || s.reset * kStagedKeys < kTokens ? 1 : static_cast<int>(kTokens / s.reset);
 }
@@ -1076,7 +1100,7 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, const D
   const int64_t teams = d.runs * s.q_groups;
   if (teams > 0) {
     p.all_live = s.head_dim % 64 == 0;
-    const bool all = all_whole(a);
+    const bool all = is_whole(kind_of(a));
     const int threads = team_threads(s), bytes = static_cast<int>(team_bytes(s));
     // Several teams where shared memory holds kWarps warps all the same.
     const int needed = bytes / (threads / 32) * kWarps + kWarps / (kThreads / 32) * 1024;
@@ -1099,6 +1123,7 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, const D
         case kOneChunk:
           return launch_kind(chunk_scan_long_bwd_kernel<T, kOneChunk>, chunk_scan_short_bwd_kernel<T, kOneChunk>);
         case kFew: return launch_kind(chunk_scan_long_bwd_kernel<T, kFew>, chunk_scan_short_bwd_kernel<T, kFew>);
+        case kHalves: return launch(chunk_scan_short_bwd_kernel<T, kHalves>, "chunk_scan_short_bwd");
         case kAny: return launch(chunk_scan_short_bwd_kernel<T, kAny>, "chunk_scan_short_bwd");
       }
     };
@@ -1108,10 +1133,6 @@ void launch_scan(const AttentionBwdParams& a, const BwdScratch& scratch, const D
     reduce_gate_bias(p.bias_partial, d.runs, s.heads * s.head_dim, static_cast<float*>(a.dgate_bias), stream);
   }
 }
-
-}  // namespace
-
-namespace {
 
 // What both families ask of a call.
 const char* refuses_call(const AttentionBwdParams& a) {
@@ -1176,6 +1197,7 @@ KernelList reverse_tiles_kernels() {
       add_kind("chunk_scan_short_bwd<%s, one chunk>", chunk_scan_short_bwd_kernel<T, kOneChunk>);
       add_kind("chunk_scan_short_bwd<%s, few>", chunk_scan_short_bwd_kernel<T, kFew>);
       add_kind("chunk_scan_short_bwd<%s, any>", chunk_scan_short_bwd_kernel<T, kAny>);
+      add_kind("chunk_scan_short_bwd<%s, halves>", chunk_scan_short_bwd_kernel<T, kHalves>);
       add_kind("chunk_scan_long_bwd<%s, whole>", chunk_scan_long_bwd_kernel<T, kWhole>);
       add_kind("chunk_scan_long_bwd<%s, one chunk>", chunk_scan_long_bwd_kernel<T, kOneChunk>);
       add_kind("chunk_scan_long_bwd<%s, few>", chunk_scan_long_bwd_kernel<T, kFew>);
