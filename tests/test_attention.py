@@ -42,6 +42,21 @@ def test_whole_tiles(device, dtype, dim, tokens, options):
     check(attention_case(device, dtype, dim=dim, tokens=tokens, **{"batch": 1, "heads": 3, "groups": 1} | options))
 
 
+@low
+@pytest.mark.parametrize("dim", [64, *(pytest.param(dim, marks=pytest.mark.gpu) for dim in (128, 192))])
+@pytest.mark.parametrize("chunk_size", [4, 8])
+@pytest.mark.parametrize("tokens", [48, pytest.param(400, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rotary": False, "gate_bias": False}, {"return_state": True}, {"batch": 2, "heads": 2, "groups": 2}],
+    ids=["", "plain", "state", "rows and groups"],
+)
+def test_whole_tiles_of_short_chunks(device, dtype, dim, chunk_size, tokens, options):
+    """Tiles of two or four whole chunks, and no others in the call: the reverse scan has a kernel for them."""
+    options = {"batch": 1, "heads": 3, "groups": 1, "gate_mean": 1.0} | options
+    check(attention_case(device, dtype, dim=dim, tokens=tokens, chunk_size=chunk_size, **options))
+
+
 @pytest.mark.gpu
 @low
 @pytest.mark.parametrize("dim", [64, 128, 40])
