@@ -1,8 +1,6 @@
 // Host side of the scan kernels: tile sizes, inputs, what passes between segments, and the launchers that the files share.
 #pragma once
 
-#include <algorithm>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -43,10 +41,9 @@ void plan_tiles(ScanInput& in, int64_t tile) {
 }
 
 // Tokens of a span of the long family: a chunk of up to kSegment tokens, or a segment. Of chunks that do not fill their last tile
-// several: as few as fill whole tiles, or up to 128 tokens, so that little of the span's last tile is idle.
+// several, up to 128 tokens, so that little of the span's last tile is idle.
 inline int64_t span_tokens(const Sizes& s) {
-  const int64_t whole = std::lcm(std::min(s.reset, kMaxChunkBwd), int64_t{kStateTile});
-  return tile_size(s, true, kMaxChunkBwd, std::min<int64_t>(whole, 128));
+  return tile_size(s, true, kMaxChunkBwd, s.reset % kStateTile == 0 ? kStateTile : 128);
 }
 
 // ---- inputs -----------------------------------------------------------------------------------------------------------
