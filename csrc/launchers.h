@@ -248,8 +248,8 @@ struct AttentionCachedParams {
   Pool pool;
 };
 
-// Inputs of a forward, of two-byte elements, whose rows the kernels that serve it read from multiples of 8 bytes, too. Never q: it has few heads, and in
-// pieces of 8 bytes it costs attention more than its copy (bench/notes/chunk_attention.md).
+// Inputs of a forward, of two-byte elements, whose rows the kernels that serve it read from multiples of 8 bytes, too. Never q: it has
+// few heads, and in pieces of 8 bytes it costs attention more than its copy (bench/notes/chunk_attention.md).
 struct NarrowRows {
   bool k = false, v = false, gate = false, out_gate = false;
 };

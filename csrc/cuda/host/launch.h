@@ -95,8 +95,9 @@ inline unsigned grid_x(int64_t blocks, const char* kernel) {
 }
 
 // Launches a kernel that may start before the kernels before it are through: it says wait_for_earlier_kernels() (ptx/depend.cuh)
-// before it touches what they write or read, in every block and whatever the block does then, so that its own end is theirs too. A kernel
-// that lets the next one start does so behind its own wait, so that a reader which knows the kernel before it may read what came before that.
+// before it touches what they write or read, in every block and whatever the block does then, so that its own end is theirs too.
+// plan_rows and few let the next kernel start behind their own wait (decoding before it): who knows that one of them, or a kernel that
+// lets nothing start, comes before may read what came before that.
 template <class... Parameters, class... Arguments>
 void launch_overlapping(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, int bytes, cudaStream_t stream,
                         const char* name, const Arguments&... arguments) {
