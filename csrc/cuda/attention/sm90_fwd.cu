@@ -189,6 +189,7 @@ struct Arguments {
   Sizes size;
   Rows q, out_gate, y;
   bool narrow_gate;  // rows of out_gate are narrow (launchers.h)
+  bool overlaps;     // blocks may begin before the kernels before this one are through
   Rotary rotary;
   ChunkStates chunks;
   const float* s_self;
@@ -205,8 +206,11 @@ __device__ __forceinline__ uint32_t unit_index(uint32_t round) {
   return round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
 
-// Read before wait_for_earlier_kernels(): from L2, since this multiprocessor's L1 may still have what lay there before.
-__device__ __forceinline__ uint32_t fresh(const int32_t* from) { return static_cast<uint32_t>(__ldcg(from)); }
+// Where it may be read before wait_for_earlier_kernels(), from L2: this multiprocessor's L1 may still have what lay there before. Else
+// through L1, where the search for a tile's sequence finds what the one before it read.
+__device__ __forceinline__ uint32_t fresh(const Arguments& a, const int32_t* from) {
+  return static_cast<uint32_t>(a.overlaps ? __ldcg(from) : *from);
+}
 
 // Queries of sequence n that the launch serves: positions [low, high).
 struct Positions {
@@ -214,9 +218,9 @@ struct Positions {
   uint32_t low, high;
 };
 __device__ __forceinline__ Positions positions(const Arguments& a, uint32_t n) {
-  const uint32_t begin = a.size.cu_seqlens ? fresh(a.size.cu_seqlens + n) : 0;
-  const uint32_t end = a.size.cu_seqlens ? fresh(a.size.cu_seqlens + n + 1) : static_cast<uint32_t>(a.size.tokens);
-  const uint32_t start = a.size.lengths ? fresh(a.size.lengths + n) : 0;
+  const uint32_t begin = a.size.cu_seqlens ? fresh(a, a.size.cu_seqlens + n) : 0;
+  const uint32_t end = a.size.cu_seqlens ? fresh(a, a.size.cu_seqlens + n + 1) : static_cast<uint32_t>(a.size.tokens);
+  const uint32_t start = a.size.lengths ? fresh(a, a.size.lengths + n) : 0;
   const uint32_t stop = start + (end - begin);
   return {begin, start, stop, max(start, a.schedule.from), min(stop, a.schedule.to)};
 }
@@ -230,7 +234,7 @@ __device__ __forceinline__ void describe_tile(const Arguments& a, uint32_t index
     const uint32_t from_last = a.heads.quotient(index);
     head = index - from_last * heads;
     const uint32_t item = a.heads.quotient(a.schedule.total) - 1 - from_last;
-    const auto first = [&](uint32_t n) { return fresh(a.size.cu_seqlens + n) / ROWS + 2 * n; };
+    const auto first = [&](uint32_t n) { return fresh(a, a.size.cu_seqlens + n) / ROWS + 2 * n; };
     n = last_sequence(a.size, item, first);
     in_sequence = item - first(n);
   } else {
@@ -251,7 +255,7 @@ __device__ __forceinline__ void describe_tile(const Arguments& a, uint32_t index
   }
   const Positions served = positions(a, n);
   const uint32_t position = served.low + in_sequence * ROWS;
-  const int32_t owner = static_cast<int32_t>(a.chunks.entry ? fresh(a.chunks.entry + n) : n);
+  const int32_t owner = static_cast<int32_t>(a.chunks.entry ? fresh(a, a.chunks.entry + n) : n);
   tile.token = served.begin + (position - served.start);
   tile.batch = a.size.cu_seqlens ? 0 : n;
   tile.head = static_cast<int>(head);
@@ -283,7 +287,7 @@ __device__ __forceinline__ bool any_query(const Arguments& a) {
   bool any = false;
   for (uint32_t n = threadIdx.x; n < static_cast<uint32_t>(a.size.sequences); n += blockDim.x) {
     const Positions served = positions(a, n);
-    any |= served.low < served.high && (!a.chunks.entry || static_cast<int32_t>(fresh(a.chunks.entry + n)) >= 0);
+    any |= served.low < served.high && (!a.chunks.entry || static_cast<int32_t>(fresh(a, a.chunks.entry + n)) >= 0);
   }
   return __syncthreads_or(any);
 }
@@ -1390,7 +1394,8 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, int64_t
   allow_shared_memory(chunk_attention_fwd_sm90_kernel<C>, kBytes, name);
   const int64_t blocks = std::min<int64_t>(total >> unit_log2, places);
   // Where a block has one tile, what comes before it is worth hiding.
-  if (blocks == total >> unit_log2) {
+  a.overlaps = blocks == total >> unit_log2;
+  if (a.overlaps) {
     launch_overlapping(chunk_attention_fwd_sm90_kernel<C>, blocks, C::kThreads, kBytes, stream, name, a, k_map, v_map);
   } else {
     chunk_attention_fwd_sm90_kernel<C><<<grid_x(blocks, name), C::kThreads, kBytes, stream>>>(a, k_map, v_map);
