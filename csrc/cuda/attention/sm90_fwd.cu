@@ -662,7 +662,6 @@ struct Consumer {
   float share[8 * kEarly];                // sigmoid(gate) / total
   float own[2], m[2], sum[2], shrink[2];  // of both rows, in powers of two; sums are this lane's share of the quad's
   int visible[2];                         // keys of the block that the row sees, less this thread's first column
-  bool rehearsing = false;                // see rehearse()
 
   __device__ __forceinline__ Consumer(const Arguments& a_, Shared<C>& shared_, int warpgroup_)
       : a(a_),
@@ -1007,24 +1006,13 @@ struct Consumer {
     issue_values();
     weigh();
     hold_registers(share);
-    if (!rehearsing) operands().wait_full();  // as in next_block()
+    operands().wait_full();  // as in next_block()
     wgmma_wait<0>();
     hold_registers(o);
     if constexpr (!C::kSplit) hold_registers(p);
-    if (rehearsing) return;
     leave(v_ring.empty());
     if constexpr (C::kSplit) leave(weights().empty());
     v_ring.next();
-  }
-
-  // By a split tile's consumer, which has nothing to do before the first weights are there: it goes through the steps that come last, with
-  // whatever lies in shared memory, and leaves no trace. Their code, 10 KB that no other warp runs, is then at hand when all wait for it.
-  __device__ __forceinline__ void rehearse() {
-    rehearsing = opaque(1) != 0;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) own[h] = m[h] = sum[h] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kOutputs; ++i) o[i] = 0.0f;
   }
 
   // In place of both steps of the epilogue: the warp's queries one by one. Its loops are the same for all lanes, and the compiler has
@@ -1067,9 +1055,9 @@ struct Consumer {
     for (int h = 0; h < 2; ++h) {
       own_weight[h] = exp2_fast(own[h] - m[h]);
       total[h] = quad_sum(sum[h]) + own_weight[h];
-      if (!rehearsing && row + 8 * h < t.rows && thread % 4 == 0) lse[8 * h] = (m[h] + __log2f(total[h])) * kLn2;
+      if (row + 8 * h < t.rows && thread % 4 == 0) lse[8 * h] = (m[h] + __log2f(total[h])) * kLn2;
     }
-    if (!rehearsing) operands().wait_full();
+    operands().wait_full();
     const Operands at(*this);
 #pragma unroll
     for (int step = 0; step < kEarly; ++step) {
@@ -1145,7 +1133,7 @@ struct Consumer {
         }
         y[i] = pack2<T>(fmaf(own_weight[h], v.x, o[first]) * part[0], fmaf(own_weight[h], v.y, o[first + 1]) * part[1]);
       }
-      if (!rehearsing) stmatrix_x4(at.place(step), y);
+      stmatrix_x4(at.place(step), y);
     }
   }
   // sigmoid(gate) / total
@@ -1161,7 +1149,7 @@ struct Consumer {
     const int thread = opaque(static_cast<int>(threadIdx.x)) % 128, lane = thread % 32;
     const int piece = lane % kPieces, r = thread / 32 * 16 + lane / kPieces, left = t.rows - warpgroup * 64 - r;
     const bool has_piece = (32 % kPieces == 0 || lane < kPieces) && 8 * piece < static_cast<int>(a.size.head_dim);
-    const int rows = has_piece && !rehearsing ? left : 0;
+    const int rows = has_piece ? left : 0;
     const int64_t step = kStep * a.y.token;
     const uint32_t from = shared_address(shared.value[warpgroup]) + swizzled(64, r, piece * 8);
     T* y = static_cast<T*>(a.y.ptr) + t.batch * a.y.batch + (t.token + warpgroup * 64 + r) * a.y.token +
@@ -1180,14 +1168,11 @@ struct Consumer {
 // Tiles from the one that c is at, to the last: false; or to one with queries, of the warp, that have to be attended to one by one.
 template <class C>
 __device__ __forceinline__ bool consume_tiles(Consumer<C>& c) {
-  for (;;) {
-    int blocks = 0;
-    if (!c.rehearsing) {
-      c.tile_ring.wait_full();
-      if (c.tile().rows == 0) return false;
-      c.begin();
-      blocks = (c.tile().keys + C::kKeys - 1) / C::kKeys;
-    }
+  for (;; c.leave_tile()) {
+    c.tile_ring.wait_full();
+    if (c.tile().rows == 0) return false;
+    c.begin();
+    const int blocks = (c.tile().keys + C::kKeys - 1) / C::kKeys;
     if (blocks > 0) {
       const int clear = c.tile().visible.first_masked_block(C::kKeys);
       int block = blocks - 1;
@@ -1204,33 +1189,21 @@ __device__ __forceinline__ bool consume_tiles(Consumer<C>& c) {
       c.v_ring.wait_full();
     }
     if (!C::kSplit && c.tile().last) c.leave(shared_address(&c.barriers().q_left));
-    if (blocks > 0 || c.rehearsing) {
+    if (c.tile().keys > 0) {
       c.last_values();
     } else {
       c.weigh();
     }
-    if (!c.all_finite() && !c.rehearsing) return true;
+    if (!c.all_finite()) return true;
     c.epilogue();
     c.store();
-    if constexpr (C::kSplit) {
-      if (c.rehearsing) {
-        c.rehearsing = false;
-        wait_for_earlier_kernels();
-        continue;
-      }
-    }
-    c.leave_tile();
   }
 }
 
 template <class C>
 __device__ __forceinline__ void consume(const Arguments& a, Shared<C>& shared, int warpgroup) {
   Consumer<C> c(a, shared, warpgroup);
-  if constexpr (C::kSplit) {
-    c.rehearse();
-  } else {
-    wait_for_earlier_kernels();
-  }
+  wait_for_earlier_kernels();
   if (warpgroup == C::kConsumers - 1) c.pass_turn();  // the first turn is warpgroup 0's
   // What hardly any call needs lies behind what all need.
   while (consume_tiles(c)) {
