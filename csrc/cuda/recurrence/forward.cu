@@ -319,21 +319,14 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_few_fwd_kernel(cons
   constexpr int kWalk = kPool ? kFewTokens : 2, kEach = kPool ? kFewTokens / kFewWarps : 1;
   extern __shared__ __align__(16) unsigned char few_memory[];
   FewShared& shared = *reinterpret_cast<FewShared*>(few_memory);
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
   const int thread = static_cast<int>(threadIdx.x), warp = warp_uniform(thread / 32);
   const uint32_t item = p.head_batches.quotient(blockIdx.x);
   const int64_t batch = blockIdx.x - item * static_cast<uint32_t>(in.head_batches);
   const Lane lane = lane_of<W>(batch * (32 / W) + thread % 32 / W, s.heads, s.head_dim);
-  const ScanTile tile = few_tile_of(p, item);
-  if (tile.count <= 0) return;
   const bool gated = in.gate.ptr != nullptr;
-  const int64_t row = tile.sequence.batch, h = lane.head;
-  int64_t owner = tile.sequence.index;
-  if constexpr (kPool) owner = in.pool.entry[owner];  // used below: it comes while rows are asked for
-
-  {
-    const int64_t first = tile.token + warp, k_head = p.heads_per_k_group.quotient(static_cast<uint32_t>(h));
+  const int64_t h = lane.head;
+  const auto ask = [&](int64_t row, int64_t token, int count) {
+    const int64_t first = token + warp, k_head = p.heads_per_k_group.quotient(static_cast<uint32_t>(h));
     const T* gate = row_of<T>(in.gate, row, first, h, lane.d);
     const T* k = row_of<T>(in.k, row, first, k_head, lane.d);
     const T* v = row_of<T>(in.v, row, first, h, lane.d);
@@ -342,15 +335,46 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_few_fwd_kernel(cons
     constexpr uint32_t kRow = sizeof(shared.row[0]);
 #pragma unroll kEach
     for (int i = 0; i < kFewTokens / kFewWarps; ++i, to += kFewWarps * sizeof(shared.row[0][0])) {
-      if (warp + kFewWarps * i >= tile.count) break;
+      if (warp + kFewWarps * i >= count) break;
       if (gated) cp_async16(to + kGate * kRow, take(gate, kFewWarps * in.gate.token));
       cp_async16(to + kKey * kRow, take(k, kFewWarps * in.k.token));
       cp_async16(to + kValue * kRow, take(v, kFewWarps * in.v.token));
       cp_async16(to + kQuery * kRow, take(q, kFewWarps * in.q.token));
     }
     cp_async_commit();
+  };
+
+  // In a pool, the plan comes before this kernel, and before that all that makes the rows. Where rows are not packed, most sequences are as
+  // long as a multiple of a tile: then it is known which rows those are before the plan has said so.
+  int64_t asked_token = -1;
+  int asked = 0;
+  ScanTile tile;
+#pragma unroll 1
+  for (int known = kPool && !s.cu_seqlens ? 0 : 1;; ++known) {
+    int64_t row, token;
+    int count;
+    if (known == 0) {
+      const uint32_t n = p.tiles_of_row.quotient(item);
+      row = n;
+      asked_token = token = (item - n * p.per_row) * in.tile;
+      asked = count = static_cast<int>(max(int64_t{0}, min(in.tile, s.tokens - token)));
+    } else {
+      wait_for_earlier_kernels();
+      let_next_kernel_start();
+      tile = few_tile_of(p, item);
+      row = tile.sequence.batch, token = tile.token, count = tile.count;
+      if (token == asked_token && count == asked) break;
+      cp_async_wait<0>();
+      if (count <= 0) return;
+    }
+    ask(row, token, count);
+    if (known > 0) break;
   }
+  if (tile.count <= 0) return;
+  const int64_t row = tile.sequence.batch;
+  int64_t owner = tile.sequence.index;
   if constexpr (kPool) {
+    owner = in.pool.entry[owner];
     if (owner < 0) {
       float zeros[8];
       zero(zeros);
