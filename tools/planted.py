@@ -2088,6 +2088,13 @@ CUDA = [
         "tests/test_attention.py::test_chunk_size tests/test_few_tiles.py",
     ),
     Mutant(
+        "few tiles: rows of a pool that were asked for early are kept though the row begins elsewhere",
+        "csrc/cuda/recurrence/forward.cu",
+        r" && tile\.count == asked && tile\.token == asked_from\) break;",
+        " && asked > 0) break;",
+        "tests/test_few_tiles.py tests/test_cached.py",
+    ),
+    Mutant(
         "few tiles: a chunk goes on from the one before",
         "csrc/cuda/recurrence/forward.cu",
         r"resets = gated \? begins : ~0u",

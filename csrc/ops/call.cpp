@@ -452,7 +452,8 @@ void CallBase::explain_rows(std::string_view argument, const View& x, bool narro
           stay ? "serves the call too, but in_place comes first" : "the first that serves the call");
 }
 
-NarrowRows narrow_rows(const CallBase& call, [[maybe_unused]] const AttentionFwdParams& p) {
+template <class Params>
+NarrowRows narrow_rows(const CallBase& call, [[maybe_unused]] const Params& p) {
   call.check_can_run();
 #ifdef RAT_EXT_CUDA
   const torch::stable::accelerator::DeviceGuard guard(call.device);
@@ -461,16 +462,8 @@ NarrowRows narrow_rows(const CallBase& call, [[maybe_unused]] const AttentionFwd
   return {};
 #endif
 }
-
-NarrowRows narrow_rows(const CallBase& call, [[maybe_unused]] const AttentionCachedParams& p) {
-  call.check_can_run();
-#ifdef RAT_EXT_CUDA
-  const torch::stable::accelerator::DeviceGuard guard(call.device);
-  return cuda::narrow_rows(p);
-#else
-  return {};
-#endif
-}
+template NarrowRows narrow_rows(const CallBase&, const AttentionFwdParams&);
+template NarrowRows narrow_rows(const CallBase&, const AttentionCachedParams&);
 
 namespace {
 

@@ -325,8 +325,9 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_few_fwd_kernel(cons
   const Lane lane = lane_of<W>(batch * (32 / W) + thread % 32 / W, s.heads, s.head_dim);
   const bool gated = in.gate.ptr != nullptr;
   const int64_t h = lane.head;
-  const auto ask = [&](int64_t row, int64_t token, int count) {
-    const int64_t first = token + warp, k_head = p.heads_per_k_group.quotient(static_cast<uint32_t>(h));
+  const auto ask = [&](const ScanTile& tile) {
+    const int64_t row = tile.sequence.batch, first = tile.token + warp,
+                  k_head = p.heads_per_k_group.quotient(static_cast<uint32_t>(h));
     const T* gate = row_of<T>(in.gate, row, first, h, lane.d);
     const T* k = row_of<T>(in.k, row, first, k_head, lane.d);
     const T* v = row_of<T>(in.v, row, first, h, lane.d);
@@ -335,7 +336,7 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_few_fwd_kernel(cons
     constexpr uint32_t kRow = sizeof(shared.row[0]);
 #pragma unroll kEach
     for (int i = 0; i < kFewTokens / kFewWarps; ++i, to += kFewWarps * sizeof(shared.row[0][0])) {
-      if (warp + kFewWarps * i >= count) break;
+      if (warp + kFewWarps * i >= tile.count) break;
       if (gated) cp_async16(to + kGate * kRow, take(gate, kFewWarps * in.gate.token));
       cp_async16(to + kKey * kRow, take(k, kFewWarps * in.k.token));
       cp_async16(to + kValue * kRow, take(v, kFewWarps * in.v.token));
@@ -344,33 +345,29 @@ __global__ void __launch_bounds__(kThreads, 4) chunk_prepare_few_fwd_kernel(cons
     cp_async_commit();
   };
 
-  // In a pool, the plan comes before this kernel, and before that all that makes the rows. Where rows are not packed, most sequences are as
-  // long as a multiple of a tile: then it is known which rows those are before the plan has said so.
-  int64_t asked_token = -1;
-  int asked = 0;
-  ScanTile tile;
+  // In a pool the plan comes before this kernel, and before the plan all that makes the rows. So these may be asked for while it is made.
+  // Which they are hangs on the sequence's length; where that is a multiple of a tile, the guess is right.
+  ScanTile tile{};
 #pragma unroll 1
-  for (int known = kPool && !s.cu_seqlens ? 0 : 1;; ++known) {
-    int64_t row, token;
-    int count;
-    if (known == 0) {
-      const uint32_t n = p.tiles_of_row.quotient(item);
-      row = n;
-      asked_token = token = (item - n * p.per_row) * in.tile;
-      asked = count = static_cast<int>(max(int64_t{0}, min(in.tile, s.tokens - token)));
-    } else {
+  for (bool planned = !kPool || s.cu_seqlens != nullptr;; planned = true) {
+    if (planned) {
+      const int64_t asked_from = tile.token;
+      const int asked = tile.count;
       wait_for_earlier_kernels();
       let_next_kernel_start();
       tile = few_tile_of(p, item);
-      row = tile.sequence.batch, token = tile.token, count = tile.count;
-      if (token == asked_token && count == asked) break;
+      if (tile.count > 0 && tile.count == asked && tile.token == asked_from) break;
       cp_async_wait<0>();
-      if (count <= 0) return;
+      if (tile.count <= 0) return;
+    } else {
+      const uint32_t n = p.tiles_of_row.quotient(item);
+      tile.sequence.batch = n;
+      tile.token = (item - n * p.per_row) * in.tile;
+      tile.count = static_cast<int>(min(in.tile, max(s.tokens - tile.token, int64_t{0})));
     }
-    ask(row, token, count);
-    if (known > 0) break;
+    ask(tile);
+    if (planned) break;
   }
-  if (tile.count <= 0) return;
   const int64_t row = tile.sequence.batch;
   int64_t owner = tile.sequence.index;
   if constexpr (kPool) {
