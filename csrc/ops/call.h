@@ -522,8 +522,8 @@ void explain(CallBase&, const DecodeParams&);
 void explain(CallBase&, const AttentionCachedParams&);
 
 // Narrow rows that the kernels of a call read. On a GPU.
-NarrowRows narrow_rows(const CallBase&, const AttentionFwdParams&);
-NarrowRows narrow_rows(const CallBase&, const AttentionCachedParams&);
+template <class Params>
+NarrowRows narrow_rows(const CallBase&, const Params&);
 
 // Runs the launcher of the tensors' device; on a GPU there, on the current stream.
 template <class Params>
