@@ -119,13 +119,21 @@ def test_pieces_of_a_pool(device, chunk_size, rollback):
         equal(got, want)
 
 
-def test_captured_after_work_of_other_kinds(device):
+@pytest.mark.parametrize("pool", (False, True), ids=("alone", "in_a_pool"))
+def test_captured_after_work_of_other_kinds(device, pool):
     """The kernels may start before earlier ones are through: copies, fills and other streams are waited for all the same."""
     tensors, options = inputs(device, torch.bfloat16, 210, 128)
     one = [x[:1] for x in tensors]
     want = call(one, 16, **options)
+    cache = rat_ext.RATCache.empty(1, HEADS, 128, 16, 210, dtype=torch.bfloat16, device=device) if pool else None
     side = torch.cuda.Stream()
     held = [torch.empty_like(x) for x in one]
+
+    def attend():
+        if not pool:
+            return call(held, 16, **options)
+        cache.reset()
+        return call(held, 16, cache=cache, **options)
 
     def run():
         for to in held:
@@ -137,12 +145,12 @@ def test_captured_after_work_of_other_kinds(device):
         for to, x in zip(held[2:], one[2:], strict=True):
             to.copy_(x)
         torch.cuda.current_stream().wait_stream(side)
-        first = call(held, 16, **options)
+        first = attend()
         for to in held:
             to.zero_()  # the call before has read it
         for to, x in zip(held, one, strict=True):
             to.copy_(x)
-        return first, call(held, 16, **options)
+        return first, attend()
 
     warm = torch.cuda.Stream()
     warm.wait_stream(torch.cuda.current_stream())

@@ -1375,8 +1375,7 @@ void launch(const AttentionFwdParams& params, const FwdScratch& scratch, int64_t
     ++unit_log2;
   }
   const int64_t unit = int64_t{1} << unit_log2;
-  const int64_t fitting = kL2Budget / pair_bytes;  // one at least; what two of 8 MB gain in L2 they lose at the end
-  const int64_t section = std::min(pairs, std::max<int64_t>(1, ceil_div(fitting, unit)) * unit);
+  const int64_t section = std::min(pairs, std::max<int64_t>(1, ceil_div(ceil_div(kL2Budget, pair_bytes), unit)) * unit);
   a.schedule.total = static_cast<uint32_t>(total);
   a.schedule.per_row = static_cast<uint32_t>(per_row);
   a.schedule.pairs = static_cast<uint32_t>(pairs);
